@@ -1,0 +1,93 @@
+"""What the command lines of this repository share: both spellings of a flag, true/false values, errors in one line.
+
+No torch is imported here, so that a script can read its flags before it (Gaudi's software reads its environment while
+torch is imported).
+"""
+
+import argparse
+import sys
+
+TRUE_WORDS = ("true", "1", "yes")
+FALSE_WORDS = ("false", "0", "no")
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong.  Its text names the file or flag and the values; scripts end with exit code 2."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser that takes --train_batch_size and --train-batch-size alike, and reports errors in one line.
+
+    Flags are declared with underscores.  Abbreviated flags are errors: a typing mistake must not become another flag.
+    """
+
+    def __init__(self, **options):
+        options.setdefault("formatter_class", HelpFormatter)
+        options.setdefault("epilog", "Every flag is also taken with dashes in place of underscores.")
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([with_underscores(str(word)) for word in args], namespace)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions and shows each default that says something."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, "", False, argparse.SUPPRESS) or action.required:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def with_underscores(word: str) -> str:
+    """'--a-b=c-d' becomes '--a_b=c-d'; words that are no flags stay as they are."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word[2:].partition("=")
+    return "--" + flag.replace("-", "_") + equals + value
+
+
+def boolean(text: str) -> bool:
+    """The value of a flag that takes true/false, 1/0 or yes/no in any case."""
+    word = text.strip().lower()
+    if word in TRUE_WORDS or word in FALSE_WORDS:
+        return word in TRUE_WORDS
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false (true/false, 1/0, yes/no)")
+
+
+def positive_int(text: str) -> int:
+    """The value of a flag that counts something, at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def proportion(text: str) -> float:
+    """The value of a flag that is a share of something, from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0.0 <= number <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return number
+
+
+def run(main) -> None:
+    """Call main() as a script does: a UserError becomes one line on stderr and exit code 2, an interrupt 130."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,174 @@
+"""HDF5 shards of training samples: the schema, and reading, checking and writing whole shards.
+
+One row is one sample.  S = max_seq_length, P = max_predictions_per_seq, N = the most sequences that share a packed row.
+An unpacked row holds one sequence; a packed one holds up to N, numbered 1, 2, … in input_mask.  Only numpy and h5py are
+needed here: the stages that make data run where there is no torch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from cli import UserError
+from file_utils import replacing
+
+
+@dataclass(frozen=True)
+class Column:
+    """A key of the schema: for each form its dtype and its width per row (None = absent, "1" = one number)."""
+
+    key: str
+    unpacked: tuple[str, str] | None
+    packed: tuple[str, str]
+    meaning: str
+
+
+SCHEMA = (
+    #       key                     unpacked      packed
+    Column("input_ids",             ("i4", "S"),  ("i4", "S"),    "token ids"),
+    Column("input_mask",            ("i1", "S"),  ("i4", "S"),    "which sequence a token belongs to, 0 = padding"),
+    Column("segment_ids",           ("i1", "S"),  ("i1", "S"),    "0 = [CLS] A [SEP], 1 = B [SEP]"),
+    Column("positions",             None,         ("i4", "S"),    "position in the own sequence, from 0"),
+    Column("masked_lm_positions",   ("i4", "P"),  ("i4", "P+N"),  "offset into the row, 0 = empty slot"),
+    Column("masked_lm_ids",         ("i4", "P"),  ("i4", "P+N"),  "the token that stood there"),
+    Column("next_sentence_positions", None,       ("i4", "N"),    "where each [CLS] stands"),
+    Column("next_sentence_labels",  ("i1", "1"),  ("i1", "N"),    "1 = the second segment is a random one"),
+    Column("next_sentence_weights", None,         ("i4", "N"),    "1 = a sequence, 0 = empty slot"),
+)
+UNPACKED_KEYS = tuple(column.key for column in SCHEMA if column.unpacked)
+PACKED_KEYS = tuple(column.key for column in SCHEMA)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard file as its header describes it; no row has been read."""
+
+    path: Path
+    rows: int
+    packed: bool
+    sequence_length: int
+    prediction_slots: int  # P where unpacked, P + N where packed
+    max_sequences: int  # N, 1 where unpacked
+
+
+def inspect(path) -> Shard:
+    """Read the header of a shard and check it against the schema: keys, integer dtypes, equal row counts, shapes.
+
+    Raises UserError naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    with opened(path) as file:
+        packed = "next_sentence_positions" in file or "positions" in file
+        keys = PACKED_KEYS if packed else UNPACKED_KEYS
+        missing = [key for key in keys if not isinstance(file.get(key), h5py.Dataset)]
+        if missing:
+            raise UserError(f"{path}: no data set {', '.join(missing)} (a shard holds {', '.join(keys)})")
+        shapes = {key: file[key].shape for key in keys}
+        kinds = {key: file[key].dtype.kind for key in keys}
+    for key in keys:
+        if kinds[key] not in "iu":
+            raise UserError(f"{path}: {key} holds no integers")
+    shard = Shard(
+        path=path,
+        rows=shapes["input_ids"][0] if shapes["input_ids"] else 0,
+        packed=packed,
+        sequence_length=second_axis(shapes["input_ids"]),
+        prediction_slots=second_axis(shapes["masked_lm_positions"]),
+        max_sequences=second_axis(shapes["next_sentence_positions"]) if packed else 1,
+    )
+    for key in keys:
+        expected = expected_shape(shard, key)
+        if shapes[key] != expected:
+            raise UserError(f"{path}: {key} has shape {shapes[key]}, expected {expected}")
+    return shard
+
+
+def second_axis(shape: tuple) -> int:
+    return shape[1] if len(shape) > 1 else 0
+
+
+def expected_shape(shard: Shard, key: str) -> tuple:
+    """The shape that `key` has in this shard, from the widths of the schema."""
+    column = next(column for column in SCHEMA if column.key == key)
+    width = (column.packed if shard.packed else column.unpacked)[1]
+    sizes = {"S": shard.sequence_length, "P": shard.prediction_slots, "P+N": shard.prediction_slots,
+             "N": shard.max_sequences}
+    return (shard.rows,) if width == "1" else (shard.rows, sizes[width])
+
+
+def find(folder, split: str = "training", flag: str = "--input_dir") -> list[Shard]:
+    """The shards of a folder, in the order of their names: every packed .hdf5 file, and the unpacked ones whose names
+    hold `split` ("training" or "test").  Other files do no harm.
+
+    Raises UserError, naming `flag`, where the folder is missing or no shard is in it, where packed and unpacked shards
+    are mixed, or where the lengths differ.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder}: no such folder")
+    shards = [inspect(path) for path in sorted(folder.glob("*.hdf5"))]
+    shards = [shard for shard in shards if shard.packed or split in shard.path.name]
+    if not shards:
+        raise UserError(f"{flag} {folder}: no shard in it (packed .hdf5 files, or unpacked ones with '{split}' in the name)")
+    for shard in shards:
+        if (shard.packed, shard.sequence_length) != (shards[0].packed, shards[0].sequence_length):
+            raise UserError(f"{flag} {folder}: {shards[0].path.name} is {description(shards[0])}, "
+                            f"{shard.path.name} is {description(shard)}")
+    if not any(shard.rows for shard in shards):
+        raise UserError(f"{flag} {folder}: no row in any of its {len(shards)} shards")
+    return shards
+
+
+def description(shard: Shard) -> str:
+    return f"{'packed' if shard.packed else 'unpacked'} with {shard.sequence_length} tokens a row"
+
+
+def read(shard: Shard, keys=None) -> dict[str, np.ndarray]:
+    """All rows of a shard, each key as one array in the dtype of the file."""
+    with opened(shard.path) as file:
+        try:
+            return {key: file[key][...] for key in keys or (PACKED_KEYS if shard.packed else UNPACKED_KEYS)}
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{shard.path}: cannot be read: {error}") from None
+
+
+def write(path, rows: dict[str, np.ndarray]) -> None:
+    """Write one shard in the dtypes of the schema, gzip-compressed, whole or not at all.
+
+    `rows` holds exactly the keys of the unpacked or of the packed form.
+    """
+    packed = "positions" in rows
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        for column in SCHEMA:
+            form = column.packed if packed else column.unpacked
+            if form:
+                # a fast gzip level: level 4 takes twice the time for 3 % less
+                file.create_dataset(column.key, data=rows[column.key].astype(form[0], copy=False),
+                                    compression="gzip", compression_opts=1)
+
+
+def opened(path):
+    """An h5py.File for reading; UserError where there is none or it is no HDF5."""
+    try:
+        return h5py.File(path, "r")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: not a readable HDF5 file ({error})") from None
+
+
+def first_fault(shard: Shard, rows: dict[str, np.ndarray], vocab_size: int) -> str | None:
+    """What is impossible in the rows of a shard for a model with this vocabulary, naming key, row and value; or None."""
+    sequence_length = shard.sequence_length
+    limits = {"input_ids": vocab_size, "masked_lm_ids": vocab_size, "segment_ids": 2, "next_sentence_labels": 2,
+              "masked_lm_positions": sequence_length, "positions": sequence_length,
+              "next_sentence_positions": sequence_length, "next_sentence_weights": 2,
+              "input_mask": shard.max_sequences + 1}
+    for key, values in rows.items():
+        bad = (values < 0) | (values >= limits[key])
+        if bad.any():
+            where = np.argwhere(bad)[0]
+            return f"{key} of row {where[0]} holds {values[tuple(where)]}, not from 0 to {limits[key] - 1}"
+    return None
