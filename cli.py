@@ -12,7 +12,7 @@ FALSE_WORDS = ("false", "0", "no")
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong.  Its text names the file or flag and the values; scripts end with exit code 2."""
+    """Something the user gave is wrong.  Its text names the file or flag and the values; scripts then exit with 2."""
 
 
 class ArgumentParser(argparse.ArgumentParser):

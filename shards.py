@@ -111,7 +111,8 @@ def find(folder, split: str = "training", flag: str = "--input_dir") -> list[Sha
     shards = [inspect(path) for path in sorted(folder.glob("*.hdf5"))]
     shards = [shard for shard in shards if shard.packed or split in shard.path.name]
     if not shards:
-        raise UserError(f"{flag} {folder}: no shard in it (packed .hdf5 files, or unpacked ones with '{split}' in the name)")
+        raise UserError(f"{flag} {folder}: no shard in it "
+                        f"(packed .hdf5 files, or unpacked ones with '{split}' in the name)")
     for shard in shards:
         if (shard.packed, shard.sequence_length) != (shards[0].packed, shards[0].sequence_length):
             raise UserError(f"{flag} {folder}: {shards[0].path.name} is {description(shards[0])}, "
@@ -144,7 +145,6 @@ def write(path, rows: dict[str, np.ndarray]) -> None:
         for column in SCHEMA:
             form = column.packed if packed else column.unpacked
             if form:
-                # a fast gzip level: level 4 takes twice the time for 3 % less
                 file.create_dataset(column.key, data=rows[column.key].astype(form[0], copy=False),
                                     compression="gzip", compression_opts=1)
 
@@ -160,7 +160,7 @@ def opened(path):
 
 
 def first_fault(shard: Shard, rows: dict[str, np.ndarray], vocab_size: int) -> str | None:
-    """What is impossible in the rows of a shard for a model with this vocabulary, naming key, row and value; or None."""
+    """What no model with this vocabulary can take in the rows of a shard, naming key, row and value; or None."""
     sequence_length = shard.sequence_length
     limits = {"input_ids": vocab_size, "masked_lm_ids": vocab_size, "segment_ids": 2, "next_sentence_labels": 2,
               "masked_lm_positions": sequence_length, "positions": sequence_length,
