@@ -20,12 +20,16 @@ import numpy as np
 from tqdm import tqdm
 
 import cli
-import packing
 import packing_shards
 import shards
 from file_utils import write_json
+from packing import Recipe, by_longest_pack_first, knapsack
+from packing_cutting_stock import cutting_stock
+from packing_nnls import MAX_DEPTH as NNLS_MAX_DEPTH
+from packing_nnls import nnls
 from processes import process_pool, sigterm_as_interrupt
 
+METHODS = {"cutting_stock": cutting_stock, "nnls": nnls, "lpfhp": by_longest_pack_first}
 PART_NAME = "mixed_strategies_part_{}.hdf5"
 UNFINISHED = "packing_in_progress"  # the folder inside the output folder that holds everything until all is written
 
@@ -41,15 +45,21 @@ def parse_arguments(argv):
     parser.add_argument("--max_predictions_per_sequence", type=cli.positive_int, required=True,
                         help="masked tokens in a packed row, beside one more for each of --max_sequences_per_pack")
     parser.add_argument("--max_sequences_per_pack", type=cli.positive_int, default=3, help="most sequences in a row")
-    parser.add_argument("--packing_method", choices=packing.METHODS, default=packing.DEFAULT_METHOD,
-                        help="how the rows are worked out; lpfhp: longest sequence first, into the fullest row")
+    parser.add_argument("--packing_method", choices=METHODS, default="cutting_stock",
+                        help="how the rows are worked out. cutting_stock: the fewest rows, and proof of how few are "
+                             "possible; nnls: NNLSHP as published, at most 3 sequences a row; lpfhp: the longest "
+                             "sequence first, into the fullest row that takes it")
     parser.add_argument("--seed", type=int, default=42, help="of the order of the rows")
     parser.add_argument("--n_processes", type=cli.positive_int, default=len(os.sched_getaffinity(0)),
                         help="processes, each under 1 GB; the result is the same for any number")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace the packed data in --output_dir, once the new is complete")
     parser.add_argument("--disable_progress_bar", action="store_true", help="print no progress bars")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.packing_method == "nnls" and args.max_sequences_per_pack > NNLS_MAX_DEPTH:
+        parser.error(f"--packing_method nnls packs at most {NNLS_MAX_DEPTH} sequences a row, "
+                     f"--max_sequences_per_pack is {args.max_sequences_per_pack}: choose another method")
+    return args
 
 
 def main(argv=None):
@@ -115,7 +125,7 @@ def find_unpacked(args) -> list[shards.Shard]:
 def refuse_too_many_predictions(args, surveys) -> None:
     """A packed row must hold the masked tokens of any sequences that may meet in it."""
     most_predictions = np.max([survey.most_predictions for survey in surveys], axis=0)
-    most = int(packing.most_valuable_rows(most_predictions, args.max_sequences_per_pack)[-1])
+    most = int(knapsack(most_predictions, args.max_sequences_per_pack)[0][-1])
     room = args.max_predictions_per_sequence + args.max_sequences_per_pack
     if most > room:
         raise cli.UserError(
@@ -126,9 +136,9 @@ def refuse_too_many_predictions(args, surveys) -> None:
 
 # --- the work ---
 
-def solve(args, histogram: np.ndarray) -> packing.Recipe:
+def solve(args, histogram: np.ndarray) -> Recipe:
     start = time.perf_counter()
-    recipe = packing.METHODS[args.packing_method](histogram, args.max_sequences_per_pack)
+    recipe = METHODS[args.packing_method](histogram, args.max_sequences_per_pack)
     print(f"{args.packing_method}: {recipe.row_count:,} rows with {len(recipe.rows):,} strategies in "
           f"{time.perf_counter() - start:.2f} s; no packing needs fewer than {recipe.bound:,}", file=sys.stderr)
     return recipe
@@ -173,7 +183,7 @@ def publish(folder: Path, output_dir: Path) -> None:
         os.replace(path, output_dir / path.name)
 
 
-def describe(args, found, histogram: np.ndarray, recipe: packing.Recipe) -> dict:
+def describe(args, found, histogram: np.ndarray, recipe: Recipe) -> dict:
     """The metadata: counts are of rows, sequences (samples) and tokens."""
     sequences, rows = int(histogram.sum()), recipe.row_count
     tokens = int(histogram @ np.arange(len(histogram)))
