@@ -128,11 +128,11 @@ def description(shard: Shard) -> str:
     return f"{packed}, {shard.sequence_length} tokens and {shard.prediction_slots} prediction slots a row"
 
 
-def read(shard: Shard, keys=None) -> dict[str, np.ndarray]:
-    """All rows of a shard, each key as one array in the dtype of the file."""
+def read(shard: Shard, keys=None, rows=...) -> dict[str, np.ndarray]:
+    """All rows of a shard, or those of the slice `rows`, each key as one array in the dtype of the file."""
     with opened(shard.path) as file:
         try:
-            return {key: file[key][...] for key in keys or (PACKED_KEYS if shard.packed else UNPACKED_KEYS)}
+            return {key: file[key][rows] for key in keys or (PACKED_KEYS if shard.packed else UNPACKED_KEYS)}
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"{shard.path}: cannot be read: {error}") from None
 
