@@ -20,7 +20,7 @@ def evaluate(model, held_out, device, batch_size: int, precision=None, progress:
     model.eval()
     total = None
     rows = sum(shard.rows for shard in held_out)
-    with tqdm(total=rows, unit="row", desc="evaluating", disable=not progress, leave=False) as bar:
+    with tqdm(total=rows, unit="row", desc="evaluating", disable=None if progress else True, leave=False) as bar:
         for batch in batches_once(held_out, batch_size, model.config.vocab_size):
             sums = batch_sums(model, device.put(batch), precision)
             total = sums if total is None else total + sums

@@ -123,13 +123,3 @@ def trust_ratio(weight_square, update_square, weight_decay: float):
     usable = ((weight_square > 0.0) & (update_square > 0.0)).float()
     ratio = (weight_square / (update_square + (1.0 - usable))).sqrt()
     return ratio * usable + (1.0 - usable)
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float = 0.01) -> list[dict]:
-    """All parameters of a model, each once: those that decay, then biases and LayerNorm weights, which do not."""
-    named = list(model.named_parameters())
-    spared = [parameter for name, parameter in named if name.endswith("bias") or "LayerNorm" in name]
-    spared_ids = {id(parameter) for parameter in spared}
-    decaying = [parameter for _, parameter in named if id(parameter) not in spared_ids]
-    assert len(decaying) + len(spared) == len({id(parameter) for parameter in model.parameters()})
-    return [{"params": decaying, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]

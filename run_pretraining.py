@@ -23,9 +23,9 @@ def pretrain(args) -> dict:
     import dataset
     import device as devices
     import distributed
-    import lamb
     from mixed_precision import Precision
     from modeling import BertConfig, BertForPreTraining
+    from optimizers import build_optimizer
     from training import BatchPlan, Trainer
     from training_log import TrainingLog
 
@@ -44,7 +44,7 @@ def pretrain(args) -> dict:
     if start.state:
         checkpoint.load_model(model, start.state["model"], start.path)
     model.to_device(device.torch_device).train()
-    optimizer = lamb.NVLAMB(lamb.parameter_groups(model), lr=args.learning_rate)
+    optimizer, choice = build_optimizer(args, model)
     if start.with_optimizer and start.state and "optimizer" in start.state:
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
     stream = dataset.BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, process.rank,
@@ -52,7 +52,7 @@ def pretrain(args) -> dict:
 
     log = TrainingLog(args.json_summary, active=process.first, append=args.resume_from_checkpoint)
     log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})
-    for line in opening(args, device, precision, shards, model, plan, start):
+    for line in [*opening(args, device, precision, shards, model, plan, start), choice]:
         log.say(line)
     try:
         trainer = Trainer(args, process, device, precision, model, optimizer, stream, plan, start, held_out, log)

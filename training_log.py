@@ -5,6 +5,7 @@ A line of the file is `DLLL {json}` with timestamp, datetime, elapsedtime, type,
 """
 
 import json
+import sys
 import time
 from contextlib import contextmanager
 from datetime import datetime
@@ -40,14 +41,18 @@ class TrainingLog:
         """A line for people."""
         if self.active:
             tqdm.write(text)
+            sys.stdout.flush()  # at once also where the output is a file or a pipe
 
     def start_bar(self, first: int, last: int, disabled: bool) -> None:
-        self.bar = tqdm(total=last, initial=first, unit="step", disable=disabled or not self.active, dynamic_ncols=True)
+        """A bar on a terminal; a file gets the lines alone."""
+        self.bar = tqdm(total=last, initial=first, unit="step", disable=disabled or not self.active or None,
+                        dynamic_ncols=True)
 
     def step(self, epoch: int, step: int, data: dict) -> None:
         """The figures of a logged step, in the file, on the console, and beside the bar."""
         self.write([epoch, step], data)
-        self.bar.set_postfix(loss=f"{data['step_loss']:.3f}", seq_s=f"{data['average_perf_per_step']:.1f}")
+        self.bar.set_postfix_str(f"loss {data['step_loss']:.3f}, {data['average_perf_per_step']:.1f} sequences/s",
+                                 refresh=False)
         self.say(f"epoch {epoch} step {step}  loss {data['average_loss']:.4f} (mlm {data['mlm_loss']:.4f} "
                  f"nsp {data['nsp_loss']:.4f})  rate {data['learning_rate']:.3e}  "
                  f"{data['average_perf_per_step']:.1f} sequences/s  {data['average_training_time_step']:.3f} s/step")
