@@ -111,8 +111,7 @@ class Start:
     step: int = 0
     rows: int = 0
     path: Path | None = None
-    state: dict | None = None
-    with_optimizer: bool = True
+    state: dict | None = None  # its "optimizer" may be None: weights alone
 
 
 def find_start(args, report) -> Start:
@@ -132,8 +131,9 @@ def find_start(args, report) -> Start:
         raise UserError(f"--output_dir {args.output_dir}: no checkpoint in it that can be read; "
                         f"--phase2 goes on from ckpt_{args.phase1_end_step}.pt")
     if args.init_checkpoint:
-        return Start(path=args.init_checkpoint, state=load(args.init_checkpoint),
-                     with_optimizer=args.resume_from_checkpoint)
+        state = load(args.init_checkpoint)
+        state["optimizer"] = with_step_zero(state.get("optimizer")) if args.resume_from_checkpoint else None
+        return Start(path=args.init_checkpoint, state=state)
     if args.resume_from_checkpoint:
         report(f"no checkpoint in {args.output_dir} to resume from: starting at step 0")
     return Start()
@@ -161,7 +161,7 @@ def start_from(args, number: int, state: dict) -> Start:
 
 
 def with_step_zero(optimizer: dict | None) -> dict | None:
-    """Phase 2 keeps the moments and counts its steps anew."""
+    """The moments kept, the steps counted anew: how phase 2 starts."""
     if optimizer is None:
         return None
     return {**optimizer, "param_groups": [{**group, "step": 0} for group in optimizer["param_groups"]]}

@@ -45,7 +45,7 @@ def pretrain(args) -> dict:
         checkpoint.load_model(model, start.state["model"], start.path)
     model.to_device(device.torch_device).train()
     optimizer, choice = build_optimizer(args, model)
-    if start.with_optimizer and start.state and "optimizer" in start.state:
+    if start.state and start.state.get("optimizer"):
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
     stream = dataset.BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, process.rank,
                                  process.world_size, start.rows)
