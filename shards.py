@@ -5,6 +5,7 @@ An unpacked row holds one sequence; a packed one holds up to N, numbered 1, 2, â
 needed here: the stages that make data run where there is no torch.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import numpy as np
 
 from cli import UserError
 from file_utils import replacing
+
+ROWS_PER_CHUNK = 1024  # of shards written block by block: HDF5 compresses and reads this many rows at a time
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,28 @@ def write(path, rows: dict[str, np.ndarray]) -> None:
             if form:
                 file.create_dataset(column.key, data=rows[column.key].astype(form[0], copy=False),
                                     compression="gzip", compression_opts=1)
+
+
+@contextmanager
+def writing(path, rows: int, sequence_length: int, prediction_slots: int):
+    """Yield a function write(start, columns) that fills an unpacked shard of `rows` rows block by block.
+
+    The shard takes its name when the block ends well; until then nothing stands under it.  The same rows give the same
+    bytes, in whatever blocks they come, as long as a block starts where the one before ended.
+    """
+    widths = {"1": (), "S": (sequence_length,), "P": (prediction_slots,)}
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        for column in SCHEMA:
+            if column.unpacked:
+                dtype, width = column.unpacked
+                file.create_dataset(column.key, (rows, *widths[width]), dtype, compression="gzip", compression_opts=1,
+                                    chunks=(min(max(1, rows), ROWS_PER_CHUNK), *widths[width]))
+
+        def write_block(start: int, columns: dict[str, np.ndarray]) -> None:
+            for key, values in columns.items():
+                file[key][start:start + len(values)] = values
+
+        yield write_block
 
 
 def opened(path):
