@@ -29,6 +29,37 @@ def replacing(path):
             temporary.unlink()
 
 
+@contextmanager
+def replacing_files(folder, names):
+    """Yield temporary paths for files that belong together; when the block ends well, all of them take their names.
+
+    When the block raises, they are removed.  A crash between the renames leaves some new files beside some old ones: a
+    caller that must know writes a record after this block.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporaries = [folder / f".{name}.{os.getpid()}.tmp" for name in names]
+    try:
+        for temporary in temporaries:
+            temporary.write_bytes(b"")
+        yield temporaries
+        for temporary in temporaries:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        for temporary, name in zip(temporaries, names, strict=True):
+            os.replace(temporary, folder / name)
+        sync_folder(folder)
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder) -> None:
+    """Delete the temporary files that a killed run left in `folder`."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def sync_folder(folder) -> None:
     """Make the renames in `folder` survive a power cut (POSIX: the folder itself is flushed)."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -5,6 +5,7 @@ An unpacked row holds one sequence; a packed one holds up to N, numbered 1, 2, â
 needed here: the stages that make data run where there is no torch.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import numpy as np
 
 from cli import UserError
 from file_utils import replacing
+
+ROWS_PER_CHUNK = 1024  # of shards written block by block: HDF5 compresses and reads this many rows at a time
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,8 @@ def find(folder, split: str = "training", flag: str = "--input_dir") -> list[Sha
     """The shards of a folder, in the order of their names: every packed .hdf5 file, and the unpacked ones whose names
     hold `split` ("training" or "test").  Other files do no harm.
 
-    Raises UserError, naming `flag`, where the folder is missing or no shard is in it, where packed and unpacked shards
-    are mixed, or where the lengths differ.
+    Raises UserError, naming `flag`, where the folder is missing or no shard is in it, where its shards are
+    not all of one form.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -115,7 +118,7 @@ def find(folder, split: str = "training", flag: str = "--input_dir") -> list[Sha
         raise UserError(f"{flag} {folder}: no shard in it "
                         f"(packed .hdf5 files, or unpacked ones with '{split}' in the name)")
     for shard in shards:
-        if (shard.packed, shard.sequence_length) != (shards[0].packed, shards[0].sequence_length):
+        if description(shard) != description(shards[0]):
             raise UserError(f"{flag} {folder}: {shards[0].path.name} is {description(shards[0])}, "
                             f"{shard.path.name} is {description(shard)}")
     if not any(shard.rows for shard in shards):
@@ -124,7 +127,9 @@ def find(folder, split: str = "training", flag: str = "--input_dir") -> list[Sha
 
 
 def description(shard: Shard) -> str:
-    return f"{'packed' if shard.packed else 'unpacked'} with {shard.sequence_length} tokens a row"
+    """The form of a shard in words; shards of one set share it."""
+    packed = f"packed to {shard.max_sequences} sequences a row" if shard.packed else "unpacked"
+    return f"{packed}, {shard.sequence_length} tokens and {shard.prediction_slots} prediction slots a row"
 
 
 def read(shard: Shard, keys=None, rows=...) -> dict[str, np.ndarray]:
@@ -151,6 +156,28 @@ def write(path, rows: dict[str, np.ndarray]) -> None:
                 chunk = (min(len(values), ROWS_PER_CHUNK), *values.shape[1:]) if len(values) else True
                 file.create_dataset(column.key, data=values, chunks=chunk, shuffle=True,
                                     compression="gzip", compression_opts=1)
+
+
+@contextmanager
+def writing(path, rows: int, sequence_length: int, prediction_slots: int):
+    """Yield a function write(start, columns) that fills an unpacked shard of `rows` rows block by block.
+
+    The shard takes its name when the block ends well; until then nothing stands under it.  The same rows give the same
+    bytes, in whatever blocks they come, as long as a block starts where the one before ended.
+    """
+    widths = {"1": (), "S": (sequence_length,), "P": (prediction_slots,)}
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        for column in SCHEMA:
+            if column.unpacked:
+                dtype, width = column.unpacked
+                file.create_dataset(column.key, (rows, *widths[width]), dtype, compression="gzip", compression_opts=1,
+                                    chunks=(min(max(1, rows), ROWS_PER_CHUNK), *widths[width]))
+
+        def write_block(start: int, columns: dict[str, np.ndarray]) -> None:
+            for key, values in columns.items():
+                file[key][start:start + len(values)] = values
+
+        yield write_block
 
 
 def opened(path):

@@ -1,0 +1,76 @@
+"""The one place that decides where the work of a stage runs: in this process, on several, or on the ranks of MPI.
+
+    python bertPrep.py --n_processes 1            this process
+    python bertPrep.py --n_processes 8            eight processes of this machine
+    mpirun -n 32 … -m mpi4py.futures bertPrep.py  31 workers on any number of servers that share the folder
+
+A stage sees only `submit`; results come back in the order of the tasks, so that what it writes does not depend on the
+choice.
+"""
+
+import sys
+from collections import deque
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+
+from cli import UserError
+
+TASKS_AHEAD = 2  # for each worker: enough that none waits, few enough that waiting results stay small
+
+
+class ThisProcess(Executor):
+    """Runs each task at once, where it is submitted."""
+
+    workers = 1
+
+    def submit(self, function, /, *args, **kwargs):
+        future = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:  # handed to whoever asks for the result, as a pool of processes does
+            future.set_exception(error)
+        return future
+
+
+def open_pool(n_processes: int):
+    """An executor with an attribute `workers`; to be used in a `with` statement."""
+    ranks = mpi_ranks()
+    if ranks > 1:
+        from mpi4py.futures import MPIPoolExecutor
+
+        pool, workers = MPIPoolExecutor(), ranks - 1
+    elif n_processes == 1:
+        return ThisProcess()
+    else:
+        # A fresh interpreter each: a fork would copy this process's memory and whatever its threads hold locked.
+        pool, workers = ProcessPoolExecutor(n_processes, mp_context=get_context("spawn")), n_processes
+    pool.workers = workers
+    return pool
+
+
+def mpi_ranks() -> int:
+    """How many ranks run under `python -m mpi4py.futures`; 1 where that is not how this was started."""
+    if "mpi4py.futures" not in sys.modules:
+        return 1
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.Get_size()
+
+
+def ordered_map(pool, function, tasks):
+    """Yield function(*task) for each task, in order, keeping only a few tasks and results in memory at a time."""
+    waiting = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(function, *task))
+            while len(waiting) > TASKS_AHEAD * pool.workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed; where that was for lack of memory, a smaller --n_processes "
+                        "helps.  What is finished is kept: the same command goes on from there") from None
+    finally:
+        for future in waiting:
+            future.cancel()
