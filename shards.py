@@ -15,7 +15,7 @@ import numpy as np
 from cli import UserError
 from file_utils import replacing
 
-ROWS_PER_CHUNK = 1024  # of shards written block by block: HDF5 compresses and reads this many rows at a time
+ROWS_PER_CHUNK = 1024  # of the shards written here: HDF5 compresses and reads this many rows at a time
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ SCHEMA = (
 )
 UNPACKED_KEYS = tuple(column.key for column in SCHEMA if column.unpacked)
 PACKED_KEYS = tuple(column.key for column in SCHEMA)
-ROWS_PER_CHUNK = 256  # in the files written here
 
 
 @dataclass(frozen=True)
