@@ -105,8 +105,8 @@ def find(folder, split: str = "training", flag: str = "--input_dir") -> list[Sha
     """The shards of a folder, in the order of their names: every packed .hdf5 file, and the unpacked ones whose names
     hold `split` ("training" or "test").  Other files do no harm.
 
-    Raises UserError, naming `flag`, where the folder is missing or no shard is in it, where packed and unpacked shards
-    are mixed, or where the lengths differ.
+    Raises UserError, naming `flag`, where the folder is missing or no shard is in it, where its shards are
+    not all of one form.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -117,7 +117,7 @@ def find(folder, split: str = "training", flag: str = "--input_dir") -> list[Sha
         raise UserError(f"{flag} {folder}: no shard in it "
                         f"(packed .hdf5 files, or unpacked ones with '{split}' in the name)")
     for shard in shards:
-        if (shard.packed, shard.sequence_length) != (shards[0].packed, shards[0].sequence_length):
+        if description(shard) != description(shards[0]):
             raise UserError(f"{flag} {folder}: {shards[0].path.name} is {description(shards[0])}, "
                             f"{shard.path.name} is {description(shard)}")
     if not any(shard.rows for shard in shards):
@@ -126,14 +126,16 @@ def find(folder, split: str = "training", flag: str = "--input_dir") -> list[Sha
 
 
 def description(shard: Shard) -> str:
-    return f"{'packed' if shard.packed else 'unpacked'} with {shard.sequence_length} tokens a row"
+    """The form of a shard in words; shards of one set share it."""
+    packed = f"packed to {shard.max_sequences} sequences a row" if shard.packed else "unpacked"
+    return f"{packed}, {shard.sequence_length} tokens and {shard.prediction_slots} prediction slots a row"
 
 
-def read(shard: Shard, keys=None) -> dict[str, np.ndarray]:
-    """All rows of a shard, each key as one array in the dtype of the file."""
+def read(shard: Shard, keys=None, rows=...) -> dict[str, np.ndarray]:
+    """All rows of a shard, or those of the slice `rows`, each key as one array in the dtype of the file."""
     with opened(shard.path) as file:
         try:
-            return {key: file[key][...] for key in keys or (PACKED_KEYS if shard.packed else UNPACKED_KEYS)}
+            return {key: file[key][rows] for key in keys or (PACKED_KEYS if shard.packed else UNPACKED_KEYS)}
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"{shard.path}: cannot be read: {error}") from None
 

@@ -1,0 +1,49 @@
+"""MLM loss and accuracy and NSP accuracy of a checkpoint on held-out shards.
+
+    python3 evaluate.py --checkpoint results/checkpoints/ckpt_7038.pt --config_file bert_config.json --eval_dir D
+"""
+
+import json
+
+import cli
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    import torch
+
+    import checkpoint
+    import device as devices
+    import shards
+    from evaluation import describe, evaluate
+    from modeling import BertConfig, BertForPreTraining
+
+    device = devices.select(args)
+    config = BertConfig.from_json_file(args.config_file)
+    held_out = shards.find(args.eval_dir, "test", "--eval_dir")
+    torch.manual_seed(args.seed)
+    model = BertForPreTraining(config, device.attention)
+    if args.checkpoint:
+        checkpoint.load_model(model, checkpoint.load(args.checkpoint)["model"], args.checkpoint)
+    model.to_device(device.torch_device)
+    figures = evaluate(model, held_out, device, args.batch_size, progress=not args.disable_progress_bar)
+    print(json.dumps(figures, indent=2) if args.json else describe(figures))
+
+
+def parse_arguments(argv):
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", help="the checkpoint; without one, the freshly initialised model is evaluated")
+    parser.add_argument("--config_file", required=True, help="its model config, JSON")
+    parser.add_argument("--eval_dir", required=True, help="folder of shards (packed, or with 'test' in the name)")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="rows at a time")
+    parser.add_argument("--seed", type=int, default=42, help="of the fresh weights, where no checkpoint is given")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--use_habana", action="store_true", help="run on HPU")
+    parser.add_argument("--use_torch_lazy", action="store_true", help="run on PyTorch's lazy tensors")
+    parser.add_argument("--no_cuda", action="store_true", help="CPU even where a GPU is present")
+    parser.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,125 @@
+"""NVLAMB: LAMB (You et al. 2019, arXiv 1904.00962) as BERT is pre-trained with it.
+
+Per step t, with g the gradients divided by max(1, ‖all gradients‖₂ / max_grad_norm):
+
+    m = β₁·m + (1−β₁)·g          v = β₂·v + (1−β₂)·g²
+    u = (m / (1−β₁ᵗ)) / (√(v / (1−β₂ᵗ)) + eps) + weight_decay·w
+    w = w − lr·trust_ratio·u     trust_ratio = ‖w‖/‖u‖ where the group decays and both norms are > 0, else 1
+
+A step whose gradient norm is not finite changes neither weights nor moments.  Nothing in a step waits for the device:
+what a caller may want to know (gradient_norm, skipped_steps) stays there as a tensor until it is asked for.
+"""
+
+import torch
+
+SLICE = 1 << 18  # elements worked on at a time on a CPU: all that belongs to them stays in its cache
+
+
+class NVLAMB(torch.optim.Optimizer):
+    """LAMB with bias correction, and clipping by the norm of all gradients.
+
+    The step count t lives in param_groups (`step`), the moments in the state (`exp_avg`, `exp_avg_sq`).
+    `gradient_norm` is the norm before clipping at the last step, `skipped_steps` the number of steps that were not
+    taken because that norm was not finite, both scalar tensors on the device.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_grad_norm=1.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+        device = self.param_groups[0]["params"][0].device
+        self.max_grad_norm = max_grad_norm
+        self.gradient_norm = torch.zeros((), device=device)
+        self.skipped_steps = torch.zeros((), device=device)
+        self.update = self.update_in_slices if device.type == "cpu" else self.update_by_the_paper
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step over all parameters that have a gradient.  On a CPU the clipped gradients stay in .grad."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self.gradient_norm = norm([param.grad for group in self.param_groups for param in with_gradient(group)])
+        finite = torch.isfinite(self.gradient_norm).float()
+        self.skipped_steps = self.skipped_steps + (1.0 - finite)
+        divisor = (self.gradient_norm / self.max_grad_norm).clamp(min=1.0)
+        for group in self.param_groups:
+            group["step"] += 1
+            params = with_gradient(group)
+            self.create_missing_moments(params)
+            self.update(group, params, divisor, finite)
+        return loss
+
+    def create_missing_moments(self, params) -> None:
+        for param in params:
+            if not self.state[param]:
+                self.state[param]["exp_avg"] = torch.zeros_like(param)
+                self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
+
+    def update_by_the_paper(self, group, params, divisor, finite) -> None:
+        """The formulas above in operations that every device has: one graph where the device builds graphs.
+
+        What changes from step to step comes in as a tensor, since a Python number would become part of the graph.
+        `finite` is 1.0, or 0.0 to leave everything as it is.
+        """
+        beta1, beta2 = group["betas"]
+        rate, correction1, correction2 = step_scalars(group, divisor.device)
+        keep1, keep2 = 1.0 - (1.0 - beta1) * finite, 1.0 - (1.0 - beta2) * finite
+        for param in params:
+            exp_avg, exp_avg_sq = self.state[param]["exp_avg"], self.state[param]["exp_avg_sq"]
+            gradient = (param.grad / divisor).masked_fill(finite == 0.0, 0.0)
+            exp_avg.mul_(keep1).add_(gradient, alpha=1.0 - beta1)
+            exp_avg_sq.mul_(keep2).addcmul_(gradient, gradient, value=1.0 - beta2)
+            update = (exp_avg / correction1) / ((exp_avg_sq / correction2).sqrt() + group["eps"])
+            update = update + group["weight_decay"] * param
+            ratio = trust_ratio((param * param).sum(), (update * update).sum(), group["weight_decay"])
+            param.sub_(update * (rate * finite * ratio))
+
+    def update_in_slices(self, group, params, divisor, finite) -> None:
+        """The same on a CPU, limited by memory: each slice of a weight is finished while the cache holds it.
+
+        PyTorch's fused Adam kernel, run with rate 1 on a zeroed buffer, updates the moments and leaves −u there
+        without the decay; it divides the gradient by grad_scale and does nothing where found_inf is 1.
+        """
+        beta1, beta2 = group["betas"]
+        adam = {"lr": 1.0, "beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": 0.0, "amsgrad": False,
+                "maximize": False, "grad_scale": divisor, "found_inf": 1.0 - finite}
+        step = torch.tensor(float(group["step"]))
+        buffer = torch.empty(max((param.numel() for param in params), default=0))
+        for param in params:
+            state = self.state[param]
+            flat = [tensor.view(-1) for tensor in (param, param.grad, state["exp_avg"], state["exp_avg_sq"])]
+            flat.append(buffer[:param.numel()])
+            weight_square = update_square = torch.zeros(())
+            for slices in zip(*(tensor.split(SLICE) for tensor in flat), strict=True):
+                weight, gradient, exp_avg, exp_avg_sq, update = slices
+                update.zero_()
+                torch._fused_adamw_([update], [gradient], [exp_avg], [exp_avg_sq], [], [step], **adam)
+                update.sub_(weight, alpha=group["weight_decay"])  # −u
+                weight_square = weight_square + weight.dot(weight)
+                update_square = update_square + update.dot(update)
+            ratio = trust_ratio(weight_square, update_square, group["weight_decay"])
+            flat[0].add_(flat[-1], alpha=float(group["lr"] * finite * ratio))
+
+
+def with_gradient(group) -> list:
+    return [param for param in group["params"] if param.grad is not None]
+
+
+def norm(tensors) -> torch.Tensor:
+    """‖all tensors together‖₂, a scalar tensor, from sums of squares: not every device has a kernel for norms."""
+    if tensors[0].device.type in ("cpu", "cuda"):
+        return torch.stack(torch._foreach_norm(tensors)).norm()
+    return sum((tensor * tensor).sum() for tensor in tensors).sqrt()
+
+
+def step_scalars(group, device) -> list[torch.Tensor]:
+    """The rate and both bias corrections 1 − βᵗ of a group's step as scalar tensors on the device."""
+    beta1, beta2 = group["betas"]
+    values = (float(group["lr"]), 1.0 - beta1 ** group["step"], 1.0 - beta2 ** group["step"])
+    return [torch.tensor(value).to(device, non_blocking=True) for value in values]
+
+
+def trust_ratio(weight_square, update_square, weight_decay: float):
+    """‖w‖/‖u‖ from the squared norms; 1 where the group does not decay or a norm is 0 (no branch on a tensor)."""
+    if weight_decay == 0.0:
+        return 1.0
+    usable = ((weight_square > 0.0) & (update_square > 0.0)).float()
+    ratio = (weight_square / (update_square + (1.0 - usable))).sqrt()
+    return ratio * usable + (1.0 - usable)

@@ -1,0 +1,315 @@
+"""BERT (Devlin et al. 2018, arXiv 1810.04805) with its two pre-training heads.
+
+Packing is data, not a mode: a row may hold one sequence or many.  Tokens attend to the tokens with their own number in
+input_mask, positions restart with each sequence, and every [CLS] is gathered by its place in the row.
+
+Legend: B rows in the batch, S tokens in a row, N heads, H head size, D = N·H hidden size, V vocabulary,
+P slots for masked tokens in a row, C slots for sequences in a row.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from cli import UserError
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+LAYER_NORM_EPS = 1e-12
+MASKED_SCORE = -10000.0  # finite, and exp() of it is 0 in fp32 and bf16; infinities become NaN under bf16 op lists
+IGNORED_LABEL = -1
+INTEGER_KEYS = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
+                "num_hidden_layers", "type_vocab_size", "vocab_size")
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The architecture.  Its values live in bert_config*.json and nowhere else."""
+
+    attention_probs_dropout_prob: float
+    hidden_act: str
+    hidden_dropout_prob: float
+    hidden_size: int
+    initializer_range: float
+    intermediate_size: int
+    max_position_embeddings: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    type_vocab_size: int
+    vocab_size: int
+
+    @classmethod
+    def from_json_file(cls, path) -> "BertConfig":
+        """Read and check a config; UserError names the file, the key and the value that cannot be."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--config_file {path}: {error.strerror}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise UserError(f"--config_file {path}: not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"--config_file {path}: holds no JSON object")
+        names = {field.name for field in fields(cls)}
+        if set(values) != names:
+            wrong = [f"unknown key {key!r}" for key in sorted(set(values) - names)]
+            wrong += [f"missing key {key!r}" for key in sorted(names - set(values))]
+            raise UserError(f"--config_file {path}: {', '.join(wrong)}")
+        problem = config_problem(values)
+        if problem:
+            raise UserError(f"--config_file {path}: {problem}")
+        return cls(**values)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """vocab_size rounded up to a multiple of 8, which matrix units like; no label is ever an added entry."""
+        return -(-self.vocab_size // 8) * 8
+
+
+def config_problem(values: dict) -> str | None:
+    """What is impossible in the values of a config, or None."""
+    for key in INTEGER_KEYS:
+        if type(values[key]) is not int or not 1 <= values[key] < 2**31:
+            return f"{key} is {values[key]!r}, not a whole number from 1 to {2**31 - 1}"
+    for key in ("attention_probs_dropout_prob", "hidden_dropout_prob"):
+        if type(values[key]) not in (int, float) or not 0.0 <= values[key] < 1.0:
+            return f"{key} is {values[key]!r}, not a number from 0 to below 1"
+    if type(values["initializer_range"]) not in (int, float) or not 0.0 < values["initializer_range"] < 1e3:
+        return f"initializer_range is {values['initializer_range']!r}, not a number above 0 and below 1000"
+    if values["hidden_act"] not in ACTIVATIONS:
+        return f"hidden_act is {values['hidden_act']!r}, not one of {', '.join(ACTIVATIONS)}"
+    if values["hidden_size"] % values["num_attention_heads"]:
+        return (f"hidden_size {values['hidden_size']} is not divisible by "
+                f"num_attention_heads {values['num_attention_heads']}")
+    if values["type_vocab_size"] < 2:
+        return f"type_vocab_size is {values['type_vocab_size']}, but segment_ids hold 0 and 1"
+    return None
+
+
+def plain_attention(query, key, value, mask, dropout_prob):
+    """softmax(q·kᵀ/√H + mask)·v in elementary operations, which every device has.  q, k, v: (B, N, S, H)."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + mask  # (B, N, S, S)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout_prob, training=dropout_prob > 0.0)
+    return weights @ value  # (B, N, S, H)
+
+
+def sdpa_attention(query, key, value, mask, dropout_prob):
+    """The same through PyTorch's fused kernels.  q, k, v: (B, N, S, H)."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype), dropout_p=dropout_prob)
+
+
+ATTENTIONS = {"plain": plain_attention, "sdpa": sdpa_attention}
+
+
+def attention_mask(input_mask):
+    """Scores to add so that a token sees only its own sequence, by the numbers in input_mask.  (B, S) → (B, 1, S, S)"""
+    same = input_mask[:, :, None] == input_mask[:, None, :]
+    return ((1.0 - same.float()) * MASKED_SCORE)[:, None]
+
+
+def gather_positions(hidden, positions):
+    """hidden (B, S, D), positions (B, K) → (B, K, D)."""
+    return hidden.gather(1, positions.long()[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids, segment_ids, positions):
+        total = (self.word_embeddings(input_ids) + self.position_embeddings(positions)
+                 + self.token_type_embeddings(segment_ids))  # (B, S, D)
+        return self.dropout(self.LayerNorm(total))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: BertConfig, attention):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.dropout_prob = config.attention_probs_dropout_prob
+        self.attention = attention
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def split_heads(self, hidden):
+        return hidden.view(*hidden.shape[:2], self.heads, -1).transpose(1, 2)  # (B, N, S, H)
+
+    def forward(self, hidden, mask):
+        query, key, value = (self.split_heads(linear(hidden)) for linear in (self.query, self.key, self.value))
+        context = self.attention(query, key, value, mask, self.dropout_prob if self.training else 0.0)  # (B, N, S, H)
+        return context.transpose(1, 2).reshape(hidden.shape)  # (B, S, D)
+
+
+class ResidualOutput(nn.Module):
+    """LayerNorm(residual + dropout(dense(hidden))): how both halves of a post-LayerNorm layer end."""
+
+    def __init__(self, input_size: int, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden, residual):
+        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: BertConfig, attention):
+        super().__init__()
+        self.self = SelfAttention(config, attention)
+        self.output = ResidualOutput(config.hidden_size, config)
+
+    def forward(self, hidden, mask):
+        return self.output(self.self(hidden, mask), hidden)
+
+
+class DenseActivation(nn.Module):
+    """activation(dense_act(hidden))."""
+
+    def __init__(self, input_size: int, output_size: int, activation):
+        super().__init__()
+        self.dense_act = nn.Linear(input_size, output_size)
+        self.activation = activation
+
+    def forward(self, hidden):
+        return self.activation(self.dense_act(hidden))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: BertConfig, attention):
+        super().__init__()
+        self.attention = Attention(config, attention)
+        activation = ACTIVATIONS[config.hidden_act]
+        self.intermediate = DenseActivation(config.hidden_size, config.intermediate_size, activation)
+        self.output = ResidualOutput(config.intermediate_size, config)
+
+    def forward(self, hidden, mask):
+        hidden = self.attention(hidden, mask)
+        return self.output(self.intermediate(hidden), hidden)  # (B, S, D)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: BertConfig, attention, checkpoint_activations: bool):
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config, attention) for _ in range(config.num_hidden_layers))
+        self.checkpoint_activations = checkpoint_activations
+
+    def forward(self, hidden, mask):
+        for layer in self.layer:
+            if self.checkpoint_activations and self.training:
+                hidden = checkpoint(layer, hidden, mask, use_reentrant=False)
+            else:
+                hidden = layer(hidden, mask)
+        return hidden
+
+
+class BertModel(nn.Module):
+    """Embeddings, encoder, and the pooler over every [CLS]."""
+
+    def __init__(self, config: BertConfig, attention, checkpoint_activations: bool):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config, attention, checkpoint_activations)
+        self.pooler = DenseActivation(config.hidden_size, config.hidden_size, torch.tanh)
+
+    def forward(self, input_ids, input_mask, segment_ids, positions, next_sentence_positions):
+        """All inputs (B, S), next_sentence_positions (B, C) → hidden states (B, S, D), pooled [CLS] (B, C, D)."""
+        hidden = self.embeddings(input_ids, segment_ids, positions)
+        hidden = self.encoder(hidden, attention_mask(input_mask))
+        return hidden, self.pooler(gather_positions(hidden, next_sentence_positions))
+
+
+class MaskedLMHead(nn.Module):
+    """Scores over the vocabulary; the decoder's weight is the word embedding."""
+
+    def __init__(self, config: BertConfig, word_embeddings):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
+        self.transform = DenseActivation(config.hidden_size, config.hidden_size, ACTIVATIONS[config.hidden_act])
+        self.transform.LayerNorm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
+        self.decoder = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.decoder.weight = word_embeddings
+
+    def forward(self, hidden):
+        hidden = self.transform.LayerNorm(self.transform(hidden))
+        return F.linear(hidden, self.decoder.weight, self.bias)  # (…, V)
+
+
+class PreTrainingHeads(nn.Module):
+    def __init__(self, config: BertConfig, word_embeddings):
+        super().__init__()
+        self.predictions = MaskedLMHead(config, word_embeddings)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class BertForPreTraining(nn.Module):
+    """BERT with the masked-LM and the next-sentence head.
+
+    `attention` names the implementation ("sdpa" or "plain"); `checkpoint_activations` recomputes each layer in the
+    backward pass, for memory against time.
+    """
+
+    def __init__(self, config: BertConfig, attention: str = "sdpa", checkpoint_activations: bool = False):
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, ATTENTIONS[attention], checkpoint_activations)
+        self.cls = PreTrainingHeads(config, self.bert.embeddings.word_embeddings.weight)
+        self.apply(self.initialize)
+
+    def initialize(self, module: nn.Module) -> None:
+        """Weights N(0, initializer_range), biases 0; LayerNorm starts as 1 and 0 by itself."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def to_device(self, device: torch.device) -> "BertForPreTraining":
+        """Move to a device, and tie the decoder again: where a move changes types, it copies a weight twice."""
+        self.to(device)
+        self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+        return self
+
+    def logits(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch in the packed form of shards.SCHEMA → MLM scores (B, P, V) of the masked slots, NSP (B, C, 2)."""
+        hidden, pooled = self.bert(batch["input_ids"], batch["input_mask"], batch["segment_ids"], batch["positions"],
+                                   batch["next_sentence_positions"])
+        masked = gather_positions(hidden, batch["masked_lm_positions"])  # (B, P, D)
+        return self.cls.predictions(masked), self.cls.seq_relationship(pooled)
+
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        """The losses of a batch as fp32 scalars: loss = mlm_loss + nsp_loss."""
+        return losses(*self.logits(batch), batch)
+
+
+def mlm_labels(batch: dict) -> torch.Tensor:
+    """The masked tokens, IGNORED_LABEL in empty slots (position 0 is [CLS], which is never masked).  (B, P)"""
+    used = (batch["masked_lm_positions"] != 0).long()
+    return batch["masked_lm_ids"].long() * used + IGNORED_LABEL * (1 - used)
+
+
+def nsp_labels(batch: dict) -> torch.Tensor:
+    """1 = the second segment is random, 0 = it follows, IGNORED_LABEL in empty slots.  (B, C)"""
+    used = batch["next_sentence_weights"].long()
+    return batch["next_sentence_labels"].long() * used + IGNORED_LABEL * (1 - used)
+
+
+def losses(mlm_logits, nsp_logits, batch: dict) -> dict[str, torch.Tensor]:
+    """Mean cross entropy over the masked tokens, and over the sequences, and their sum, in fp32."""
+    mlm_loss = mean_cross_entropy(mlm_logits, mlm_labels(batch))
+    nsp_loss = mean_cross_entropy(nsp_logits, nsp_labels(batch))
+    return {"loss": mlm_loss + nsp_loss, "mlm_loss": mlm_loss, "nsp_loss": nsp_loss}
+
+
+def mean_cross_entropy(logits, labels):
+    """Cross entropy averaged over the slots in use, in fp32; 0, not NaN, where no slot is."""
+    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    return total / (labels != IGNORED_LABEL).sum().clamp(min=1).float()

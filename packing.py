@@ -1,0 +1,118 @@
+"""Packing recipes: which lengths share a row, worked out from the histogram of the sequence lengths alone.
+
+A strategy is the lengths of one row's sequences, longest first, for example (300, 212).  A recipe says how many rows
+follow each strategy.  `histogram[length]` counts the sequences of that length, so it has row length + 1 entries;
+`depth` is the most sequences a row may hold.  Nothing here touches a file.
+"""
+
+from bisect import bisect_left, insort
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`rows[strategy]` rows hold sequences of these lengths; no recipe at all needs fewer rows than `bound`."""
+
+    rows: Counter
+    bound: int
+
+    @property
+    def row_count(self) -> int:
+        return sum(self.rows.values())
+
+    def histogram(self, row_length: int) -> np.ndarray:
+        """How many sequences of each length the recipe places."""
+        placed = np.zeros(row_length + 1, np.int64)
+        for strategy, count in self.rows.items():
+            np.add.at(placed, list(strategy), count)
+        return placed
+
+
+def elementary_bound(histogram: np.ndarray, depth: int) -> int:
+    """The fewest rows that the number of tokens, of sequences, and of sequences too long to share a row allow.
+
+    >>> elementary_bound(np.array([0, 0, 0, 0, 0, 5, 0, 0, 0]), depth=3)  # five sequences of 5 in rows of 8
+    5
+    """
+    lengths = np.arange(len(histogram))
+    row_length = len(histogram) - 1
+    by_tokens = -(-int(histogram @ lengths) // row_length)
+    by_count = -(-int(histogram.sum()) // depth)
+    alone = int(histogram[lengths * 2 > row_length].sum())
+    return max(by_tokens, by_count, alone)
+
+
+def longest_pack_first(histogram: np.ndarray, depth: int) -> Counter:
+    """Place the longest sequences first, each in the fullest row that still takes it (LPFHP, Krell et al., 2022).
+
+    All sequences of a length are placed at once, so the time depends on the row length and not on the number of
+    sequences.
+
+    >>> longest_pack_first(np.array([0, 0, 4, 1, 1, 0, 1]), depth=3)  # 6; 4 + 2; 3 + 2; 2 + 2
+    Counter({(6,): 1, (4, 2): 1, (3, 2): 1, (2, 2): 1})
+    """
+    row_length = len(histogram) - 1
+    finished = Counter()
+    unfinished = {}  # room left in the row -> [[strategy, number of rows], ...]
+    rooms = []       # the keys of `unfinished`, ascending
+
+    def put(strategy, count, room):
+        if len(strategy) == depth or room == 0:
+            finished[strategy] += count
+        elif room in unfinished:
+            unfinished[room].append([strategy, count])
+        else:
+            unfinished[room] = [[strategy, count]]
+            insort(rooms, room)
+
+    for length in np.flatnonzero(histogram)[::-1].tolist():
+        waiting = int(histogram[length])
+        while waiting:
+            fit = bisect_left(rooms, length)
+            if fit == len(rooms):
+                copies = min(row_length // length, depth, waiting)
+                put((length,) * copies, waiting // copies, row_length - length * copies)
+                waiting %= copies
+                continue
+            room = rooms[fit]
+            strategy, count = unfinished[room][-1]
+            taken = min(count, waiting)
+            waiting -= taken
+            unfinished[room][-1][1] -= taken
+            if count == taken:
+                unfinished[room].pop()
+            if not unfinished[room]:
+                del unfinished[room], rooms[fit]
+            put((*strategy, length), taken, room - length)
+    for strategy, count in (pack for packs in unfinished.values() for pack in packs):
+        finished[strategy] += count
+    return finished
+
+
+def most_valuable_rows(values: np.ndarray, depth: int) -> np.ndarray:
+    """The greatest value of a row filled up to each number of tokens, (row length + 1,), at most `depth` sequences.
+
+    `values[length]` is what one sequence of that length is worth, 0 or more.
+
+    >>> most_valuable_rows(np.array([0, 0, 3, 4, 0, 0]), depth=2)  # 2 + 3 tokens hold 3 + 4
+    array([0, 0, 3, 4, 6, 7])
+    """
+    best = np.zeros_like(values)
+    for _ in range(depth):
+        before = best.copy()
+        for length in np.flatnonzero(values).tolist():
+            np.maximum(best[length:], before[:-length] + values[length], out=best[length:])
+        if (best == before).all():
+            break
+    return best
+
+
+def solve_by_lpfhp(histogram: np.ndarray, depth: int) -> Recipe:
+    return Recipe(longest_pack_first(histogram, depth), elementary_bound(histogram, depth))
+
+
+METHODS = {"lpfhp": solve_by_lpfhp}
+DEFAULT_METHOD = "lpfhp"

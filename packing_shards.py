@@ -1,0 +1,303 @@
+"""Packing files: from unpacked shards and a recipe to packed shards, in bounded memory and with bounded open files.
+
+Three passes, each over independent pieces of work that may run in processes of their own:
+
+1. survey:  block by block of input rows, check the rows and count the lengths.  The recipe is made from the counts.
+2. scatter: read every block again; each sequence looks up its row and slot, and goes to the temporary files of its
+            block, sorted by the part (output shard) that the row is in.
+3. gather:  part by part, collect the part's sequences from all blocks and write the packed shard.
+
+Where a sequence goes is a pure function of its length, its rank among the sequences of that length (in the order of the
+input) and the seed, so the result does not depend on the number of processes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import shards
+from cli import UserError
+from packing import Recipe
+
+TOKENS_PER_BLOCK = 2**23  # a process holds one block or part at a time, some 40 bytes a token
+
+SEQUENCE = np.dtype([("row", "i4"), ("slot", "i4"), ("length", "i4"), ("predictions", "i4"), ("label", "i1")])
+TOKEN = np.dtype([("input_ids", "i4"), ("segment_ids", "i1")])
+PREDICTION = np.dtype([("position", "i4"), ("id", "i4")])  # the position counts from the sequence's own start
+RECORDS = {"sequences": SEQUENCE, "tokens": TOKEN, "predictions": PREDICTION}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of an unpacked shard, few enough to be held in memory."""
+
+    number: int
+    shard: shards.Shard
+    start: int
+    stop: int
+
+    def row(self, index: int) -> str:
+        """How an error message names a row of this block."""
+        return f"{self.shard.path}: row {self.start + index}"
+
+
+def blocks_of(found: list[shards.Shard]) -> list[Block]:
+    """Cut the shards into blocks, in order."""
+    blocks = []
+    for shard in found:
+        rows = max(1, TOKENS_PER_BLOCK // shard.sequence_length)
+        for start in range(0, shard.rows, rows):
+            blocks.append(Block(len(blocks), shard, start, min(start + rows, shard.rows)))
+    return blocks
+
+
+# --- survey ---
+
+@dataclass(frozen=True)
+class Survey:
+    """What the recipe needs to know of a block: both arrays are indexed by length, from 0 to the row length."""
+
+    histogram: np.ndarray
+    most_predictions: np.ndarray  # the most masked tokens in a sequence of that length
+
+
+def survey(block: Block) -> Survey:
+    """Count the lengths of a block's sequences.  Raises UserError naming file and row where a row cannot be packed."""
+    rows = shards.read(block.shard, ("input_mask", "masked_lm_positions"), rows=slice(block.start, block.stop))
+    lengths = checked_lengths(block, rows["input_mask"])
+    used = checked_predictions(block, rows["masked_lm_positions"], lengths)
+    most_predictions = np.zeros(block.shard.sequence_length + 1, np.int64)
+    np.maximum.at(most_predictions, lengths, np.count_nonzero(used, axis=1))
+    return Survey(np.bincount(lengths, minlength=block.shard.sequence_length + 1), most_predictions)
+
+
+def checked_lengths(block: Block, input_mask: np.ndarray) -> np.ndarray:
+    """The number of tokens in each row, (n,), from masks (n, S) that must be ones followed by zeros."""
+    lengths = np.count_nonzero(input_mask, axis=1)
+    refuse_rows(block, lengths == 0, "is empty (input_mask is 0 everywhere)")
+    refuse_rows(block, ((input_mask != 0) & (input_mask != 1)).any(axis=1),
+                "has an input_mask that is not 0 or 1: is the shard packed already?")
+    expected = np.arange(input_mask.shape[1]) < lengths[:, None]
+    refuse_rows(block, (expected != input_mask).any(axis=1), "has a gap in its input_mask")
+    return lengths
+
+
+def checked_predictions(block: Block, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Which slots of masked_lm_positions are used, (n, P); a used one must lie inside its sequence."""
+    refuse_rows(block, ((positions < 0) | (positions >= lengths[:, None])).any(axis=1),
+                "has a masked_lm_position outside its sequence")
+    return positions > 0
+
+
+def refuse_rows(block: Block, bad: np.ndarray, fault: str) -> None:
+    if bad.any():
+        raise UserError(f"{block.row(np.argmax(bad))} {fault}")
+
+
+# --- placement ---
+
+class Placement:
+    """Where every sequence goes: the recipe's slots, handed out pseudo-randomly among sequences of equal length."""
+
+    def __init__(self, recipe: Recipe, histogram: np.ndarray, seed: int):
+        """Lay the slots of the recipe out by length; `histogram` is the one that the recipe was made for."""
+        strategies = sorted(recipe.rows)
+        counts = np.array([recipe.rows[strategy] for strategy in strategies])
+        first_rows = np.cumsum(counts) - counts
+        runs = [(length, first_row, slot, count)  # `count` slots of this length, in consecutive rows
+                for strategy, first_row, count in zip(strategies, first_rows, counts, strict=True)
+                for slot, length in enumerate(strategy)]
+        lengths, self.run_rows, self.run_slots, run_counts = np.array(sorted(runs)).T
+        assert (np.bincount(lengths, run_counts, len(histogram)) == histogram).all(), "the recipe drops a sequence"
+        self.run_ends = np.cumsum(run_counts)
+        self.run_starts = self.run_ends - run_counts
+        self.histogram = histogram
+        self.first_slots = np.cumsum(histogram) - histogram
+        self.row_count = int(counts.sum())
+        self.slot_seed, self.row_seed = np.random.SeedSequence(seed).spawn(2)
+
+    def rows_and_slots(self, lengths: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The row in the shuffled output, and the slot in it, of the sequences with these lengths and ranks."""
+        slots = self.first_slots[lengths] + shuffled(ranks, self.histogram[lengths], self.slot_seed)
+        runs = np.searchsorted(self.run_ends, slots, side="right")
+        rows = self.run_rows[runs] + slots - self.run_starts[runs]
+        return shuffled(rows, self.row_count, self.row_seed), self.run_slots[runs]
+
+
+def shuffled(indices: np.ndarray, size, seed: np.random.SeedSequence) -> np.ndarray:
+    """The places of `indices` in a pseudo-random permutation of range(size); `size` may differ from index to index.
+
+    A Feistel network over the smallest even number of bits that holds `size`, applied again where the result is not
+    below `size` (cycle walking).  Unlike a shuffled array it takes no memory, however many rows there are.
+    """
+    keys = seed.generate_state(6, np.uint64)
+    size = np.broadcast_to(np.asarray(size, np.uint64), indices.shape)
+    bits = np.frexp((size - np.uint64(1)).astype(np.float64))[1]
+    half_bits = ((bits + 1) // 2).astype(np.uint64)
+    places = indices.astype(np.uint64)
+    walking = np.arange(len(places))
+    while len(walking):
+        places[walking] = feistel(places[walking], half_bits[walking], keys)
+        walking = walking[places[walking] >= size[walking]]
+    return places.astype(np.int64)
+
+
+def feistel(values: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """A permutation of the numbers of 2 * half_bits bits: each round swaps the halves and scrambles one of them."""
+    low_bits = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & low_bits
+    for key in keys:
+        left, right = right, left ^ (scrambled(right ^ key) & low_bits)
+    return (left << half_bits) | right
+
+
+def scrambled(values: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64 (Steele et al., 2014): every input bit sways every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def ranks_within(lengths: np.ndarray) -> np.ndarray:
+    """The rank of each sequence among those of its length, in order.
+
+    >>> ranks_within(np.array([7, 5, 7, 7, 5]))
+    array([0, 0, 1, 2, 1])
+    """
+    order = np.argsort(lengths, kind="stable")
+    counts = np.bincount(lengths)
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(len(lengths)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return ranks
+
+
+# --- scatter ---
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of the output and where its temporary files lie."""
+
+    row_count: int
+    row_length: int
+    max_sequences: int    # N
+    max_predictions: int  # P
+    folder: Path          # of the temporary files
+
+    @property
+    def rows_per_part(self) -> int:
+        return max(1, TOKENS_PER_BLOCK // self.row_length)
+
+    @property
+    def part_count(self) -> int:
+        return -(-self.row_count // self.rows_per_part)
+
+    def rows_in(self, part: int) -> int:
+        return min(self.rows_per_part, self.row_count - part * self.rows_per_part)
+
+    def file(self, block_number: int, records: str) -> Path:
+        return self.folder / f"block_{block_number}.{records}"
+
+
+def scatter(block: Block, placement: Placement, ranks_before: np.ndarray, layout: Layout) -> None:
+    """Write the sequences of a block to its temporary files, sorted by the part that they go to.
+
+    `ranks_before[length]` counts the sequences of that length in the blocks before this one.
+    """
+    rows = shards.read(block.shard, rows=slice(block.start, block.stop))
+    lengths = np.count_nonzero(rows["input_mask"], axis=1)
+    output_rows, slots = placement.rows_and_slots(lengths, ranks_before[lengths] + ranks_within(lengths))
+    parts, rows_in_part = np.divmod(output_rows, layout.rows_per_part)
+    order = np.argsort(parts, kind="stable")
+
+    is_token = np.arange(block.shard.sequence_length) < lengths[order, None]
+    tokens = np.empty(np.count_nonzero(is_token), TOKEN)
+    for key in TOKEN.names:
+        tokens[key] = rows[key][order][is_token]
+
+    is_prediction = rows["masked_lm_positions"][order] > 0
+    predictions = np.empty(np.count_nonzero(is_prediction), PREDICTION)
+    predictions["position"] = rows["masked_lm_positions"][order][is_prediction]
+    predictions["id"] = rows["masked_lm_ids"][order][is_prediction]
+
+    sequences = np.empty(len(order), SEQUENCE)
+    sequences["row"] = rows_in_part[order]
+    sequences["slot"] = slots[order]
+    sequences["length"] = lengths[order]
+    sequences["predictions"] = np.count_nonzero(is_prediction, axis=1)
+    sequences["label"] = rows["next_sentence_labels"][order]
+
+    # where each part begins in the three files: (parts + 1, 3), and one more line that closes the last part
+    ends = np.searchsorted(parts[order], np.arange(layout.part_count + 1))
+    amounts = np.stack([np.ones(len(order), np.int64), sequences["length"], sequences["predictions"]], axis=1)
+    begins = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(amounts, axis=0)])[ends]
+    begins.tofile(layout.file(block.number, "index"))
+    for name, records in (("sequences", sequences), ("tokens", tokens), ("predictions", predictions)):
+        records.tofile(layout.file(block.number, name))
+
+
+# --- gather ---
+
+def gather(part: int, block_count: int, layout: Layout, path: Path) -> int:
+    """Write one packed shard from the temporary files of all blocks; returns the number of sequences in it."""
+    sequences, tokens, predictions = (
+        np.concatenate(pieces) for pieces in zip(*(read_piece(block, part, layout) for block in range(block_count)),
+                                                 strict=True))
+    shards.write(path, packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part)))
+    return len(sequences)
+
+
+def read_piece(block_number: int, part: int, layout: Layout) -> list[np.ndarray]:
+    """The sequences, tokens and predictions that a block holds for a part."""
+    begins, ends = np.fromfile(layout.file(block_number, "index"), np.int64, count=6, offset=part * 24).reshape(2, 3)
+    return [np.fromfile(layout.file(block_number, name), record, count=end - begin, offset=begin * record.itemsize)
+            for (name, record), begin, end in zip(RECORDS.items(), begins, ends, strict=True)]
+
+
+def packed_rows(sequences, tokens, predictions, layout: Layout, row_count: int) -> dict[str, np.ndarray]:
+    """Lay sequences out in rows: the packed form of the schema, from records in any order.
+
+    Within a row the sequences stand in the order of their slots, which are 0, 1, … without a gap.
+    """
+    shape = (row_count, layout.max_sequences)
+    place = (sequences["row"], sequences["slot"])
+    lengths, prediction_counts, labels = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int8)
+    lengths[place] = sequences["length"]
+    prediction_counts[place] = sequences["predictions"]
+    labels[place] = sequences["label"]
+    starts = np.cumsum(lengths, axis=1) - lengths
+    prediction_starts = np.cumsum(prediction_counts, axis=1) - prediction_counts
+
+    rows = {"next_sentence_positions": np.where(lengths > 0, starts, 0), "next_sentence_labels": labels,
+            "next_sentence_weights": (lengths > 0).astype(np.int32)}
+
+    positions = ramps(sequences["length"])
+    targets = np.repeat(sequences["row"] * layout.row_length + starts[place], sequences["length"]) + positions
+    token_values = {"input_ids": tokens["input_ids"], "segment_ids": tokens["segment_ids"], "positions": positions,
+                    "input_mask": np.repeat(sequences["slot"] + 1, sequences["length"])}
+    for key, values in token_values.items():
+        rows[key] = spread(values, targets, (row_count, layout.row_length))
+
+    width = layout.max_predictions + layout.max_sequences
+    targets = np.repeat(sequences["row"] * width + prediction_starts[place], sequences["predictions"])
+    targets += ramps(sequences["predictions"])
+    offsets = np.repeat(starts[place], sequences["predictions"])
+    rows["masked_lm_positions"] = spread(predictions["position"] + offsets, targets, (row_count, width))
+    rows["masked_lm_ids"] = spread(predictions["id"], targets, (row_count, width))
+    return rows
+
+
+def ramps(counts: np.ndarray) -> np.ndarray:
+    """0, 1, … for every count, one after the other.
+
+    >>> ramps(np.array([3, 0, 2]))
+    array([0, 1, 2, 0, 1], dtype=int32)
+    """
+    return np.arange(counts.sum(), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32)
+
+
+def spread(values: np.ndarray, targets: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """An array of zeros with `values` at the flat indices `targets`."""
+    array = np.zeros(shape, values.dtype)
+    array.reshape(-1)[targets] = values
+    return array

@@ -1,0 +1,134 @@
+"""BERT pre-training: masked LM and next sentence prediction, two phases, LAMB; on Gaudi, CUDA or CPU.
+
+    python3 run_pretraining.py --do_train --config_file bert_config.json --input_dir D --output_dir O …
+
+README.md has the recipes.  This file reads the flags, checks everything that can be wrong, and puts the run together;
+training.py holds the loop.  torch is imported after the flags are read: Gaudi's software reads its environment then.
+"""
+
+import sys
+
+import cli
+from arguments import parse_arguments
+from cli import UserError
+
+
+def main(argv=None) -> None:
+    pretrain(parse_arguments(argv))
+
+
+def pretrain(args) -> dict:
+    """Train as the flags say; the figures of the summary.  Nothing is written before everything has been checked."""
+    import checkpoint
+    import dataset
+    import device as devices
+    import distributed
+    from mixed_precision import Precision
+    from modeling import BertConfig, BertForPreTraining
+    from optimizers import build_optimizer
+    from training import BatchPlan, Trainer
+    from training_log import TrainingLog
+
+    process = distributed.join(args)
+    device = devices.select(args, process.local_rank)
+    precision = Precision(args, device)
+
+    config = BertConfig.from_json_file(args.config_file)
+    shards = training_shards(args, config)
+    held_out = held_out_shards(args, config)
+    plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(args.input_dir, shards))
+    start = checkpoint.find_start(args, report=warn)
+
+    device.seed(args.seed)
+    model = BertForPreTraining(config, device.attention, args.checkpoint_activations)
+    if start.state:
+        checkpoint.load_model(model, start.state["model"], start.path)
+    model.to_device(device.torch_device).train()
+    optimizer, choice = build_optimizer(args, model)
+    if start.state and start.state.get("optimizer"):
+        checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
+    stream = dataset.BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, process.rank,
+                                 process.world_size, start.rows)
+
+    log = TrainingLog(args.json_summary, active=process.first, append=args.resume_from_checkpoint)
+    log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})
+    for line in [*opening(args, device, precision, shards, model, plan, start), choice]:
+        log.say(line)
+    try:
+        trainer = Trainer(args, process, device, precision, model, optimizer, stream, plan, start, held_out, log)
+        summary = trainer.train()
+        log.say(closing(args, summary))
+        return summary
+    finally:
+        log.close()
+
+
+def training_shards(args, config) -> list:
+    """The shards of --input_dir, checked against the flags and the config."""
+    import dataset
+    import shards as shard_files
+
+    found = shard_files.find(args.input_dir)
+    first = found[0]
+    if first.sequence_length != args.max_seq_length:
+        raise UserError(f"{first.path}: its rows have {first.sequence_length} tokens, "
+                        f"but --max_seq_length is {args.max_seq_length}")
+    predictions = first.prediction_slots - (first.max_sequences if first.packed else 0)
+    if predictions > args.max_predictions_per_seq:
+        raise UserError(f"{first.path}: made with {predictions} predictions a sequence, "
+                        f"but --max_predictions_per_seq is {args.max_predictions_per_seq}")
+    if args.enable_packed_data_mode is not None:
+        warn("--enable_packed_data_mode is deprecated: the shards decide")
+        if args.enable_packed_data_mode != first.packed:
+            raise UserError(f"--enable_packed_data_mode {args.enable_packed_data_mode}, but the shards in "
+                            f"{args.input_dir} are {'packed' if first.packed else 'not packed'}")
+    if args.avg_seq_per_pack is not None:
+        warn("--avg_seq_per_pack is deprecated and has no effect: the data decides")
+    check_length("--max_seq_length", args.max_seq_length, config)
+    dataset.check_first_rows(found, config.vocab_size)
+    return found
+
+
+def held_out_shards(args, config) -> list | None:
+    import shards as shard_files
+
+    if not args.eval_dir:
+        return None
+    found = shard_files.find(args.eval_dir, "test", "--eval_dir")
+    check_length(f"{found[0].path}: the row length", found[0].sequence_length, config)
+    return found
+
+
+def check_length(what: str, length: int, config) -> None:
+    if length > config.max_position_embeddings:
+        raise UserError(f"{what} {length} is above max_position_embeddings {config.max_position_embeddings}")
+
+
+def opening(args, device, precision, shards, model, plan, start) -> list[str]:
+    """What a person wants to know as the run starts."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    form = "packed" if shards[0].packed else "unpacked"
+    return [
+        f"{args.bert_model}: {parameters / 1e6:.1f} million parameters on {device.describe()}, {precision.describe()}",
+        f"data: {sum(shard.rows for shard in shards)} {form} rows of {args.max_seq_length} tokens in "
+        f"{len(shards)} shards of {args.input_dir}",
+        plan.describe(),
+        f"phase {2 if args.phase2 else 1}, from step {start.step} of {args.max_steps}"
+        + (f", from {start.path}" if start.path else ""),
+    ]
+
+
+def closing(args, summary: dict) -> str:
+    if summary["final_loss"] is None:
+        return "nothing left to do: the last step was reached before"
+    speed = summary["training_sequences_per_second"]
+    return (f"final loss {summary['final_loss']:.4f}, {summary['e2e_train_time']:.1f} s"
+            + (f", {speed:.1f} sequences/s" if speed else "") + f"; log: {args.json_summary}")
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)
