@@ -17,11 +17,11 @@ WORTH_A_RETRY = {408, 425, 429, 500, 502, 503, 504}
 
 
 class Interrupted(Exception):
-    """The transfer failed for now.  `wait`: seconds that the server asks for, or None."""
+    """The transfer failed for now.  `wait`: seconds that the server asks for; `damaged`: what came cannot be kept."""
 
-    def __init__(self, reason, wait: float | None = None):
+    def __init__(self, reason, wait: float | None = None, damaged: bool = False):
         super().__init__(str(reason))
-        self.wait = wait
+        self.wait, self.damaged = wait, damaged
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,13 @@ class S3Source:
         return Reply(start, size, answer.get("ETag"), True, self.blocks(answer["Body"]))
 
     def blocks(self, body) -> Iterator[bytes]:
-        from botocore.exceptions import BotoCoreError, HTTPClientError
+        from botocore.exceptions import BotoCoreError, FlexibleChecksumError, HTTPClientError
         from urllib3.exceptions import HTTPError
 
         try:
             yield from body.iter_chunks(BLOCK)
+        except FlexibleChecksumError as error:
+            raise Interrupted(error, damaged=True) from None
         except (BotoCoreError, HTTPClientError, HTTPError, OSError) as error:
             raise Interrupted(error) from None
 
@@ -170,8 +172,9 @@ def status_of(error) -> int:
 
 
 def failure(url: str, error) -> Exception:
-    """Interrupted where another try may help, UserError where the object, the bucket or the right to read is missing."""
-    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, ResponseParserError
+    """Interrupted where another try may help; UserError where object, bucket or the right to read is missing."""
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
+    from botocore.parsers import ResponseParserError
 
     if isinstance(error, ClientError) and (status_of(error) in WORTH_A_RETRY or status_of(error) >= 500):
         return Interrupted(f"{url}: {error}")
