@@ -204,7 +204,7 @@ class Transfer:
                 failures = 0 if self.here() > furthest else failures + 1
                 furthest = max(furthest, self.here())
                 if failures >= tries:
-                    raise UserError(f"{self.url}: given up after {tries} tries: {error}") from None
+                    raise UserError(f"{self.url}: given up, {error} (attempts without progress: {tries})") from None
                 pause = min(LONGEST_WAIT, first_wait * 2**failures) * random.uniform(0.75, 1.25)
                 time.sleep(max(pause, min(error.wait or 0, LONGEST_WAIT)))
 

@@ -62,7 +62,8 @@ class HttpSource:
         try:
             response = self.session.get(self.url, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS))
         except self.requests.RequestException as error:
-            raise Interrupted(error) from None
+            reason = getattr(error.args[0], "reason", error) if error.args else error
+            raise Interrupted(f"no answer from {urlsplit(self.url).netloc} ({type(reason).__name__})") from None
         if response.status_code == 416:  # nothing behind this offset: the file is another one now
             response.close()
             return self.open(0)

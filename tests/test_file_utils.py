@@ -37,7 +37,7 @@ def test_a_misbehaving_server_still_gives_the_right_file(tmp_path, faults, range
 
 def test_an_interrupted_download_goes_on_where_it_stopped(tmp_path):
     with serving(file_server(CONTENT), ["drop"] + ["503"] * 3) as server:
-        with pytest.raises(UserError, match="given up after 2 tries"):
+        with pytest.raises(UserError, match="attempts without progress: 2"):
             fetch(f"{server.url}/a", tmp_path / "a", tries=2, **QUICK)
         assert not (tmp_path / "a").exists()
         fetch(f"{server.url}/a", tmp_path / "a", **QUICK)
@@ -88,7 +88,7 @@ def test_a_missing_file_and_an_absent_server_end_in_one_clear_error(tmp_path):
         with pytest.raises(UserError, match="the server answers 404"):
             fetch(f"{server.url}/a", tmp_path / "a", **QUICK)
         url = server.url
-    with pytest.raises(UserError, match="given up after 2 tries"):
+    with pytest.raises(UserError, match="attempts without progress: 2"):
         fetch(f"{url}/a", tmp_path / "a", tries=2, **QUICK)
     with pytest.raises(UserError, match="neither http"):
         fetch("ftp://example.org/a", tmp_path / "a")
