@@ -161,15 +161,16 @@ def write(path, rows: dict[str, np.ndarray]) -> None:
 def writing(path, rows: int, sequence_length: int, prediction_slots: int):
     """Yield a function write(start, columns) that fills an unpacked shard of `rows` rows block by block.
 
-    The shard takes its name when the block ends well; until then nothing stands under it.  The same rows give the same
-    bytes, in whatever blocks they come, as long as a block starts where the one before ended.
+    The shard takes its name when the block ends well; until then nothing stands under it.  Blocks follow each other;
+    all but the last hold a multiple of ROWS_PER_CHUNK rows, so that no row is compressed twice.
     """
     widths = {"1": (), "S": (sequence_length,), "P": (prediction_slots,)}
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         for column in SCHEMA:
             if column.unpacked:
                 dtype, width = column.unpacked
-                file.create_dataset(column.key, (rows, *widths[width]), dtype, compression="gzip", compression_opts=1,
+                file.create_dataset(column.key, (rows, *widths[width]), dtype,
+                                    compression="gzip", compression_opts=1, shuffle=True,
                                     chunks=(min(max(1, rows), ROWS_PER_CHUNK), *widths[width]))
 
         def write_block(start: int, columns: dict[str, np.ndarray]) -> None:
