@@ -5,6 +5,7 @@ An unpacked row holds one sequence; a packed one holds up to N, numbered 1, 2, â
 needed here: the stages that make data run where there is no torch.
 """
 
+import io
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def write(path, rows: dict[str, np.ndarray]) -> None:
     are compressed, and a chunk holds whole rows: a fifth smaller and twice as fast to read as h5py's own choices.
     """
     packed = "positions" in rows
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with replacing(path) as temporary, created(temporary) as file:
         for column in SCHEMA:
             form = column.packed if packed else column.unpacked
             if form:
@@ -165,7 +166,7 @@ def writing(path, rows: int, sequence_length: int, prediction_slots: int):
     all but the last hold a multiple of ROWS_PER_CHUNK rows, so that no row is compressed twice.
     """
     widths = {"1": (), "S": (sequence_length,), "P": (prediction_slots,)}
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with replacing(path) as temporary, created(temporary) as file:
         for column in SCHEMA:
             if column.unpacked:
                 dtype, width = column.unpacked
@@ -178,6 +179,36 @@ def writing(path, rows: int, sequence_length: int, prediction_slots: int):
                 file[key][start:start + len(values)] = values
 
         yield write_block
+
+
+@contextmanager
+def created(path):
+    """Yield a new h5py.File; a full disk raises OSError when the block ends.
+
+    HDF5 itself does not survive a failing write: it crashes the process while it closes the file.
+    """
+    with PatientFile(path, "w+") as raw:
+        try:
+            with h5py.File(raw, "w") as file:
+                yield file
+        finally:
+            if raw.failure:
+                raise OSError(raw.failure.errno, raw.failure.strerror, str(path)) from None
+
+
+class PatientFile(io.FileIO):
+    """A file that keeps the first failure of a write to itself, and lets what comes after it go nowhere."""
+
+    failure: OSError | None = None
+
+    def write(self, data) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            while view and not self.failure:
+                view = view[super().write(view):]
+        except OSError as error:
+            self.failure = error
+        return len(data)
 
 
 def opened(path):

@@ -3,6 +3,7 @@
 download → text_formatting → sharding → (create_vocabulary) → create_hdf5_files
 """
 
+import errno
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,12 +22,19 @@ WIKIPEDIA, BOOKS, BOTH = "wikicorpus_en", "bookscorpus", "books_wiki_en_corpus"
 GOOGLE, SAMPLE = "google_pretrained_weights", "wikicorpus_en_sample"
 DATASETS = (WIKIPEDIA, BOOKS, BOTH, GOOGLE, SAMPLE)
 SOURCES = {BOTH: (WIKIPEDIA, BOOKS)}  # the data sets that a data set is made of, where not itself
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DEFAULT_SHARDS = {SAMPLE: (8, 2)}  # training and test; 256 each for the others
 
 
 def run(args, options) -> None:
     """Run the stage that --action names.  `options`: the SampleOptions of create_hdf5_files."""
-    ACTIONS[args.action](args, options)
+    try:
+        ACTIONS[args.action](args, options)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise UserError(f"{error.filename or layout.working_folder()}: {error.strerror}; what is finished is whole and "
+                        f"kept: make room, and the same command goes on from there") from None
 
 
 def estimate(args, _) -> None:
