@@ -179,7 +179,7 @@ def write_rows(args, work, blocks, surveys, recipe: Recipe, folder: Path) -> Non
     histogram = sum(survey.histogram for survey in surveys)
     placement = Placement(recipe, histogram, args.seed)
     layout = packing_shards.Layout(
-        row_count=recipe.row_count, rows_per_part=packing_shards.rows_at_once(args.max_sequence_length),
+        row_count=recipe.row_count, rows_per_part=packing_shards.rows_per_part(args.max_sequence_length),
         row_length=args.max_sequence_length, max_sequences=args.max_sequences_per_pack,
         max_predictions=args.max_predictions_per_sequence, folder=folder)
     reserve_space(packing_shards.temporary_bytes(surveys, layout.part_count), folder)

@@ -20,7 +20,8 @@ import shards
 from cli import UserError
 from packing_placement import Placement, ranks_within
 
-TOKENS_AT_ONCE = 2**23  # in a block or part; a process holds one of them at a time, with some 50 bytes a token
+TOKENS_PER_BLOCK = 2**22  # of the input; a process holds one block or part at a time, up to 100 bytes a token
+TOKENS_PER_PART = 2**23   # of the output, padding included: 16,384 rows of 512
 
 SEQUENCE = np.dtype([("row", "i4"), ("slot", "i4"), ("length", "i4"), ("predictions", "i4"), ("label", "i1")])
 TOKEN = np.dtype([("input_ids", "i4"), ("segment_ids", "i1")])
@@ -47,7 +48,7 @@ def blocks_of(found: list[shards.Shard]) -> list[Block]:
     """Cut the shards into blocks, in the order of the shards."""
     blocks = []
     for shard in found:
-        rows = rows_at_once(shard.sequence_length)
+        rows = max(1, TOKENS_PER_BLOCK // shard.sequence_length)
         for start in range(0, shard.rows, rows):
             blocks.append(Block(len(blocks), shard, start, min(start + rows, shard.rows)))
     return blocks
@@ -122,9 +123,8 @@ class Layout:
         return self.folder / f"block_{block_number}.{records}"
 
 
-def rows_at_once(row_length: int) -> int:
-    """How many rows a block of the input and a part of the output hold."""
-    return max(1, TOKENS_AT_ONCE // row_length)
+def rows_per_part(row_length: int) -> int:
+    return max(1, TOKENS_PER_PART // row_length)
 
 
 def temporary_bytes(surveys: list[Survey], part_count: int) -> int:
