@@ -84,9 +84,9 @@ def text_formatting(args, _) -> None:
     options = formatting.options(args.skip_wikiextractor)
     record = records.done(folder, dataset, inputs, options)
     if not record:
-        announce("text_formatting", paths, args, folder)
         remove_leftovers(folder / dataset)
-        with open_pool(args.n_processes) as pool, position_bar(paths, "text_formatting") as advance:
+        with (opened_pool("text_formatting", paths, args, folder) as pool,
+              position_bar(paths, "text_formatting") as advance):
             batches, work = formatting_work(args, paths, advance)
             record = formatting.format_documents(folder, dataset, batches, work, inputs, options, pool)
     report("text_formatting", record, folder / dataset)
@@ -131,9 +131,8 @@ def shard_text(args, _) -> None:
     inputs = records.fingerprints(texts)
     record = records.done(folder, dataset, inputs, options)
     if not record:
-        announce("sharding", texts, args, folder)
         remove_leftovers(folder / dataset)
-        with open_pool(args.n_processes) as pool:
+        with opened_pool("sharding", texts, args, folder) as pool:
             record = sharding.shard_documents(folder, dataset, texts, inputs, options, pool)
     report("sharding", record, folder / dataset)
 
@@ -173,14 +172,14 @@ def create_hdf5_files(args, options) -> None:
     finished = {text: records.done(folder, names[text], made_from[text], asdict(options)) for text in texts}
     todo = [text for text in texts if not finished[text]]
     if todo:
-        announce("create_hdf5_files", todo, args, folder)
         remove_leftovers(folder / dataset)
-    with open_pool(args.n_processes) as pool, shard_bar(len(todo)) as bar:
-        results = ordered_map(pool, create_shard, ((text, folder / names[text], tokens, options) for text in todo))
-        for text, counts in zip(todo, results, strict=True):
-            outputs = {names[text]: {}}
-            finished[text] = records.write(folder, names[text], made_from[text], asdict(options), outputs, counts)
-            bar.update()
+        with (opened_pool("create_hdf5_files", todo, args, folder) as pool,
+              tqdm(total=len(todo), unit="shard", desc="create_hdf5_files") as bar):
+            tasks = ((text, folder / names[text], tokens, options) for text in todo)
+            for text, counts in zip(todo, ordered_map(pool, create_shard, tasks), strict=True):
+                outputs = {names[text]: {}}
+                finished[text] = records.write(folder, names[text], made_from[text], asdict(options), outputs, counts)
+                bar.update()
     if not args.input_files:
         records.prune(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
     totals = sum((Counter(record["counts"]) for record in finished.values()), Counter())
@@ -232,8 +231,12 @@ def sharded_folder(args) -> Path:
     return layout.sharded_folder(*shard_counts(args), args.fraction_test_set)
 
 
-def announce(stage: str, paths, args, folder: Path) -> None:
-    print(estimates.announcement(stage, estimates.input_size(paths), args.n_processes, folder), flush=True)
+@contextmanager
+def opened_pool(stage: str, paths, args, folder: Path):
+    """The pool for a stage that has work to do, after saying what it will take."""
+    with open_pool(args.n_processes) as pool:
+        print(estimates.announcement(stage, estimates.input_size(paths), pool, folder), flush=True)
+        yield pool
 
 
 @contextmanager
@@ -248,10 +251,6 @@ def position_bar(paths, name: str):
             before = position
 
         yield advance
-
-
-def shard_bar(total: int):
-    return tqdm(total=total, unit="shard", desc="create_hdf5_files", disable=not total)
 
 
 def report(stage: str, record: dict, where: Path) -> None:

@@ -12,6 +12,7 @@ from data import vocabulary
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = "wikicorpus_en_sample"
+STAGES = (("text_formatting",), ("sharding",), ("create_hdf5_files", "--max_seq_length", 128))  # after download
 WORDS = ["the", "sea", "is", "deep", "and", "old", "ships", "sail", "far", "out", "over", "gulls", "cry", "wind"]
 LETTERS = [chr(letter) for letter in range(ord("a"), ord("z") + 1)]
 
@@ -67,3 +68,7 @@ def write_dump(path, pages) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(bz2.compress(b"<mediawiki>\n  <siteinfo></siteinfo>\n" + b"".join(pages) + b"</mediawiki>\n"))
     return path
+
+
+def text_shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"sharded_*/{SAMPLE}/*.txt"))

@@ -15,28 +15,11 @@ import pytest
 import create_pretraining_data as samples
 import shards
 from data import sentences, vocabulary, wordpiece
-from preparation import ROOT, SAMPLE, command, files_below, prepare
+from preparation import ROOT, SAMPLE, STAGES, command, files_below, prepare, text_shards
 
 MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-STAGES = (("text_formatting",), ("sharding",), ("create_hdf5_files", "--max_seq_length", 128))
-
-
-@pytest.fixture(scope="session")
-def sample(tmp_path_factory) -> Path:
-    """A working folder in which the sample went through all stages, on one process."""
-    folder = tmp_path_factory.mktemp("prepared")
-    prepare(folder, "download")
-    for action, *flags in STAGES:
-        prepare(folder, action, *flags, "--n_processes", 1)
-    return folder
-
-
 def hdf5_folder(folder: Path) -> Path:
     return next(folder.glob("hdf5_*_seq_len_128_max_pred_20_*")) / SAMPLE
-
-
-def text_shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"sharded_*/{SAMPLE}/*.txt"))
 
 
 def copy_of_download(sample: Path, folder: Path) -> Path:
@@ -147,6 +130,7 @@ def test_two_ranks_under_mpirun_make_the_bytes_of_one_process(sample, tmp_path):
                                  env=os.environ | {"BERT_PREP_WORKING_DIR": str(folder)}, capture_output=True,
                                  check=False)
         assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        assert "with 2 MPI ranks" in outcome.stdout
     assert stages_only(folder) == stages_only(sample)
 
 

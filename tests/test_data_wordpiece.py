@@ -13,8 +13,7 @@ from transformers import BertTokenizer
 from cli import UserError
 from data import vocabulary
 from data.wordpiece import PROBE, Encoder
-from preparation import ROOT, sentences, write_vocabulary
-from test_data_pipeline import SAMPLE, sample, text_shards  # noqa: F401  (a fixture)
+from preparation import ROOT, SAMPLE, sentences, text_shards, write_vocabulary
 
 ODD = [
     *PROBE[:-1],
@@ -31,7 +30,7 @@ ODD = [
 
 
 @pytest.fixture(scope="module")
-def tokens(sample):  # noqa: F811
+def tokens(sample):
     return vocabulary.read(sample / "vocab" / SAMPLE / "vocab.txt")
 
 
@@ -47,7 +46,7 @@ def rows(encoded) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["nanotoken", "tokenizers"])
-def test_tokens_of_every_sentence_of_the_sample_are_berttokenizers(sample, tokens, fast):  # noqa: F811
+def test_tokens_of_every_sentence_of_the_sample_are_berttokenizers(sample, tokens, fast):
     lines = [line for path in text_shards(sample) for line in path.read_text().split("\n") if line]
     lines = lines if fast else lines[::20]
     encoder = Encoder(tokens, True, fast)
@@ -85,13 +84,13 @@ def test_an_encoder_whose_fast_library_errs_goes_on_with_the_reference(tokens):
 def test_training_gives_the_same_vocabulary_in_every_process(tmp_path):
     (tmp_path / "x_training_0.txt").write_text("\n".join(sentences(300)) + "\nÉtude 漢字\n")
     script = ("from data import vocabulary; import sys; "
-              "vocabulary.write(sys.argv[2], vocabulary.train([sys.argv[1]], 120, True))")
+              "vocabulary.write(sys.argv[2], vocabulary.train([sys.argv[1]], 70, True))")
     for name in ("one", "two"):
         subprocess.run([sys.executable, "-c", script, tmp_path / "x_training_0.txt", tmp_path / name], cwd=ROOT,
                        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
     first = (tmp_path / "one").read_text().split("\n")
     assert first == (tmp_path / "two").read_text().split("\n")
-    assert first[:5] == list(vocabulary.SPECIAL_TOKENS) and len(first) == 121
+    assert first[:5] == list(vocabulary.SPECIAL_TOKENS) and len(first) == 71
     assert "e" in first and "漢" in first and "É" not in first
 
 
