@@ -54,7 +54,7 @@ def test_every_document_is_in_exactly_one_shard(sample):
                                                                                for line in formatted)
 
 
-def test_sentences_are_those_of_nltks_punkt(sample):
+def test_sentences_of_the_method_nltk_are_those_of_nltks_punkt(sample):
     from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
     from punkt import load_model
 
@@ -67,7 +67,7 @@ def test_sentences_are_those_of_nltks_punkt(sample):
     lines = (sample / "formatted_one_article_per_line" / SAMPLE / "part_00000.txt").read_text().splitlines()
     for line in lines[::5]:
         expected = [sentence for paragraph in line.split("\t") for sentence in nltk.tokenize(paragraph)]
-        assert sentences.split_document(line, "punkt") == expected
+        assert sentences.split_document(line, "nltk") == expected
 
 
 def test_rows_of_the_sample_hold_what_the_schema_says(sample):
