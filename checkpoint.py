@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from cli import UserError
-from file_utils import replacing
+from file_utils import local_file, replacing
 
 KEPT = 3
 
@@ -131,7 +131,7 @@ def find_start(args, report) -> Start:
         raise UserError(f"--output_dir {args.output_dir}: no checkpoint in it that can be read; "
                         f"--phase2 goes on from ckpt_{args.phase1_end_step}.pt")
     if args.init_checkpoint:
-        state = load(args.init_checkpoint)
+        state = load(local_file(args.init_checkpoint))
         state["optimizer"] = with_step_zero(state.get("optimizer")) if args.resume_from_checkpoint else None
         return Start(path=args.init_checkpoint, state=state)
     if args.resume_from_checkpoint:

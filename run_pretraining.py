@@ -40,7 +40,7 @@ def pretrain(args) -> dict:
     config = BertConfig.from_json_file(args.config_file)
     shards = training_shards(args, config)
     held_out = held_out_shards(args, config)
-    plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(args.input_dir, shards))
+    plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(shards))
     start = checkpoint.find_start(args, report=warn)
 
     device.seed(args.seed)

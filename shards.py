@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from cli import UserError
-from file_utils import replacing
+from file_utils import local_folder, replacing
 
 ROWS_PER_CHUNK = 1024  # of the shards written here: HDF5 compresses and reads this many rows at a time
 
@@ -109,7 +109,7 @@ def find(folder, split: str = "training", flag: str = "--input_dir") -> list[Sha
     Raises UserError, naming `flag`, where the folder is missing or no shard is in it, where its shards are
     not all of one form.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
     shards = [inspect(path) for path in sorted(folder.glob("*.hdf5"))]
