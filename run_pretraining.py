@@ -42,6 +42,7 @@ def pretrain(args) -> dict:
     device.seed(args.seed)
     model = BertForPreTraining(config, device.attention, args.checkpoint_activations)
     if start.state:
+        checkpoint.check_architecture(config, start.state, start.path)
         checkpoint.load_model(model, start.state["model"], start.path)
     model.to_device(device.torch_device).train()
     optimizer, choice = build_optimizer(args, model)
