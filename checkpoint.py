@@ -13,7 +13,7 @@ import torch
 
 import huggingface
 from cli import UserError
-from file_utils import replacing
+from file_utils import local_file, replacing
 
 KEPT = 3
 FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # no weight depends on it
@@ -73,8 +73,8 @@ def newest(folder, report) -> tuple[int, dict] | None:
 
 
 def load_into(model, path) -> dict:
-    """Load the weights of the checkpoint at `path`; returns its contents."""
-    state = load(path)
+    """Load the weights of the checkpoint at `path`, a path or a URL; returns its contents."""
+    state = load(local_file(path))
     check_architecture(model.config, state, path)
     load_model(model, state["model"], path)
     return state
@@ -151,7 +151,7 @@ def find_start(args, report) -> Start:
         raise UserError(f"--output_dir {args.output_dir}: no checkpoint in it that can be read; "
                         f"--phase2 goes on from ckpt_{args.phase1_end_step}.pt")
     if args.init_checkpoint:
-        state = load(args.init_checkpoint)
+        state = load(local_file(args.init_checkpoint))
         state["optimizer"] = with_step_zero(state.get("optimizer")) if args.resume_from_checkpoint else None
         return Start(path=args.init_checkpoint, state=state)
     if args.resume_from_checkpoint:

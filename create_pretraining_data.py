@@ -186,7 +186,7 @@ def truncate(pairs: Pairs, options: SampleOptions, rng: np.random.Generator) -> 
 def write_shard(path, documents: Documents, pairs: Pairs, tokens, options: SampleOptions, rng) -> None:
     """Write the samples in random order, a block of rows at a time."""
     order = rng.permutation(len(pairs))
-    block = max(1, BLOCK_TOKENS // options.max_seq_length)
+    block = max(1, BLOCK_TOKENS // options.max_seq_length // shards.ROWS_PER_CHUNK) * shards.ROWS_PER_CHUNK
     ids = {token: tokens.index(token) for token in vocabulary.SPECIAL_TOKENS}
     words = np.setdiff1d(np.arange(len(tokens)), list(ids.values())).astype(np.int32)
     with shards.writing(path, len(pairs), options.max_seq_length, options.max_predictions_per_seq) as write:

@@ -13,7 +13,7 @@ create_datasets_from_start.sh runs the whole chain.
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository's root, in place of this folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
 import cli  # noqa: E402
 from create_pretraining_data import SampleOptions, add_sample_flags, sample_options  # noqa: E402
@@ -28,8 +28,14 @@ def parse(argv):
     parser.add_argument("--input_files", nargs="+", default=[], metavar="FILE",
                         help="take these in place of what the stage before made: dumps or folders of books for "
                              "text_formatting, one-document-a-line files for sharding, text shards for "
-                             "create_hdf5_files")
-    parser.add_argument("--n_processes", type=cli.positive_int, default=4, help="worker processes")
+                             "create_hdf5_files; for download of bookscorpus, a file of URLs or an archive")
+    parser.add_argument("--n_processes", type=cli.positive_int, default=4,
+                        help="worker processes; under mpirun … -m mpi4py.futures the ranks are the workers instead")
+    group = parser.add_argument_group("download")
+    group.add_argument("--dump_date", default="latest", metavar="YYYYMMDD", help="which dump of Wikipedia")
+    group.add_argument("--mirror", nargs=2, action="append", default=[], metavar=("FROM", "TO"),
+                       help="take every source that starts with FROM from TO, a URL, s3:// or a local path; also as "
+                            "BERT_PREP_MIRRORS=\"FROM TO …\"; e.g. https://dumps.wikimedia.org /mnt/wikimedia")
     group = parser.add_argument_group("sharding")
     group.add_argument("--n_training_shards", type=cli.positive_int, help="default 256; 8 for the sample")
     group.add_argument("--n_test_shards", type=cli.positive_int, help="default 256; 2 for the sample")
@@ -44,7 +50,8 @@ def parse(argv):
     add_sample_flags(parser, SampleOptions.max_seq_length, SampleOptions.max_predictions_per_seq)
     group = parser.add_argument_group("text_formatting")
     group.add_argument("--skip_wikiextractor", type=cli.boolean, default=False, metavar="1|0",
-                       help="keep the articles that are extracted already, whatever they were made from")
+                       help="read the <doc> files that wikiextractor wrote to extracted/DATASET/ (or --input_files) "
+                            "in place of a dump")
     parser.add_argument("--interactive_json_config_generator", nargs="?", const=True,
                         help="accepted for old command lines, unused")
     return parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Where each stage of data preparation keeps its files, all below one working folder.
 
-    download/                              what was fetched, and what was unpacked from it
+    download/DATASET/                      what was fetched, and what was unpacked from it
     formatted_one_article_per_line/DATASET/part_N.txt
     sharded_…/DATASET/DATASET_training_N.txt, DATASET_test_N.txt
     hdf5_…/DATASET/DATASET_training_N.hdf5, DATASET_test_N.hdf5

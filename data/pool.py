@@ -8,6 +8,7 @@ A stage sees only `submit`; results come back in the order of the tasks, so that
 choice.
 """
 
+import signal
 import sys
 from collections import deque
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -44,9 +45,14 @@ def open_pool(n_processes: int):
         return ThisProcess()
     else:
         # A fresh interpreter each: a fork would copy this process's memory and whatever its threads hold locked.
-        pool, workers = ProcessPoolExecutor(n_processes, mp_context=get_context("spawn")), n_processes
+        pool, workers = ProcessPoolExecutor(n_processes, get_context("spawn"), leave_interrupts_to_parent), n_processes
     pool.workers = workers
     return pool
+
+
+def leave_interrupts_to_parent() -> None:
+    """Ctrl-C reaches every process of a terminal; only the parent acts on it, and ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def mpi_ranks() -> int:
@@ -70,7 +76,7 @@ def ordered_map(pool, function, tasks):
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise UserError("a worker process was killed; where that was for lack of memory, a smaller --n_processes "
-                        "helps.  What is finished is kept: the same command goes on from there") from None
+                        "helps") from None
     finally:
         for future in waiting:
             future.cancel()

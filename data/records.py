@@ -25,6 +25,14 @@ def fingerprint(path) -> dict:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
+def combined_fingerprint(paths) -> dict:
+    """One fingerprint of many files, names included, in their order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{Path(path).name} {fingerprint(path)}\n".encode())
+    return {"files": len(paths), "sha256": digest.hexdigest()}
+
+
 def fingerprints(paths) -> dict:
     """The fingerprint of each file, under its name."""
     return {Path(path).name: fingerprint(path) for path in paths}
@@ -63,8 +71,18 @@ def write(folder, name: str, inputs: dict, options: dict, outputs: dict[str, dic
     return record
 
 
-def forget(folder, name: str) -> list[Path]:
-    """Remove a record before its files are made anew; returns the files that it told of."""
-    record = read(folder, name)
+def forget(folder, name: str) -> None:
+    """Remove a record before its files are made anew."""
     path_for(folder, name).unlink(missing_ok=True)
-    return [Path(folder) / output for output in record["outputs"]] if record else []
+
+
+def prune(folder, pattern: str, keep) -> None:
+    """Delete what earlier runs made and this one did not: files that match the pattern but are not in `keep`.
+
+    Names are relative to the folder.  Without this, fewer parts than last time would leave old ones among the new.
+    """
+    for path in Path(folder).glob(pattern):
+        name = path.relative_to(folder).as_posix()
+        if name not in keep:
+            path.unlink()
+            forget(folder, name)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cli import UserError
 from data import records
-from data.formatting import describe, remove_stale
+from data.formatting import describe
 from data.layout import shard_names
 from data.pool import ordered_map
 from data.sentences import split_lines
@@ -62,7 +62,7 @@ def shard_documents(folder, dataset: str, texts: list[Path], inputs: dict, optio
     names = shard_names(dataset, options["training_shards"], options["test_shards"])
     placement = Placement(options["training_shards"], options["test_shards"], options["fraction_test_set"])
     counts = Counter()
-    old = records.forget(folder, dataset)
+    records.forget(folder, dataset)
     with replacing_files(folder / dataset, [f"{name}.txt" for name in names]) as temporary:
         documents = [0] * len(names)
         for window in windows(split_all(texts, options["segmentation_method"], pool, counts)):
@@ -73,7 +73,6 @@ def shard_documents(folder, dataset: str, texts: list[Path], inputs: dict, optio
         check_filled(dataset, documents, options)
     outputs = {f"{dataset}/{name}.txt": {"documents": documents[shard], "sentences": placement.sentences[shard]}
                for shard, name in enumerate(names)}
-    remove_stale(old, [folder / output for output in outputs])
     counts["sentences"] = sum(placement.sentences)
     counts["test_sentences"] = placement.totals[1]
     return records.write(folder, dataset, inputs, options, outputs, dict(counts))

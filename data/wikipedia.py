@@ -8,6 +8,7 @@ not repay in running text.  Nothing in the output depends on today's date, as it
 """
 
 import bz2
+import html
 import lzma
 import re
 from collections import Counter
@@ -20,40 +21,41 @@ from cli import UserError
 BATCH_BYTES = 1 << 20  # XML handed to a worker at a time
 LONGEST_PAGE = 1 << 28  # more than this without the end of a page is no dump
 
-PAGE_END = b"</page>"
+PAGE_END, DOC_END = b"</page>", b"</doc>"
 PAGE = re.compile(rb"<page>(.*?)</page>", re.DOTALL)
+DOC = re.compile(r"<doc\b[^>]*>\n?(.*?)</doc>", re.DOTALL)
 TITLE = re.compile(r"<title>(.*?)</title>", re.DOTALL)
 NAMESPACE = re.compile(r"<ns>(-?\d+)</ns>")
 TEXT = re.compile(r"<text\b[^>]*?(?:/>|>(.*?)</text>)", re.DOTALL)
 
 
-def page_batches(path, progress=lambda position: None):
-    """Yield the XML of a dump in pieces of about 1 MB that end where a page ends.
+def page_batches(path, progress=lambda position: None, end: bytes = PAGE_END):
+    """Yield a dump in pieces of about 1 MB that end where a page ends.
 
     `progress` is called with the position in the (compressed) file.  Raises UserError for a damaged or cut file, or one
     without pages.
     """
     rest, found = b"", False
     try:
-        with open(path, "rb") as raw, open_dump_stream(path, raw) as stream:
+        with open(path, "rb") as raw, decompressed(path, raw) as stream:
             while block := stream.read(BATCH_BYTES):
                 progress(raw.tell())
                 rest += block
-                end = rest.rfind(PAGE_END) + len(PAGE_END)
-                if end >= len(PAGE_END):
+                cut = rest.rfind(end) + len(end)
+                if cut >= len(end):
                     found = True
-                    yield rest[:end]
-                    rest = rest[end:]
+                    yield rest[:cut]
+                    rest = rest[cut:]
                 if len(rest) > LONGEST_PAGE:
-                    raise UserError(f"{path}: no </page> in {len(rest)} bytes; is this a MediaWiki XML dump?")
+                    raise UserError(f"{path}: no {end.decode()} in {len(rest)} bytes; is this what it should be?")
     except (EOFError, OSError, lzma.LZMAError) as error:
         raise UserError(f"{path}: damaged or cut short ({error})") from None
     if not found:
-        raise UserError(f"{path}: no <page> in it; is this a MediaWiki XML dump?")
+        raise UserError(f"{path}: no {end.decode()} in it; is this what it should be?")
 
 
-def open_dump_stream(path, raw):
-    """The decompressed bytes of the open file `raw`, by the ending of its name."""
+def decompressed(path, raw):
+    """The bytes of the open file `raw`, decompressed as the ending of its name says."""
     if Path(path).suffix == ".bz2":
         return bz2.open(raw)
     if Path(path).suffix == ".xz":
@@ -61,26 +63,40 @@ def open_dump_stream(path, raw):
     return raw
 
 
-def extract_articles(xml: bytes) -> tuple[list[str], dict]:
-    """The articles of a batch of pages, each as one line, and how many pages were kept and left out for what reason.
+def extract_articles(xml: bytes) -> tuple[list[str], dict, list[str]]:
+    """The articles of a batch of pages, each as one line; how many pages were kept and left out for what reason; and
+    the titles of those that should have been readable but were not.
 
     Redirects and pages of other namespaces (talk, templates, files) are left out, and so is a page that is not UTF-8 or
     that the extractor cannot read.
     """
-    articles, counts = [], Counter()
+    articles, counts, skipped = [], Counter(), []
     for page in PAGE.findall(xml):
         try:
             text, outcome = article_text(page.decode("utf-8"))
         except UnicodeDecodeError:
-            outcome = "not_utf8"
+            text, outcome = "", "not_utf8"
         counts[outcome] += 1
-        if outcome == "articles":
+        if text:
             articles.append(text)
-    return articles, dict(counts)
+        elif outcome in ("not_utf8", "unreadable_markup"):
+            title = TITLE.search(page.decode("utf-8", errors="replace"))
+            skipped.append(f"{title.group(1) if title else '(no title)'}: {outcome}")
+    return articles, dict(counts), skipped
+
+
+def read_extracted(docs: bytes) -> tuple[list[str], dict, list[str]]:
+    """The same of a batch of <doc …> elements, which wikiextractor's own command line writes."""
+    articles, counts = [], Counter()
+    for doc in DOC.findall(docs.decode("utf-8", errors="replace")):
+        text = one_line(html.unescape(doc).split("\n")[1:])  # without the title
+        counts["documents" if text else "empty"] += 1
+        articles += [text] if text else []
+    return articles, dict(counts), []
 
 
 def article_text(page: str) -> tuple[str, str]:
-    """The article in the XML of a page as one line, and "articles"; or "" and the reason why it is none."""
+    """The article in the XML of a page as one line, and "documents"; or "" and the reason why it is none."""
     namespace, text = NAMESPACE.search(page), TEXT.search(page)
     if not namespace or namespace.group(1) != "0":
         return "", "other_namespaces"
@@ -89,9 +105,9 @@ def article_text(page: str) -> tuple[str, str]:
     title = TITLE.search(page)
     try:
         line = plain_text(title.group(1) if title else "", text.group(1) or "" if text else "")
-    except (RecursionError, ValueError, IndexError, KeyError, TypeError, AttributeError):  # whatever odd markup does
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):  # odd markup
         return "", "unreadable_markup"
-    return (line, "articles") if line else ("", "empty")
+    return (line, "documents") if line else ("", "empty")
 
 
 def plain_text(title: str, wikitext: str) -> str:
