@@ -27,7 +27,7 @@ def main(argv=None) -> None:
     from modeling import BertConfig, BertForPreTraining
 
     config = BertConfig.from_json_file(args.config_file)
-    tokens = read_vocabulary(args, config)
+    tokens = huggingface.read_vocabulary(args.vocab_file, config)
     runs = [facts for log in args.log for facts in runs_of(log)]
     model = BertForPreTraining(config)
     state = checkpoint.load_into(model, args.checkpoint)
@@ -57,16 +57,6 @@ def parse_arguments(argv):
 def refuse_folder_in_use(folder) -> None:
     if Path(folder).exists() and not (Path(folder).is_dir() and not any(Path(folder).iterdir())):
         raise UserError(f"--output_dir {folder}: in use already; name a new or an empty folder")
-
-
-def read_vocabulary(args, config) -> list[str]:
-    from data import vocabulary
-
-    tokens = vocabulary.read(args.vocab_file)
-    if len(tokens) != config.vocab_size:
-        raise UserError(f"--vocab_file {args.vocab_file}: {len(tokens)} tokens, "
-                        f"but vocab_size in {args.config_file} is {config.vocab_size}")
-    return tokens
 
 
 def runs_of(log: str) -> list[dict]:

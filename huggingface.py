@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, processors
 from cli import UserError
 from data import vocabulary
 from data.wordpiece import reference_tokenizer
-from file_utils import replacing_files
+from file_utils import local_file, replacing_files
 from modeling import LAYER_NORM_EPS, BertConfig
 
 WEIGHTS = "model.safetensors"
@@ -93,6 +93,15 @@ def weight_files(model, variants: bool) -> dict[str, dict[str, torch.Tensor]]:
     if len(padding[BIAS]):
         files[PADDING] = padding
     return files
+
+
+def read_vocabulary(path, config: BertConfig) -> list[str]:
+    """The tokens of a vocabulary file (or URL), which must be as many as the config says."""
+    tokens = vocabulary.read(local_file(path))
+    if len(tokens) != config.vocab_size:
+        raise UserError(f"--vocab_file {path}: {len(tokens)} tokens, but vocab_size in the config is "
+                        f"{config.vocab_size}")
+    return tokens
 
 
 def tokenizer_of(tokens: list[str], lower_case: bool) -> Tokenizer:

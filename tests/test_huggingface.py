@@ -8,52 +8,23 @@ import transformers
 from torch.testing import assert_close
 
 import checkpoint
-import export_to_huggingface
 import huggingface
 import run_pretraining
 import samples
+import saved_model
 import synthetic
 from cli import UserError
 from data import vocabulary
 from modeling import BertConfig, BertForPreTraining
+from saved_model import LOADED, VOCAB_SIZE, WORDS, export, loaded, varied_model
 from test_training import flags
-
-WORDS = ["the", "sea", "deep", "##s", ".", "old"]
-VOCAB_SIZE = 1003  # padded to 1008
-LOADED = [("BertForPreTraining", None), ("BertForMaskedLM", "masked_lm"), ("BertModel", "encoder")]
 
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """A checkpoint of a model whose weights are all different, its config and vocabulary."""
     monkeypatch.chdir(tmp_path)
-    samples.write_config(tmp_path / "config.json", vocab_size=VOCAB_SIZE, num_attention_heads=2)
-    tokens = [*vocabulary.SPECIAL_TOKENS, *WORDS]
-    vocabulary.write(tmp_path / "vocab.txt", tokens + [f"[unused{n}]" for n in range(VOCAB_SIZE - len(tokens))])
-    model = varied_model()
-    checkpoint.save(tmp_path, 7, {"model": model.state_dict(), "optimizer": None, "phase": 2, "step": 7})
+    saved_model.write(tmp_path)
     return tmp_path
-
-
-def varied_model(config_file="config.json") -> BertForPreTraining:
-    torch.manual_seed(3)
-    model = BertForPreTraining(BertConfig.from_json_file(config_file)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def export(**changes) -> None:
-    words = {"checkpoint": "ckpt_7.pt", "config_file": "config.json", "vocab_file": "vocab.txt", "output_dir": "out"}
-    export_to_huggingface.main([f"--{name}={value}" for name, value in (words | changes).items() if value is not None])
-
-
-def loaded(class_name, variant=None, folder="out"):
-    """Their model from the folder, after checking that every weight found its place and none was left over."""
-    model, report = getattr(transformers, class_name).from_pretrained(folder, variant=variant, output_loading_info=True)
-    assert not any(report.values()), report
-    return model.eval()
 
 
 def batch_of(config) -> dict:
@@ -137,7 +108,7 @@ def test_init_checkpoint_takes_a_folder(workspace):
 
 def test_old_files_of_theirs_are_read(workspace):
     """pytorch_model.bin, gamma and beta, as the first checkpoints had them; and weights spread over files."""
-    export(skip_variants=None)
+    export()
     weights = huggingface.read_tensors(workspace / "out" / "model.safetensors")
     old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
            for name, value in weights.items()}
@@ -173,7 +144,7 @@ def test_the_card_tells_the_facts_of_the_training(workspace):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"vocab_file": "short.txt"}, "short.txt: 11 tokens, but vocab_size in config.json is 1003"),
+    ({"vocab_file": "short.txt"}, "short.txt: 11 tokens, but vocab_size in the config is 1003"),
     ({"vocab_file": "nowhere.txt"}, "--vocab_file nowhere.txt: cannot be read"),
     ({"config_file": "wide.json"}, r"ckpt_7.pt: bert.*has shape .*the config makes it"),
     ({"output_dir": "used"}, "--output_dir used: in use already"),
