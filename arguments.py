@@ -30,12 +30,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def add_files(parser) -> None:
     group = parser.add_argument_group("what to train on what")
     group.add_argument("--do_train", action="store_true", help="train; must be given")
-    group.add_argument("--input_dir", required=True, help="folder of HDF5 shards, packed or not")
+    group.add_argument("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
     group.add_argument("--config_file", required=True, help="model config, JSON")
     group.add_argument("--output_dir", required=True, help="folder of the checkpoints")
     group.add_argument("--bert_model", default="bert-large-uncased", help="a name for logs and export")
-    group.add_argument("--init_checkpoint", help="start from the weights in this checkpoint, at step 0 "
-                       "(with --resume_from_checkpoint its optimizer moments too)")
+    group.add_argument("--init_checkpoint", help="start from the weights in this checkpoint (path or URL) or folder of "
+                       "transformers, at step 0 (with --resume_from_checkpoint its optimizer moments too)")
     group.add_argument("--seed", type=int, default=42, help="of the weights, the order of the rows, and dropout")
 
 
@@ -79,13 +79,20 @@ def add_precision(parser) -> None:
 
 
 def add_device(parser) -> None:
+    add_device_choice(parser)
+    group = parser.add_argument_group("what the device does")
+    group.add_argument("--use_torch_compile", action="store_true",
+                       help="compile the model and the optimizer step (HPU: hpu_backend); where that does not work, "
+                       "the run says why and goes on without")
+    group.add_argument("--use_fused_lamb", action="store_true", help="the device's fused LAMB, where it has one")
+
+
+def add_device_choice(parser) -> None:
     group = parser.add_argument_group("device (without these: CUDA where there is one, else CPU)")
     group.add_argument("--use_habana", action="store_true", help="run on HPU; an error where none can be used")
     group.add_argument("--use_lazy_mode", type=boolean, metavar="BOOL",
                        help="HPU: lazy mode with mark_step, else eager or compiled (default: True, unless "
                        "PT_HPU_LAZY_MODE or --use_torch_compile says otherwise)")
-    group.add_argument("--use_torch_compile", action="store_true", help="compile the model and the optimizer step")
-    group.add_argument("--use_fused_lamb", action="store_true", help="the device's fused LAMB")
     group.add_argument("--no_cuda", action="store_true", help="CPU even where a GPU is present")
     group.add_argument("--use_torch_lazy", action="store_true",
                        help="PyTorch's own lazy tensors: checks a change against lazy mode where there is no Gaudi")
@@ -119,6 +126,9 @@ def add_log(parser) -> None:
     group.add_argument("--log_freq", type=float, default=1.0, help="optimizer steps between log lines")
     group.add_argument("--json_summary", default="results/dllogger.json", help="log file; its folder is created")
     group.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
+    group.add_argument("--profile", action="store_true", help="write a torch.profiler trace beside the log file")
+    group.add_argument("--profile_steps", type=step_range, default="4:6", metavar="A:B",
+                       help="of these steps of the phase, with --profile")
 
 
 def add_accepted(parser) -> None:
@@ -128,6 +138,14 @@ def add_accepted(parser) -> None:
                        help="deprecated: the shards decide; where given it must agree with them")
     group.add_argument("--avg_seq_per_pack", type=float, help="deprecated, no effect: the data decides")
     group.add_argument("--use_env", action="store_true", help="no effect")
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """The value of a flag that names steps, A:B, both included."""
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not A:B, two step numbers with 1 <= A <= B")
+    return int(first), int(last)
 
 
 def contradiction(args) -> str | None:
@@ -143,6 +161,11 @@ def contradiction(args) -> str | None:
         return "--fp16 and --hmp exclude each other"
     if args.use_lazy_mode and args.use_torch_compile:
         return "--use_lazy_mode True and --use_torch_compile exclude each other"
+    if args.use_torch_lazy and (args.use_habana or args.use_torch_compile or args.checkpoint_activations):
+        return "--use_torch_lazy goes with none of --use_habana, --use_torch_compile and --checkpoint_activations"
+    last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
+    if args.profile and args.profile_steps[1] > last_step:
+        return f"--profile_steps {args.profile_steps[0]}:{args.profile_steps[1]}, but the run ends at step {last_step}"
     if args.phase2 and not args.resume_from_checkpoint:
         return "--phase2 needs --resume_from_checkpoint: it goes on from phase 1's last checkpoint"
     if args.resume_step != -1 and not args.resume_from_checkpoint:

@@ -1,11 +1,18 @@
 """The one place that knows a device: every other module asks the object made here, and none says `if cuda`.
 
-A Device moves batches, opens autocast, marks the end of a graph, waits, seeds and reports memory; what means nothing
-on a device does nothing there.
+A Device moves batches, opens autocast, marks the end of a graph, waits, seeds, reports memory and graphs, and hands out
+what only it has (FusedLamb, hmp, HCCL); what means nothing on a device does nothing there.
 """
 
-import torch
+import functools
+import importlib
+import os
+from importlib import metadata
 
+import torch
+from torch.profiler import ProfilerActivity
+
+import gaudi_environment
 from cli import UserError
 
 
@@ -15,6 +22,11 @@ class Device:
     kind = "cpu"
     attention = "plain"  # on CPUs faster than the fused call, which has no kernel with dropout
     backend = "gloo"
+    compiler: str | None = "inductor"  # of torch.compile
+    has_autocast = True  # torch.autocast casts its tensors
+    reads_op_lists = False  # and does so by the op lists that the environment names
+    mixed_layer_norm = True  # layer_norm takes a bf16 input beside fp32 weights
+    hmp = None  # Gaudi's first mixed-precision package
 
     def __init__(self, name: str = "cpu"):
         self.torch_device = torch.device(name)
@@ -26,7 +38,7 @@ class Device:
         """A batch of host tensors on this device."""
         return {key: tensor.to(self.torch_device, non_blocking=True) for key, tensor in batch.items()}
 
-    def autocast(self, enabled: bool, dtype=torch.bfloat16):
+    def autocast(self, dtype: torch.dtype, enabled: bool = True):
         return torch.autocast(self.torch_device.type, dtype=dtype, enabled=enabled)
 
     def mark_step(self) -> None:
@@ -42,11 +54,27 @@ class Device:
         """Bytes allocated on the device now and at most, by name; empty where the device does not tell."""
         return {}
 
+    def graphs(self) -> dict:
+        """How many graphs this process has compiled (graph_compilation) and how many ops ran on the host for want of a
+        kernel (cpu_fallback; their names in cpu_fallback_ops); empty where there are no graphs to count."""
+        return {}
+
+    def fused_lamb(self) -> type | None:
+        """The class of the device's own fused LAMB, if it has one."""
+        return None
+
+    def register_backend(self) -> None:
+        """Make `backend` known to torch.distributed, before the process group is made."""
+
+    def profiler_activities(self) -> list[ProfilerActivity]:
+        return [ProfilerActivity.CPU]
+
 
 class CudaDevice(Device):
     kind = "cuda"
     attention = "sdpa"
     backend = "nccl"
+    mixed_layer_norm = False
 
     def __init__(self, local_rank: int):
         super().__init__(f"cuda:{local_rank}")
@@ -66,25 +94,93 @@ class CudaDevice(Device):
         return {"memory_allocated": torch.cuda.memory_allocated(self.torch_device),
                 "max_memory_allocated": torch.cuda.max_memory_allocated(self.torch_device)}
 
+    def profiler_activities(self) -> list[ProfilerActivity]:
+        return [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+
+
+class HpuDevice(Device):
+    """A Gaudi card.  In lazy mode ops are recorded until mark_step, else each runs at once, or compiled."""
+
+    kind = "hpu"
+    attention = "plain"  # the ops that the op lists were made for
+    backend = "hccl"
+    compiler = "hpu_backend"
+    reads_op_lists = True
+
+    def __init__(self, lazy: bool):
+        try:
+            self.core = importlib.import_module("habana_frameworks.torch.core")
+        except (ImportError, OSError, RuntimeError) as error:  # not there, or not made for this torch or driver
+            raise UserError(f"--use_habana: no HPU can be used: {error}") from None
+        if not torch.hpu.is_available():
+            raise UserError("--use_habana: Gaudi's software is installed, but it finds no card (does hl-smi?)")
+        super().__init__("hpu")
+        self.lazy = lazy
+        self.hmp = plugin_part("hpex", "hmp")
+        self.metric = plugin_part("hpu.metrics", "metric_global")
+
+    def describe(self) -> str:
+        return f"hpu ({'lazy' if self.lazy else 'eager'} mode, Gaudi software {software_release()})"
+
+    def mark_step(self) -> None:
+        if self.lazy:
+            self.core.mark_step()
+
+    def synchronize(self) -> None:
+        torch.hpu.synchronize()
+
+    def memory(self) -> dict[str, int]:
+        return {"memory_allocated": torch.hpu.memory_allocated(),
+                "max_memory_allocated": torch.hpu.max_memory_allocated()}
+
+    def graphs(self) -> dict:
+        compilation, fallback = self.metric_values("graph_compilation"), self.metric_values("cpu_fallback")
+        return {"graph_compilation": compilation.get("TotalNumber", 0), "cpu_fallback": fallback.get("TotalNumber", 0),
+                "cpu_fallback_ops": str(fallback.get("FallbackOps") or "")}
+
+    def metric_values(self, name: str) -> dict:
+        metric = self.metric and self.metric(name)  # None where the release does not know the name
+        return dict(metric.stats()) if metric else {}
+
+    def fused_lamb(self) -> type | None:
+        return plugin_part("hpex.optimizers", "FusedLamb")
+
+    def register_backend(self) -> None:
+        importlib.import_module("habana_frameworks.torch.distributed.hccl")
+
+    def profiler_activities(self) -> list[ProfilerActivity]:
+        return [ProfilerActivity.CPU, ProfilerActivity.HPU]
+
+
+def plugin_part(module: str, name: str):
+    """Something of Gaudi's software that not every release has, or None."""
+    try:
+        return getattr(importlib.import_module(f"habana_frameworks.torch.{module}"), name)
+    except (ImportError, AttributeError):
+        return None
+
+
+def software_release() -> str:
+    try:
+        return metadata.version("habana-torch-plugin")
+    except metadata.PackageNotFoundError:
+        return "of unknown release"
+
 
 class LazyDevice(Device):
     """PyTorch's own lazy tensors, run by TorchScript on the CPU: real lazy graphs for people without a Gaudi card."""
 
     kind = "lazy"
     attention = "plain"
+    compiler = None
+    has_autocast = False
 
     def __init__(self):
-        import torch._lazy
-        import torch._lazy.ts_backend
-
-        torch._lazy.ts_backend.init()
+        start_lazy_backend()
         super().__init__("lazy")
 
     def describe(self) -> str:
         return "lazy (TorchScript backend)"
-
-    def autocast(self, enabled: bool, dtype=torch.bfloat16):
-        return torch.autocast("cpu", dtype=dtype, enabled=enabled)
 
     def mark_step(self) -> None:
         torch._lazy.mark_step()
@@ -92,11 +188,27 @@ class LazyDevice(Device):
     def synchronize(self) -> None:
         torch._lazy.mark_step(wait=True)
 
+    def graphs(self) -> dict:
+        """As a Gaudi card counts; ops that were not lowered show as counters named aten::…"""
+        counts = {name: torch._lazy.metrics.counter_value(name) for name in torch._lazy.metrics.counter_names()}
+        counts.pop("aten::_local_scalar_dense", None)  # a value that the host asked for
+        fallbacks = sorted(name for name in counts if name.startswith("aten::"))
+        return {"graph_compilation": counts.get("UncachedCompile", 0),
+                "cpu_fallback": sum(counts[name] for name in fallbacks), "cpu_fallback_ops": " ".join(fallbacks)}
+
+
+@functools.cache
+def start_lazy_backend() -> None:
+    """Register the backend of lazy tensors; PyTorch allows it once in a process."""
+    for part in ("torch._lazy.metrics", "torch._lazy.ts_backend"):
+        importlib.import_module(part)
+    torch._lazy.ts_backend.init()
+
 
 def select(args, local_rank: int = 0) -> Device:
     """The device that the flags ask for.  UserError where it cannot be had: a run never falls back silently."""
     if args.use_habana:
-        return hpu_device(args)
+        return HpuDevice(gaudi_environment.lazy_mode(args, os.environ))
     if args.use_torch_lazy:
         return LazyDevice()
     if torch.cuda.is_available() and not args.no_cuda:
@@ -104,11 +216,3 @@ def select(args, local_rank: int = 0) -> Device:
             raise UserError(f"local rank {local_rank}, but only {torch.cuda.device_count()} CUDA devices")
         return CudaDevice(local_rank)
     return Device()
-
-
-def hpu_device(args) -> Device:
-    try:
-        import habana_frameworks.torch  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--use_habana: no HPU can be used: {error}") from None
-    raise UserError("--use_habana: this version trains on cpu, cuda and lazy only")

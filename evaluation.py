@@ -18,13 +18,13 @@ def evaluate(model, held_out, device, batch_size: int, precision=None, progress:
     """
     was_training = model.training
     model.eval()
-    total = None
+    total = torch.zeros(6, dtype=torch.float64)
     rows = sum(shard.rows for shard in held_out)
     with tqdm(total=rows, unit="row", desc="evaluating", disable=None if progress else True, leave=False) as bar:
         for batch in batches_once(held_out, batch_size, model.config.vocab_size):
             sums = batch_sums(model, device.put(batch), precision)
-            total = sums if total is None else total + sums
             device.mark_step()
+            total += sums.cpu()  # added up here in float64, which not every device has
             bar.update(min(batch_size, rows - bar.n))
     model.train(was_training)
     mlm_loss, mlm_right, masked_tokens, nsp_loss, nsp_right, sequences = total.tolist()
@@ -34,7 +34,7 @@ def evaluate(model, held_out, device, batch_size: int, precision=None, progress:
 
 
 def batch_sums(model, batch, precision) -> torch.Tensor:
-    """Six sums over a batch: for MLM, then NSP, the cross entropy, the right guesses and the labels.  (6,)"""
+    """Six sums over a batch: for MLM, then NSP, the cross entropy, the right guesses and the labels.  (6,) fp32"""
     with precision.autocast() if precision else nullcontext():
         logits = model.logits(batch)
     sums = []
@@ -43,7 +43,7 @@ def batch_sums(model, batch, precision) -> torch.Tensor:
         sums.append(F.cross_entropy(scores, labels, ignore_index=IGNORED_LABEL, reduction="sum"))
         sums.append((scores.argmax(-1) == labels).sum())
         sums.append((labels != IGNORED_LABEL).sum())
-    return torch.stack([value.double() for value in sums])
+    return torch.stack([value.float() for value in sums])
 
 
 def describe(figures: dict) -> str:

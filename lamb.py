@@ -30,6 +30,7 @@ class NVLAMB(torch.optim.Optimizer):
         self.gradient_norm = torch.zeros((), device=device)
         self.skipped_steps = torch.zeros((), device=device)
         self.update = self.update_in_slices if device.type == "cpu" else self.update_by_the_paper
+        self.paper_update = paper_update
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -52,24 +53,19 @@ class NVLAMB(torch.optim.Optimizer):
                 self.state[param]["exp_avg"] = torch.zeros_like(param)
                 self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
 
-    def update_by_the_paper(self, group, params, divisor, finite) -> None:
-        """The formulas above in operations that every device has: one graph where the device builds graphs.
+    def compile(self, backend: str) -> str:
+        """Compile what a step does to the weights; what was done, in words."""
+        if self.update == self.update_in_slices:
+            return "NVLAMB stays as it is: one pass in the CPU's cache"
+        self.paper_update = torch.compile(paper_update, backend=backend)
+        return "NVLAMB's update too"
 
-        What changes from step to step comes in as a tensor, since a Python number would become part of the graph.
-        `finite` is 1.0, or 0.0 to leave everything as it is.
-        """
-        beta1, beta2 = group["betas"]
-        rate, correction1, correction2 = step_scalars(group, divisor.device)
-        keep1, keep2 = 1.0 - (1.0 - beta1) * finite, 1.0 - (1.0 - beta2) * finite
-        for param in params:
-            exp_avg, exp_avg_sq = self.state[param]["exp_avg"], self.state[param]["exp_avg_sq"]
-            gradient = (param.grad / divisor).masked_fill(finite == 0.0, 0.0)
-            exp_avg.mul_(keep1).add_(gradient, alpha=1.0 - beta1)
-            exp_avg_sq.mul_(keep2).addcmul_(gradient, gradient, value=1.0 - beta2)
-            update = (exp_avg / correction1) / ((exp_avg_sq / correction2).sqrt() + group["eps"])
-            update = update + group["weight_decay"] * param
-            ratio = trust_ratio((param * param).sum(), (update * update).sum(), group["weight_decay"])
-            param.sub_(update * (rate * finite * ratio))
+    def update_by_the_paper(self, group, params, divisor, finite) -> None:
+        """The formulas above in operations that every device has: one graph where the device builds graphs."""
+        tensors = [(param, param.grad, self.state[param]["exp_avg"], self.state[param]["exp_avg_sq"])
+                   for param in params]
+        scalars = [*step_scalars(group, divisor.device), divisor, finite]
+        self.paper_update(tensors, scalars, group["betas"], group["eps"], group["weight_decay"])
 
     def update_in_slices(self, group, params, divisor, finite) -> None:
         """The same on a CPU, limited by memory: each slice of a weight is finished while the cache holds it.
@@ -96,6 +92,25 @@ class NVLAMB(torch.optim.Optimizer):
                 update_square = update_square + update.dot(update)
             ratio = trust_ratio(weight_square, update_square, group["weight_decay"])
             flat[0].add_(flat[-1], alpha=float(group["lr"] * finite * ratio))
+
+
+def paper_update(tensors, scalars, betas, eps: float, weight_decay: float) -> None:
+    """One step of each (weight, gradient, exp_avg, exp_avg_sq) of `tensors`.
+
+    What changes from step to step comes in as a scalar tensor, since a Python number would become part of the graph:
+    the rate, both bias corrections, what gradients are divided by, and 1.0, or 0.0 to leave everything as it is.
+    """
+    rate, correction1, correction2, divisor, finite = scalars
+    beta1, beta2 = betas
+    keep1, keep2 = 1.0 - (1.0 - beta1) * finite, 1.0 - (1.0 - beta2) * finite
+    for param, gradient, exp_avg, exp_avg_sq in tensors:
+        gradient = (gradient / divisor).masked_fill(finite == 0.0, 0.0)
+        exp_avg.mul_(keep1).add_(gradient, alpha=1.0 - beta1)
+        exp_avg_sq.mul_(keep2).addcmul_(gradient, gradient, value=1.0 - beta2)
+        update = (exp_avg / correction1) / ((exp_avg_sq / correction2).sqrt() + eps)
+        update = update + weight_decay * param
+        ratio = trust_ratio((param * param).sum(), (update * update).sum(), weight_decay)
+        param.sub_(update * (rate * finite * ratio))
 
 
 def with_gradient(group) -> list:

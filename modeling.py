@@ -8,6 +8,7 @@ P slots for masked tokens in a row, C slots for sequences in a row.
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -198,15 +199,20 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: BertConfig, attention, checkpoint_activations: bool):
+    def __init__(self, config: BertConfig, attention, checkpoint_activations: bool, autocast):
         super().__init__()
         self.layer = nn.ModuleList(Layer(config, attention) for _ in range(config.num_hidden_layers))
         self.checkpoint_activations = checkpoint_activations
+        self.autocast = autocast
+
+    def recompute_contexts(self):
+        """A layer is computed again in the backward pass, outside the contexts of the forward pass."""
+        return nullcontext(), self.autocast()
 
     def forward(self, hidden, mask):
         for layer in self.layer:
             if self.checkpoint_activations and self.training:
-                hidden = checkpoint(layer, hidden, mask, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, mask, use_reentrant=False, context_fn=self.recompute_contexts)
             else:
                 hidden = layer(hidden, mask)
         return hidden
@@ -215,10 +221,10 @@ class Encoder(nn.Module):
 class BertModel(nn.Module):
     """Embeddings, encoder, and the pooler over every [CLS]."""
 
-    def __init__(self, config: BertConfig, attention, checkpoint_activations: bool):
+    def __init__(self, config: BertConfig, attention, checkpoint_activations: bool, autocast):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config, attention, checkpoint_activations)
+        self.encoder = Encoder(config, attention, checkpoint_activations, autocast)
         self.pooler = DenseActivation(config.hidden_size, config.hidden_size, torch.tanh)
 
     def forward(self, input_ids, input_mask, segment_ids, positions, next_sentence_positions):
@@ -255,13 +261,16 @@ class BertForPreTraining(nn.Module):
     """BERT with the masked-LM and the next-sentence head.
 
     `attention` names the implementation ("sdpa" or "plain"); `checkpoint_activations` recomputes each layer in the
-    backward pass, for memory against time.
+    backward pass, for memory against time, under `autocast()`; the losses are computed under `casts_off()` (both of
+    mixed_precision.Precision).
     """
 
-    def __init__(self, config: BertConfig, attention: str = "sdpa", checkpoint_activations: bool = False):
+    def __init__(self, config: BertConfig, attention: str = "sdpa", checkpoint_activations: bool = False,
+                 autocast=nullcontext, casts_off=nullcontext):
         super().__init__()
         self.config = config
-        self.bert = BertModel(config, ATTENTIONS[attention], checkpoint_activations)
+        self.casts_off = casts_off
+        self.bert = BertModel(config, ATTENTIONS[attention], checkpoint_activations, autocast)
         self.cls = PreTrainingHeads(config, self.bert.embeddings.word_embeddings.weight)
         self.apply(self.initialize)
 
@@ -287,7 +296,9 @@ class BertForPreTraining(nn.Module):
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """The losses of a batch as fp32 scalars: loss = mlm_loss + nsp_loss."""
-        return losses(*self.logits(batch), batch)
+        logits = self.logits(batch)
+        with self.casts_off():
+            return losses(*logits, batch)
 
 
 def mlm_labels(batch: dict) -> torch.Tensor:

@@ -5,11 +5,21 @@ import torch
 from lamb import NVLAMB
 
 
-def build_optimizer(args, model: torch.nn.Module) -> tuple[torch.optim.Optimizer, str]:
+def build_optimizer(args, model: torch.nn.Module, device) -> tuple[torch.optim.Optimizer, str]:
     """The optimizer that the flags and the device lead to, and the choice in words, with its reason."""
     groups = parameter_groups(model)
     counts = " + ".join(f"{len(group['params'])} tensors with weight decay {group['weight_decay']}" for group in groups)
-    return NVLAMB(groups, lr=args.learning_rate), f"optimizer: NVLAMB over {counts}"
+    fused_lamb = device.fused_lamb() if args.use_fused_lamb else None
+    if fused_lamb:
+        optimizer = fused_lamb(groups, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-6, max_grad_norm=1.0)
+        return optimizer, f"optimizer: FusedLamb over {counts}"
+    reason = f"{device.kind} has no FusedLamb" if args.use_fused_lamb else "no --use_fused_lamb"
+    return NVLAMB(groups, lr=args.learning_rate), f"optimizer: NVLAMB ({reason}) over {counts}"
+
+
+def figures(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What an optimizer tells about its last step, as scalar tensors on the device; FusedLamb tells nothing."""
+    return {name: getattr(optimizer, name) for name in ("gradient_norm", "skipped_steps") if hasattr(optimizer, name)}
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float = 0.01) -> list[dict]:

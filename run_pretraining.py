@@ -9,12 +9,15 @@ training.py holds the loop.  torch is imported after the flags are read: Gaudi's
 import sys
 
 import cli
+import gaudi_environment
 from arguments import parse_arguments
 from cli import UserError
 
 
 def main(argv=None) -> None:
-    pretrain(parse_arguments(argv))
+    args = parse_arguments(argv)
+    with gaudi_environment.prepared(args):
+        pretrain(args)
 
 
 def pretrain(args) -> dict:
@@ -23,6 +26,7 @@ def pretrain(args) -> dict:
     import dataset
     import device as devices
     import distributed
+    from compilation import compile_training
     from mixed_precision import Precision
     from modeling import BertConfig, BertForPreTraining
     from optimizers import build_optimizer
@@ -36,23 +40,26 @@ def pretrain(args) -> dict:
     config = BertConfig.from_json_file(args.config_file)
     shards = training_shards(args, config)
     held_out = held_out_shards(args, config)
-    plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(args.input_dir, shards))
+    plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(shards))
     start = checkpoint.find_start(args, report=warn)
 
     device.seed(args.seed)
-    model = BertForPreTraining(config, device.attention, args.checkpoint_activations)
+    model = BertForPreTraining(config, device.attention, args.checkpoint_activations, precision.autocast,
+                               precision.casts_off)
     if start.state:
+        checkpoint.check_architecture(config, start.state, start.path)
         checkpoint.load_model(model, start.state["model"], start.path)
     model.to_device(device.torch_device).train()
-    optimizer, choice = build_optimizer(args, model)
+    optimizer, choice = build_optimizer(args, model, device)
     if start.state and start.state.get("optimizer"):
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
+    choices = [choice, compile_training(device, model, optimizer)] if args.use_torch_compile else [choice]
     stream = dataset.BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, process.rank,
                                  process.world_size, start.rows)
 
     log = TrainingLog(args.json_summary, active=process.first, append=args.resume_from_checkpoint)
     log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})
-    for line in [*opening(args, device, precision, shards, model, plan, start), choice]:
+    for line in [*opening(args, device, precision, shards, model, plan, start), *choices]:
         log.say(line)
     try:
         trainer = Trainer(args, process, device, precision, model, optimizer, stream, plan, start, held_out, log)

@@ -1,14 +1,18 @@
 """The training loop: one iteration is one optimizer step."""
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 import checkpoint
+import optimizers
+from compilation import GraphWatch
 from dataset import sequences_in
 from evaluation import describe, evaluate
+from profiling import StepProfiler
 from schedulers import learning_rate
 from training_log import Throughput
 
@@ -60,20 +64,21 @@ class Trainer:
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
         self.log_every = max(1, round(args.log_freq))
         self.throughput = Throughput()
+        self.graph_watch = GraphWatch(device)
+        self.profiler = StepProfiler(args, device, process.rank, log.say)
         self.batch = None
         self.final_loss = None
+        self.loss_sums = self.zero_losses()  # over the steps since the last log line
 
     def train(self) -> dict:
         """Run from the start to the last step of this run; the figures of its summary."""
         began = time.perf_counter()
         self.log.start_bar(self.start.step, self.last_step, self.args.disable_progress_bar)
-        sums = self.zero_losses()
         for step in range(self.start.step + 1, self.last_step + 1):
-            losses = self.train_step(step)
-            sums = sums + losses
+            with self.profiler.around(step):
+                losses = self.train_step(step)
             if self.is_due(step, self.log_every):
-                self.log_step(step, sums, losses)
-                sums = self.zero_losses()
+                self.log_step(step, losses)
             if self.is_due(step, self.args.num_steps_per_checkpoint) and not self.args.skip_checkpoint:
                 self.save(step)
             if self.held_out and self.is_due(step, self.args.eval_freq):
@@ -82,7 +87,11 @@ class Trainer:
         return self.summary(time.perf_counter() - began)
 
     def train_step(self, step: int) -> torch.Tensor:
-        """One optimizer step; the mean LOSSES of its micro-batches, on the device.  (3,)"""
+        """One optimizer step; the mean LOSSES of its micro-batches, on the device.  (3,)
+
+        Losses are added in place and before the graph ends.  In place, since hmp's casts reach the whole process but
+        leave such an op in fp32; before it ends, since what is pending would make the next graph another one.
+        """
         self.device.seed(step_seed(self.args, step, self.process.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.args.learning_rate, self.args.warmup_proportion, self.args.max_steps)
@@ -92,15 +101,17 @@ class Trainer:
             with self.precision.autocast():
                 outputs = self.model(batch)
             self.precision.backward(outputs["loss"] / self.plan.accumulation_steps)
-            losses = losses + torch.stack([outputs[name].detach() for name in LOSSES])
+            losses += torch.stack([outputs[name].detach() for name in LOSSES])
             self.device.mark_step()
             batch = self.next_batch()  # while the device works
         self.batch = batch
+        losses /= self.plan.accumulation_steps
+        self.loss_sums += losses
         self.precision.step(self.optimizer)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.device.mark_step()
         self.throughput.add_step()
-        return losses / self.plan.accumulation_steps
+        return losses
 
     def zero_losses(self) -> torch.Tensor:
         return torch.zeros(len(LOSSES)).to(self.device.torch_device)
@@ -123,28 +134,40 @@ class Trainer:
     def epoch(self, step: int) -> int:
         return self.rows_used(step) // sum(self.stream.rows_per_shard)
 
-    def log_step(self, step: int, sums: torch.Tensor, losses: torch.Tensor) -> None:
+    def log_step(self, step: int, losses: torch.Tensor) -> None:
         """Log the steps since the last time: the only place in the loop where values reach the host."""
-        extra = torch.stack([self.optimizer.gradient_norm, self.optimizer.skipped_steps])
-        values = torch.cat([sums / self.throughput.steps, losses, extra]).tolist()
-        self.final_loss = values[0]
+        told = optimizers.figures(self.optimizer)
+        values = torch.cat([self.loss_sums, losses, *(value.reshape(1) for value in told.values())]).tolist()
+        self.final_loss = values[0] / self.throughput.steps
+        self.loss_sums = self.zero_losses()
+        new_graphs = self.graph_watch.new_graphs(step - self.start.step)
         self.log.step(self.epoch(step), step, {
-            "average_loss": values[0], "step_loss": values[3], "mlm_loss": values[4], "nsp_loss": values[5],
-            "learning_rate": self.optimizer.param_groups[0]["lr"], "gradient_norm": values[6],
-            "skipped_steps": int(values[7]), **self.throughput.read(), **self.device.memory()})
+            "average_loss": self.final_loss, "step_loss": values[3], "mlm_loss": values[4], "nsp_loss": values[5],
+            "learning_rate": self.optimizer.param_groups[0]["lr"], **dict(zip(told, values[6:], strict=True)),
+            **self.throughput.read(), **self.device.memory(), **self.device.graphs()})
+        if new_graphs:
+            self.log.say(f"warning: {new_graphs} graphs compiled since the last line, though the warm-up is over: "
+                         f"something changes shape or value from step to step (docs/graphs.md)")
+
+    @contextmanager
+    def paused(self):
+        """A block that is no training: its time and its graphs do not count."""
+        with self.throughput.paused(), self.graph_watch.paused():
+            yield
 
     def save(self, step: int) -> None:
         """Write a checkpoint of everything that the next step depends on."""
         phase1_end = self.args.phase1_end_step if self.args.phase2 else 0
-        with self.throughput.paused():
+        with self.paused():
             self.device.synchronize()
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step,
-                     "phase": 2 if self.args.phase2 else 1, "rows": self.rows_used(step)}
+                     "phase": 2 if self.args.phase2 else 1, "rows": self.rows_used(step),
+                     "config": vars(self.model.config)}
             path = checkpoint.save(self.args.output_dir, phase1_end + step, to_host(state), protected=phase1_end)
         self.log.say(f"saved {path}")
 
     def evaluate(self, step: int) -> None:
-        with self.throughput.paused():
+        with self.paused():
             figures = evaluate(self.model, self.held_out, self.device, self.plan.micro_batch_size, self.precision)
         self.log.write([self.epoch(step), step], {f"eval_{name}": value for name, value in figures.items()})
         self.log.say(f"held out after step {step}: {describe(figures)}")

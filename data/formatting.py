@@ -65,4 +65,5 @@ def write_part(path, results) -> tuple[dict, list[str]]:
 
 def describe(counts: dict) -> str:
     """{"documents": 106, "redirects": 100} as "106 documents, 100 redirects"."""
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in sorted(counts.items()) if count) or "nothing"
+    parts = [f"{count:,} {name.replace('_', ' ')}" for name, count in sorted(counts.items()) if count]
+    return ", ".join(parts) or "nothing"

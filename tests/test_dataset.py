@@ -138,13 +138,13 @@ def test_sequences_per_row_come_from_metadata_else_from_the_shards(tmp_path):
     folder = tmp_path / "packed"
     shards.write(folder / "part.hdf5", packed_rows())
     found = shards.find(folder)
-    assert dataset.average_sequences_per_row(folder, found) == pytest.approx(4 / 3)
+    assert dataset.average_sequences_per_row(found) == pytest.approx(4 / 3)
     (tmp_path / "packed_metadata.json").write_text('{"avg_seq_per_sample": 1.5}')
-    assert dataset.average_sequences_per_row(f"{folder}/", found) == 1.5
+    assert dataset.average_sequences_per_row(found) == 1.5
     for bad in ("{}", "[1]", '{"avg_seq_per_sample": "many"}', '{"avg_seq_per_sample": 99}', "{"):
         (tmp_path / "packed_metadata.json").write_text(bad)
         with pytest.raises(UserError, match="packed_metadata.json"):
-            dataset.average_sequences_per_row(folder, found)
+            dataset.average_sequences_per_row(found)
 
 
 def test_unpacked_rows_become_packed_rows_of_one_sequence(folder):

@@ -1,0 +1,61 @@
+"""Compiled graphs: torch.compile for a run that asks for it, and a watch on graphs that keep compiling."""
+
+from contextlib import contextmanager
+
+import torch
+
+from lamb import NVLAMB
+
+WARM_UP_STEPS = 3  # of a run, in which each graph of a step compiles
+
+
+def compile_training(device, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Compile the model and the optimizer's update for the device; what was done, in words.
+
+    Where the compiler does not work, everything stays as it is, and the words say why.
+    """
+    problem = compiler_problem(device)
+    if problem:
+        return f"--use_torch_compile: not compiled: {problem}"
+    model.compile(backend=device.compiler)  # in place: the names in its state dict stay the same
+    update = optimizer.compile(device.compiler) if isinstance(optimizer, NVLAMB) else "FusedLamb is one kernel already"
+    return f"--use_torch_compile: the model is compiled by {device.compiler}; {update}"
+
+
+def compiler_problem(device) -> str | None:
+    """Why the device's compiler does not work, found out by compiling next to nothing, or None."""
+    twice = torch.compile(lambda value: value * 2.0, backend=device.compiler)
+    try:
+        twice(torch.ones(2).to(device.torch_device))
+    except Exception as error:  # whatever a compiler that is not there, or half there, happens to raise
+        return f"{device.compiler} on {device.kind}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return None
+
+
+class GraphWatch:
+    """Notices graphs that training steps still compile after the warm-up: a step should meet only shapes it has met.
+
+    Graphs compiled while `paused` (to evaluate, to save) do not count.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.elsewhere = 0
+        self.compiled_before: int | None = None
+
+    def compiled(self) -> int:
+        return self.device.graphs().get("graph_compilation", 0)
+
+    @contextmanager
+    def paused(self):
+        before = self.compiled()
+        yield
+        self.elsewhere += self.compiled() - before
+
+    def new_graphs(self, steps: int) -> int:
+        """How many graphs compiled since this was last asked; 0 within the warm-up.  `steps` are those of the run."""
+        compiled = self.compiled() - self.elsewhere
+        before = compiled if self.compiled_before is None else self.compiled_before
+        if steps >= WARM_UP_STEPS:
+            self.compiled_before = compiled
+        return compiled - before
