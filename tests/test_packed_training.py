@@ -69,6 +69,6 @@ def test_metadata_and_shards_agree_on_the_sequences_a_row(unpacked, tmp_path, de
           "--max_predictions_per_sequence", str(PREDICTIONS), "--max_sequences_per_pack", str(depth),
           "--n_processes", "1", "--disable_progress_bar"])
     found = shards.find(tmp_path / "packed")
-    named = dataset.average_sequences_per_row(tmp_path / "packed", found)
+    named = dataset.average_sequences_per_row(found)
     (tmp_path / "packed_metadata.json").unlink()
-    assert dataset.average_sequences_per_row(tmp_path / "packed", found) == pytest.approx(named)
+    assert dataset.average_sequences_per_row(found) == pytest.approx(named)
