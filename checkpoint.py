@@ -2,7 +2,7 @@
 
 The step in a name counts over both phases (phase 2 goes on from --phase1_end_step).  A file holds: model (the names of
 modeling.py), optimizer (state and param_groups), step (of the phase), phase, rows (how many rows of the phase's endless
-sequence are used up).
+sequence are used up), config (the architecture).  A folder that transformers loads is read as a checkpoint of weights.
 """
 
 import re
@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
+import huggingface
 from cli import UserError
 from file_utils import local_file, replacing
 
 KEPT = 3
+FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # no weight depends on it
 
 
 def path_of(folder, step: int) -> Path:
@@ -43,6 +45,8 @@ def rotate(folder, protected: int = -1) -> None:
 
 def load(path) -> dict:
     """The contents of a checkpoint, on the host.  Nothing in it is executed: tensors and plain values only."""
+    if Path(path).is_dir():
+        return huggingface.load(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -66,6 +70,22 @@ def newest(folder, report) -> tuple[int, dict] | None:
         except UserError as error:
             report(f"passed over a damaged checkpoint: {error}")
     return None
+
+
+def load_into(model, path) -> dict:
+    """Load the weights of the checkpoint at `path`, a path or a URL; returns its contents."""
+    state = load(local_file(path))
+    check_architecture(model.config, state, path)
+    load_model(model, state["model"], path)
+    return state
+
+
+def check_architecture(config, state: dict, path) -> None:
+    """Shapes do not tell all (heads, activation): refuse a checkpoint that says it is of another architecture."""
+    for key, value in (state.get("config") or {}).items():
+        own = getattr(config, key, value)
+        if own != value and key not in FREE_TO_DIFFER:
+            raise UserError(f"{path}: {key} is {value!r} in it, {own!r} in the config")
 
 
 def load_model(model, state_dict: dict, path) -> None:

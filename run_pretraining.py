@@ -47,6 +47,7 @@ def pretrain(args) -> dict:
     model = BertForPreTraining(config, device.attention, args.checkpoint_activations, precision.autocast,
                                precision.casts_off)
     if start.state:
+        checkpoint.check_architecture(config, start.state, start.path)
         checkpoint.load_model(model, start.state["model"], start.path)
     model.to_device(device.torch_device).train()
     optimizer, choice = build_optimizer(args, model, device)

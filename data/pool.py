@@ -11,7 +11,7 @@ choice.
 import signal
 import sys
 from collections import deque
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
@@ -78,6 +78,5 @@ def ordered_map(pool, function, tasks):
     except BrokenProcessPool:
         raise UserError("a worker process was killed; where that was for lack of memory, a smaller --n_processes "
                         "helps") from None
-    finally:
-        for future in waiting:
-            future.cancel()
+    finally:  # when this is left early, no task may go on writing behind the back of whoever cleans up
+        wait([future for future in waiting if not future.cancel()])
