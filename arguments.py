@@ -30,12 +30,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def add_files(parser) -> None:
     group = parser.add_argument_group("what to train on what")
     group.add_argument("--do_train", action="store_true", help="train; must be given")
-    group.add_argument("--input_dir", required=True, help="folder of HDF5 shards, packed or not")
+    group.add_argument("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
     group.add_argument("--config_file", required=True, help="model config, JSON")
     group.add_argument("--output_dir", required=True, help="folder of the checkpoints")
     group.add_argument("--bert_model", default="bert-large-uncased", help="a name for logs and export")
-    group.add_argument("--init_checkpoint", help="start from the weights in this checkpoint, at step 0 "
-                       "(with --resume_from_checkpoint its optimizer moments too)")
+    group.add_argument("--init_checkpoint", help="start from the weights in this checkpoint (path or URL) or folder of "
+                       "transformers, at step 0 (with --resume_from_checkpoint its optimizer moments too)")
     group.add_argument("--seed", type=int, default=42, help="of the weights, the order of the rows, and dropout")
 
 

@@ -2,7 +2,7 @@
 
 The step in a name counts over both phases (phase 2 goes on from --phase1_end_step).  A file holds: model (the names of
 modeling.py), optimizer (state and param_groups), step (of the phase), phase, rows (how many rows of the phase's endless
-sequence are used up).
+sequence are used up), config (the architecture).  A folder that transformers loads is read as a checkpoint of weights.
 """
 
 import re
@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
+import huggingface
 from cli import UserError
-from file_utils import replacing
+from file_utils import local_file, replacing
 
 KEPT = 3
+FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # no weight depends on it
 
 
 def path_of(folder, step: int) -> Path:
@@ -43,6 +45,8 @@ def rotate(folder, protected: int = -1) -> None:
 
 def load(path) -> dict:
     """The contents of a checkpoint, on the host.  Nothing in it is executed: tensors and plain values only."""
+    if Path(path).is_dir():
+        return huggingface.load(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -66,6 +70,22 @@ def newest(folder, report) -> tuple[int, dict] | None:
         except UserError as error:
             report(f"passed over a damaged checkpoint: {error}")
     return None
+
+
+def load_into(model, path) -> dict:
+    """Load the weights of the checkpoint at `path`, a path or a URL; returns its contents."""
+    state = load(local_file(path))
+    check_architecture(model.config, state, path)
+    load_model(model, state["model"], path)
+    return state
+
+
+def check_architecture(config, state: dict, path) -> None:
+    """Shapes do not tell all (heads, activation): refuse a checkpoint that says it is of another architecture."""
+    for key, value in (state.get("config") or {}).items():
+        own = getattr(config, key, value)
+        if own != value and key not in FREE_TO_DIFFER:
+            raise UserError(f"{path}: {key} is {value!r} in it, {own!r} in the config")
 
 
 def load_model(model, state_dict: dict, path) -> None:
@@ -111,8 +131,7 @@ class Start:
     step: int = 0
     rows: int = 0
     path: Path | None = None
-    state: dict | None = None
-    with_optimizer: bool = True
+    state: dict | None = None  # its "optimizer" may be None: weights alone
 
 
 def find_start(args, report) -> Start:
@@ -132,8 +151,9 @@ def find_start(args, report) -> Start:
         raise UserError(f"--output_dir {args.output_dir}: no checkpoint in it that can be read; "
                         f"--phase2 goes on from ckpt_{args.phase1_end_step}.pt")
     if args.init_checkpoint:
-        return Start(path=args.init_checkpoint, state=load(args.init_checkpoint),
-                     with_optimizer=args.resume_from_checkpoint)
+        state = load(local_file(args.init_checkpoint))
+        state["optimizer"] = with_step_zero(state.get("optimizer")) if args.resume_from_checkpoint else None
+        return Start(path=args.init_checkpoint, state=state)
     if args.resume_from_checkpoint:
         report(f"no checkpoint in {args.output_dir} to resume from: starting at step 0")
     return Start()
@@ -161,7 +181,7 @@ def start_from(args, number: int, state: dict) -> Start:
 
 
 def with_step_zero(optimizer: dict | None) -> dict | None:
-    """Phase 2 keeps the moments and counts its steps anew."""
+    """The moments kept, the steps counted anew: how phase 2 starts."""
     if optimizer is None:
         return None
     return {**optimizer, "param_groups": [{**group, "step": 0} for group in optimizer["param_groups"]]}

@@ -5,7 +5,9 @@ torch is imported).
 """
 
 import argparse
+import signal
 import sys
+from contextlib import contextmanager
 
 TRUE_WORDS = ("true", "1", "yes")
 FALSE_WORDS = ("false", "0", "no")
@@ -91,3 +93,16 @@ def run(main) -> None:
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def sigterm_as_interrupt():
+    """Let SIGTERM end the block as Ctrl-C does, so that temporary files are removed."""
+    def interrupt(signal_number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -11,7 +11,6 @@ next_sentence_positions, next_sentence_labels, next_sentence_weights (B, C).
 
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -169,11 +168,11 @@ def with_empty_rows(values: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([values, values.new_zeros(rows - len(values), *values.shape[1:])])
 
 
-def average_sequences_per_row(input_dir, shards: list[Shard]) -> float:
+def average_sequences_per_row(shards: list[Shard]) -> float:
     """How many sequences a row holds on average: 1 where unpacked, else from the packer's metadata, else counted."""
     if not shards[0].packed:
         return 1.0
-    folder = Path(input_dir).resolve()
+    folder = shards[0].path.parent.resolve()
     metadata = folder.parent / f"{folder.name}_metadata.json"
     try:
         average = json.loads(metadata.read_text(encoding="utf-8"))["avg_seq_per_sample"]

@@ -11,21 +11,28 @@ import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
-from itertools import accumulate, repeat
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import cli
-import packing
+import packing_plot
 import packing_shards
 import shards
+from cli import UserError
+from data.pool import open_pool, ordered_map
 from file_utils import write_json
-from processes import process_pool, sigterm_as_interrupt
+from packing import Recipe, by_longest_pack_first, knapsack
+from packing_cutting_stock import cutting_stock
+from packing_nnls import MAX_DEPTH as NNLS_MAX_DEPTH
+from packing_nnls import nnls
+from packing_placement import Placement
 
+METHODS = {"cutting_stock": cutting_stock, "nnls": nnls, "lpfhp": by_longest_pack_first}
 PART_NAME = "mixed_strategies_part_{}.hdf5"
 UNFINISHED = "packing_in_progress"  # the folder inside the output folder that holds everything until all is written
 
@@ -33,68 +40,81 @@ UNFINISHED = "packing_in_progress"  # the folder inside the output folder that h
 def parse_arguments(argv):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--input_dir", required=True,
-                        help="folder of unpacked HDF5 shards, those with 'training' in the name")
+                        help="folder of unpacked HDF5 shards: those with 'training' in the name")
     parser.add_argument("--output_dir", required=True,
                         help="folder for the packed shards; its metadata goes beside it, NAME_metadata.json")
     parser.add_argument("--max_sequence_length", type=cli.positive_int, required=True,
-                        help="tokens in a row, as in the input")
+                        help="tokens in a row, packed or not")
     parser.add_argument("--max_predictions_per_sequence", type=cli.positive_int, required=True,
-                        help="masked tokens in a packed row, beside one more for each of --max_sequences_per_pack")
+                        help="masked tokens that a packed row has room for, beside one for each of "
+                             "--max_sequences_per_pack")
     parser.add_argument("--max_sequences_per_pack", type=cli.positive_int, default=3, help="most sequences in a row")
-    parser.add_argument("--packing_method", choices=packing.METHODS, default=packing.DEFAULT_METHOD,
-                        help="how the rows are worked out; lpfhp: longest sequence first, into the fullest row")
-    parser.add_argument("--seed", type=int, default=42, help="of the order of the rows")
+    parser.add_argument("--packing_method", choices=METHODS, default="cutting_stock",
+                        help="how the rows are worked out. cutting_stock: the fewest rows, and proof of how few are "
+                             "possible; nnls: NNLSHP as published, at most 3 sequences a row; lpfhp: the longest "
+                             "sequence first, into the fullest row that takes it")
+    parser.add_argument("--seed", type=int, default=42, help="of the order of the rows, and of which sequences meet")
     parser.add_argument("--n_processes", type=cli.positive_int, default=len(os.sched_getaffinity(0)),
-                        help="processes, each under 1 GB; the result is the same for any number")
+                        help="processes, each below 1 GB of memory; the result is the same for any number")
     parser.add_argument("--overwrite", action="store_true",
-                        help="replace the packed data in --output_dir, once the new is complete")
+                        help="replace the packed data of --output_dir, once the new is complete")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw lengths, fill and sequences a row")
     parser.add_argument("--disable_progress_bar", action="store_true", help="print no progress bars")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.packing_method == "nnls" and args.max_sequences_per_pack > NNLS_MAX_DEPTH:
+        parser.error(f"--packing_method nnls packs at most {NNLS_MAX_DEPTH} sequences a row, "
+                     f"--max_sequences_per_pack is {args.max_sequences_per_pack}: choose another method")
+    return args
 
 
-def main(argv=None):
+def main(argv=None) -> None:
     args = parse_arguments(argv)
     output_dir = Path(os.path.abspath(args.output_dir))
     refuse_bad_folders(args, output_dir)
     found = find_unpacked(args)
-    with sigterm_as_interrupt(), process_pool(args.n_processes) as run:
-        progress = partial(tqdm, unit="block", disable=args.disable_progress_bar)
+    with cli.sigterm_as_interrupt(), open_pool(args.n_processes) as pool:
+        work = partial(with_progress, pool, not args.disable_progress_bar)
         blocks = packing_shards.blocks_of(found)
-        surveys = list(progress(run(packing_shards.survey, blocks), desc="counting lengths", total=len(blocks)))
-        histogram = sum(survey.histogram for survey in surveys)
+        surveys = work("counting lengths", packing_shards.survey, [(block,) for block in blocks])
         refuse_too_many_predictions(args, surveys)
+        histogram = sum(survey.histogram for survey in surveys)
         recipe = solve(args, histogram)
         with staged(output_dir) as folder:
-            write_rows(args, run, progress, blocks, surveys, recipe, folder)
+            write_rows(args, work, blocks, surveys, recipe, folder)
             publish(folder, output_dir)
-    metadata = describe(args, found, histogram, recipe)
-    write_json(metadata_path(output_dir), metadata)
-    print(f"{metadata['original_number_of_samples']:,} sequences in {recipe.row_count:,} rows, "
-          f"{metadata['packing_efficiency']:.3%} full, {metadata['avg_seq_per_sample']:.3f} sequences a row: "
-          f"{args.output_dir}")
+            write_json(metadata_path(output_dir), metadata(args, found, histogram, recipe))
+    if args.plot:
+        packing_plot.draw(recipe, histogram, args.plot)
+    print(summary(args, histogram, recipe))
+
+
+def with_progress(pool, visible: bool, description: str, function, tasks: list[tuple]) -> list:
+    """The results of function(*task) for all tasks, in order, with a bar while they are worked on."""
+    with closing(ordered_map(pool, function, tasks)) as results:
+        return list(tqdm(results, desc=description, total=len(tasks), disable=not visible))
 
 
 # --- what is refused before anything is written ---
 
 def refuse_bad_folders(args, output_dir: Path) -> None:
-    """An output folder inside the input folder, or one where packed data lies already."""
+    """An output folder inside the input folder, one that is no folder, or one that holds shards already."""
     if Path(args.input_dir).resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
-        raise cli.UserError(f"--output_dir {args.output_dir} lies inside --input_dir {args.input_dir}")
+        raise UserError(f"--output_dir {args.output_dir} lies inside --input_dir {args.input_dir}: choose another")
     if output_dir.exists() and not output_dir.is_dir():
-        raise cli.UserError(f"--output_dir {args.output_dir}: not a folder")
-    strangers = [path for path in output_dir.glob("*.hdf5") if path not in packed_parts(output_dir)]
+        raise UserError(f"--output_dir {args.output_dir} is not a folder")
+    strangers = sorted(set(output_dir.glob("*.hdf5")) - set(packed_parts(output_dir)))
     if strangers:
-        raise cli.UserError(f"--output_dir {args.output_dir} holds a shard that is not of this command's making, "
-                            f"{strangers[0].name}: choose another folder")
+        raise UserError(f"--output_dir {args.output_dir} holds {strangers[0].name}, which this command did not write: "
+                        "choose another folder")
     present = [path for path in (*packed_parts(output_dir), output_dir / UNFINISHED, metadata_path(output_dir))
                if path.exists()]
     if present and not args.overwrite:
-        raise cli.UserError(f"--output_dir {args.output_dir} is in use already ({present[0]}): choose another folder, "
-                            "or give --overwrite to replace its packed data")
+        raise UserError(f"--output_dir {args.output_dir} is in use already ({present[0]}): choose another folder, or "
+                        "give --overwrite to replace its packed data")
 
 
-def packed_parts(output_dir: Path) -> list[Path]:
-    return sorted(output_dir.glob(PART_NAME.format("*")))
+def packed_parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob(PART_NAME.format("*")))
 
 
 def metadata_path(output_dir: Path) -> Path:
@@ -105,32 +125,32 @@ def find_unpacked(args) -> list[shards.Shard]:
     found = shards.find(args.input_dir)
     for shard in found:
         if shard.packed:
-            raise cli.UserError(f"{shard.path}: row 0 is packed already")
+            raise UserError(f"--input_dir {args.input_dir}: {shard.path} is packed already, from row 0 on")
         if shard.sequence_length != args.max_sequence_length:
-            raise cli.UserError(f"--max_sequence_length {args.max_sequence_length}, but {shard.path} has rows of "
-                                f"{shard.sequence_length} tokens")
+            raise UserError(f"--max_sequence_length {args.max_sequence_length}, but {shard.path} has rows of "
+                            f"{shard.sequence_length} tokens")
     return found
 
 
-def refuse_too_many_predictions(args, surveys) -> None:
+def refuse_too_many_predictions(args, surveys: list[packing_shards.Survey]) -> None:
     """A packed row must hold the masked tokens of any sequences that may meet in it."""
+    depth = args.max_sequences_per_pack
     most_predictions = np.max([survey.most_predictions for survey in surveys], axis=0)
-    most = int(packing.most_valuable_rows(most_predictions, args.max_sequences_per_pack)[-1])
-    room = args.max_predictions_per_sequence + args.max_sequences_per_pack
+    most = int(knapsack(most_predictions, depth)[0][-1])
+    room = args.max_predictions_per_sequence + depth
     if most > room:
-        raise cli.UserError(
-            f"--max_predictions_per_sequence {args.max_predictions_per_sequence}: rows of up to "
-            f"{args.max_sequences_per_pack} sequences can have {most} masked tokens, but hold {room}; "
-            f"--max_predictions_per_sequence {most - args.max_sequences_per_pack} fits")
+        raise UserError(f"--max_predictions_per_sequence {args.max_predictions_per_sequence}: a row of up to {depth} "
+                        f"sequences can have {most} masked tokens, but has room for {room}; "
+                        f"--max_predictions_per_sequence {most - depth} fits")
 
 
 # --- the work ---
 
-def solve(args, histogram: np.ndarray) -> packing.Recipe:
+def solve(args, histogram: np.ndarray) -> Recipe:
     start = time.perf_counter()
-    recipe = packing.METHODS[args.packing_method](histogram, args.max_sequences_per_pack)
-    print(f"{args.packing_method}: {recipe.row_count:,} rows with {len(recipe.rows):,} strategies in "
-          f"{time.perf_counter() - start:.2f} s; no packing needs fewer than {recipe.bound:,}", file=sys.stderr)
+    recipe = METHODS[args.packing_method](histogram, args.max_sequences_per_pack)
+    print(f"{args.packing_method}: {recipe.row_count:,} rows by {len(recipe.rows):,} strategies, worked out in "
+          f"{time.perf_counter() - start:.2f} s; no packing has fewer than {recipe.bound:,}", file=sys.stderr)
     return recipe
 
 
@@ -138,30 +158,45 @@ def solve(args, histogram: np.ndarray) -> packing.Recipe:
 def staged(output_dir: Path):
     """Yield a new folder inside the output folder; afterwards it is gone, and so is an output folder left empty."""
     folder = output_dir / UNFINISHED
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
         yield folder
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: {error}; nothing new is kept there") from None
     finally:
-        shutil.rmtree(folder)
-        if not any(output_dir.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # it holds something, or could not be made
             output_dir.rmdir()
 
 
-def write_rows(args, run, progress, blocks, surveys, recipe, folder: Path) -> None:
+def write_rows(args, work, blocks, surveys, recipe: Recipe, folder: Path) -> None:
     """Write the packed shards into `folder`, by way of temporary files there."""
     histogram = sum(survey.histogram for survey in surveys)
-    ranks_before = accumulate((survey.histogram for survey in surveys[:-1]), initial=np.zeros_like(histogram))
-    placement = packing_shards.Placement(recipe, histogram, args.seed)
-    layout = packing_shards.Layout(recipe.row_count, args.max_sequence_length, args.max_sequences_per_pack,
-                                   args.max_predictions_per_sequence, folder)
-    list(progress(run(packing_shards.scatter, blocks, repeat(placement), ranks_before, repeat(layout)),
-                  desc="sorting sequences into rows", total=len(blocks)))
-    parts = range(layout.part_count)
-    written = sum(progress(run(packing_shards.gather, parts, repeat(len(blocks)), repeat(layout),
-                               [folder / PART_NAME.format(part) for part in parts]),
-                           desc="writing shards", total=len(parts), unit="shard"))
-    assert written == histogram.sum(), f"{written} sequences written of {histogram.sum()}"
+    placement = Placement(recipe, histogram, args.seed)
+    layout = packing_shards.Layout(
+        row_count=recipe.row_count, rows_per_part=packing_shards.rows_per_part(args.max_sequence_length),
+        row_length=args.max_sequence_length, max_sequences=args.max_sequences_per_pack,
+        max_predictions=args.max_predictions_per_sequence, folder=folder)
+    reserve_space(packing_shards.temporary_bytes(surveys, layout.part_count), folder)
+
+    ranks_before = accumulate((survey.histogram for survey in surveys), initial=np.zeros_like(histogram))
+    work("placing sequences", packing_shards.scatter,
+         [(block, placement, ranks, layout) for block, ranks in zip(blocks, ranks_before, strict=False)])
+    written = sum(work("writing shards", packing_shards.gather,
+                       [(part, len(blocks), layout, folder / PART_NAME.format(part))
+                        for part in range(layout.part_count)]))
+    assert written == histogram.sum(), f"{written} sequences written, {histogram.sum()} in the input"
+
+
+def reserve_space(needed: int, folder: Path) -> None:
+    """Say what the temporary files will take, and refuse to start where the disk has less."""
+    free = shutil.disk_usage(folder).free
+    print(f"temporary files: {needed / 1e9:.2f} GB in {folder}, of {free / 1e9:.2f} GB free; removed at the end",
+          file=sys.stderr)
+    if needed > free:
+        raise UserError(f"{folder}: {needed / 1e9:.2f} GB are needed for temporary files, {free / 1e9:.2f} GB are free")
 
 
 def publish(folder: Path, output_dir: Path) -> None:
@@ -173,32 +208,42 @@ def publish(folder: Path, output_dir: Path) -> None:
         os.replace(path, output_dir / path.name)
 
 
-def describe(args, found, histogram: np.ndarray, recipe: packing.Recipe) -> dict:
-    """The metadata: counts are of rows, sequences (samples) and tokens."""
-    sequences, rows = int(histogram.sum()), recipe.row_count
-    tokens = int(histogram @ np.arange(len(histogram)))
+# --- what is told about the result ---
+
+def metadata(args, found: list[shards.Shard], histogram: np.ndarray, recipe: Recipe) -> dict:
+    """Samples are rows: of one sequence before, of several after."""
+    sequences, rows, row_length = int(histogram.sum()), recipe.row_count, args.max_sequence_length
+    tokens = int(histogram @ np.arange(row_length + 1))
     return {
         "avg_seq_per_sample": sequences / rows,
         "compression_ratio": rows / sequences,
         "expected_speed_up": sequences / rows,
-        "theoretical_speed_up": sequences * args.max_sequence_length / tokens,
+        "theoretical_speed_up": sequences * row_length / tokens,
         "new_number_of_samples": rows,
         "original_number_of_samples": sequences,
-        "number_of_sequences_dropped": sequences - int(recipe.histogram(args.max_sequence_length).sum()),
+        "number_of_sequences_dropped": sequences - int(recipe.histogram(row_length).sum()),
         "number_of_strategies_utilized": len(recipe.rows),
-        "packing_efficiency": tokens / (rows * args.max_sequence_length),
-        "padding_tokens_original_dataset": sequences * args.max_sequence_length - tokens,
-        "padding_tokens_packed_dataset": rows * args.max_sequence_length - tokens,
+        "packing_efficiency": tokens / (rows * row_length),
+        "padding_tokens_original_dataset": sequences * row_length - tokens,
+        "padding_tokens_packed_dataset": rows * row_length - tokens,
         "top_8_strategies": [list(strategy) for strategy, _ in recipe.rows.most_common(8)],
         "lower_bound_of_samples": recipe.bound,
         "packing_method": args.packing_method,
-        "max_sequence_length": args.max_sequence_length,
         "max_sequences_per_pack": args.max_sequences_per_pack,
+        "max_sequence_length": row_length,
         "max_predictions_per_sequence": args.max_predictions_per_sequence,
         "seed": args.seed,
         "input_dir": args.input_dir,
         "input_files": [shard.path.name for shard in found],
     }
+
+
+def summary(args, histogram: np.ndarray, recipe: Recipe) -> str:
+    sequences, rows = int(histogram.sum()), recipe.row_count
+    tokens = int(histogram @ np.arange(len(histogram)))
+    return (f"{sequences:,} sequences in {rows:,} rows (no packing has fewer than {recipe.bound:,}): "
+            f"{tokens / rows / args.max_sequence_length:.3%} real tokens, {sequences / rows:.3f} sequences a row, "
+            f"in {args.output_dir}")
 
 
 if __name__ == "__main__":

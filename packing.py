@@ -5,7 +5,7 @@ follow each strategy.  `histogram[length]` counts the sequences of that length, 
 `depth` is the most sequences a row may hold.  Nothing here touches a file.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from dataclasses import dataclass
 
@@ -92,27 +92,67 @@ def longest_pack_first(histogram: np.ndarray, depth: int) -> Counter:
     return finished
 
 
-def most_valuable_rows(values: np.ndarray, depth: int) -> np.ndarray:
-    """The greatest value of a row filled up to each number of tokens, (row length + 1,), at most `depth` sequences.
+def knapsack(values: np.ndarray, depth: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The greatest value of a row filled up to each number of tokens, with at most `depth` sequences.
 
-    `values[length]` is what one sequence of that length is worth, 0 or more.
+    `values[length]` (int64) is what one sequence of that length is worth.  Returns the values, (row length + 1,), and
+    for 1, 2, … sequences the length to choose next with that much room, each (row length + 1,); 0 where none is.  Among
+    equals the longest is chosen.  The list ends early where more sequences add nothing.
 
-    >>> most_valuable_rows(np.array([0, 0, 3, 4, 0, 0]), depth=2)  # 2 + 3 tokens hold 3 + 4
+    >>> knapsack(np.array([0, 0, 3, 4, 0, 0]), depth=2)[0]  # 2 + 3 tokens hold 3 + 4
     array([0, 0, 3, 4, 6, 7])
     """
-    best = np.zeros_like(values)
+    row_length = len(values) - 1
+    best, choices = np.zeros_like(values), []
     for _ in range(depth):
-        before = best.copy()
-        for length in np.flatnonzero(values).tolist():
-            np.maximum(best[length:], before[:-length] + values[length], out=best[length:])
+        padded = np.concatenate([np.full(row_length, np.iinfo(values.dtype).min // 2), best])
+        totals = np.lib.stride_tricks.sliding_window_view(padded, row_length + 1) + values[::-1]
+        choice = totals.argmax(axis=1)  # column k: a sequence of length row_length - k, then the best of what is left
+        before, best = best, totals[np.arange(row_length + 1), choice]
+        choices.append(row_length - choice)
         if (best == before).all():
             break
-    return best
+    return best, choices
 
 
-def solve_by_lpfhp(histogram: np.ndarray, depth: int) -> Recipe:
+def fill_rows(strategies: np.ndarray, counts: np.ndarray, histogram: np.ndarray, depth: int) -> Counter:
+    """Put real sequences into rows with slots of given lengths: `counts[i]` rows of `strategies[i]` (zero padded).
+
+    A slot takes the longest waiting sequence that fits.  Slots that find none stay empty, and sequences that find no
+    slot are packed longest first.  All `histogram` counts, and no more, end in the rows returned.
+
+    >>> fill_rows(np.array([[4, 4]]), np.array([2]), np.array([0, 0, 0, 2, 3, 0, 0, 0, 0]), depth=2)
+    Counter({(4, 4): 1, (4, 3): 1, (3,): 1})
+    """
+    waiting = histogram.copy()
+    lengths = np.flatnonzero(waiting).tolist()  # ascending
+    rows = Counter()
+    for slots, count in zip(strategies.tolist(), counts.astype(np.int64).tolist(), strict=True):
+        while count:
+            chosen = longest_fitting(slots, waiting, lengths)
+            if not chosen:
+                break
+            taken = min(count, *(int(waiting[length]) // copies for length, copies in chosen.items()))
+            count -= taken
+            rows[tuple(sorted(chosen.elements(), reverse=True))] += taken
+            for length, copies in chosen.items():
+                waiting[length] -= taken * copies
+                if not waiting[length]:
+                    lengths.remove(length)
+    return rows + longest_pack_first(waiting, depth)
+
+
+def longest_fitting(slots: list[int], waiting: np.ndarray, lengths: list[int]) -> Counter:
+    """For each slot the longest waiting sequence that fits it; `lengths` (ascending) are those with any waiting."""
+    chosen = Counter()
+    for slot in slots:
+        fit = bisect_right(lengths, slot) - 1
+        while fit >= 0 and chosen[lengths[fit]] == waiting[lengths[fit]]:
+            fit -= 1
+        if slot and fit >= 0:
+            chosen[lengths[fit]] += 1
+    return chosen
+
+
+def by_longest_pack_first(histogram: np.ndarray, depth: int) -> Recipe:
     return Recipe(longest_pack_first(histogram, depth), elementary_bound(histogram, depth))
-
-
-METHODS = {"lpfhp": solve_by_lpfhp}
-DEFAULT_METHOD = "lpfhp"

@@ -18,14 +18,16 @@ import numpy as np
 
 import shards
 from cli import UserError
-from packing import Recipe
+from packing_placement import Placement, ranks_within
 
-TOKENS_PER_BLOCK = 2**23  # a process holds one block or part at a time, some 40 bytes a token
+TOKENS_PER_BLOCK = 2**22  # of the input; a process holds one block or part at a time, up to 100 bytes a token
+TOKENS_PER_PART = 2**23   # of the output, padding included: 16,384 rows of 512
 
 SEQUENCE = np.dtype([("row", "i4"), ("slot", "i4"), ("length", "i4"), ("predictions", "i4"), ("label", "i1")])
 TOKEN = np.dtype([("input_ids", "i4"), ("segment_ids", "i1")])
 PREDICTION = np.dtype([("position", "i4"), ("id", "i4")])  # the position counts from the sequence's own start
 RECORDS = {"sequences": SEQUENCE, "tokens": TOKEN, "predictions": PREDICTION}
+INDEX_LINE = len(RECORDS) * 8  # bytes: where a part begins in each of the three files
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Block:
 
 
 def blocks_of(found: list[shards.Shard]) -> list[Block]:
-    """Cut the shards into blocks, in order."""
+    """Cut the shards into blocks, in the order of the shards."""
     blocks = []
     for shard in found:
         rows = max(1, TOKENS_PER_BLOCK // shard.sequence_length)
@@ -60,16 +62,18 @@ class Survey:
 
     histogram: np.ndarray
     most_predictions: np.ndarray  # the most masked tokens in a sequence of that length
+    predictions: int              # all masked tokens of the block
 
 
 def survey(block: Block) -> Survey:
     """Count the lengths of a block's sequences.  Raises UserError naming file and row where a row cannot be packed."""
     rows = shards.read(block.shard, ("input_mask", "masked_lm_positions"), rows=slice(block.start, block.stop))
     lengths = checked_lengths(block, rows["input_mask"])
-    used = checked_predictions(block, rows["masked_lm_positions"], lengths)
+    predictions = checked_predictions(block, rows["masked_lm_positions"], lengths)
     most_predictions = np.zeros(block.shard.sequence_length + 1, np.int64)
-    np.maximum.at(most_predictions, lengths, np.count_nonzero(used, axis=1))
-    return Survey(np.bincount(lengths, minlength=block.shard.sequence_length + 1), most_predictions)
+    np.maximum.at(most_predictions, lengths, predictions)
+    histogram = np.bincount(lengths, minlength=block.shard.sequence_length + 1)
+    return Survey(histogram, most_predictions, int(predictions.sum()))
 
 
 def checked_lengths(block: Block, input_mask: np.ndarray) -> np.ndarray:
@@ -84,10 +88,10 @@ def checked_lengths(block: Block, input_mask: np.ndarray) -> np.ndarray:
 
 
 def checked_predictions(block: Block, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Which slots of masked_lm_positions are used, (n, P); a used one must lie inside its sequence."""
+    """The number of masked tokens in each row, (n,); each must lie inside its sequence."""
     refuse_rows(block, ((positions < 0) | (positions >= lengths[:, None])).any(axis=1),
                 "has a masked_lm_position outside its sequence")
-    return positions > 0
+    return np.count_nonzero(positions, axis=1)
 
 
 def refuse_rows(block: Block, bad: np.ndarray, fault: str) -> None:
@@ -95,98 +99,18 @@ def refuse_rows(block: Block, bad: np.ndarray, fault: str) -> None:
         raise UserError(f"{block.row(np.argmax(bad))} {fault}")
 
 
-# --- placement ---
-
-class Placement:
-    """Where every sequence goes: the recipe's slots, handed out pseudo-randomly among sequences of equal length."""
-
-    def __init__(self, recipe: Recipe, histogram: np.ndarray, seed: int):
-        """Lay the slots of the recipe out by length; `histogram` is the one that the recipe was made for."""
-        strategies = sorted(recipe.rows)
-        counts = np.array([recipe.rows[strategy] for strategy in strategies])
-        first_rows = np.cumsum(counts) - counts
-        runs = [(length, first_row, slot, count)  # `count` slots of this length, in consecutive rows
-                for strategy, first_row, count in zip(strategies, first_rows, counts, strict=True)
-                for slot, length in enumerate(strategy)]
-        lengths, self.run_rows, self.run_slots, run_counts = np.array(sorted(runs)).T
-        assert (np.bincount(lengths, run_counts, len(histogram)) == histogram).all(), "the recipe drops a sequence"
-        self.run_ends = np.cumsum(run_counts)
-        self.run_starts = self.run_ends - run_counts
-        self.histogram = histogram
-        self.first_slots = np.cumsum(histogram) - histogram
-        self.row_count = int(counts.sum())
-        self.slot_seed, self.row_seed = np.random.SeedSequence(seed).spawn(2)
-
-    def rows_and_slots(self, lengths: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The row in the shuffled output, and the slot in it, of the sequences with these lengths and ranks."""
-        slots = self.first_slots[lengths] + shuffled(ranks, self.histogram[lengths], self.slot_seed)
-        runs = np.searchsorted(self.run_ends, slots, side="right")
-        rows = self.run_rows[runs] + slots - self.run_starts[runs]
-        return shuffled(rows, self.row_count, self.row_seed), self.run_slots[runs]
-
-
-def shuffled(indices: np.ndarray, size, seed: np.random.SeedSequence) -> np.ndarray:
-    """The places of `indices` in a pseudo-random permutation of range(size); `size` may differ from index to index.
-
-    A Feistel network over the smallest even number of bits that holds `size`, applied again where the result is not
-    below `size` (cycle walking).  Unlike a shuffled array it takes no memory, however many rows there are.
-    """
-    keys = seed.generate_state(6, np.uint64)
-    size = np.broadcast_to(np.asarray(size, np.uint64), indices.shape)
-    bits = np.frexp((size - np.uint64(1)).astype(np.float64))[1]
-    half_bits = ((bits + 1) // 2).astype(np.uint64)
-    places = indices.astype(np.uint64)
-    walking = np.arange(len(places))
-    while len(walking):
-        places[walking] = feistel(places[walking], half_bits[walking], keys)
-        walking = walking[places[walking] >= size[walking]]
-    return places.astype(np.int64)
-
-
-def feistel(values: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """A permutation of the numbers of 2 * half_bits bits: each round swaps the halves and scrambles one of them."""
-    low_bits = (np.uint64(1) << half_bits) - np.uint64(1)
-    left, right = values >> half_bits, values & low_bits
-    for key in keys:
-        left, right = right, left ^ (scrambled(right ^ key) & low_bits)
-    return (left << half_bits) | right
-
-
-def scrambled(values: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele et al., 2014): every input bit sways every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def ranks_within(lengths: np.ndarray) -> np.ndarray:
-    """The rank of each sequence among those of its length, in order.
-
-    >>> ranks_within(np.array([7, 5, 7, 7, 5]))
-    array([0, 0, 1, 2, 1])
-    """
-    order = np.argsort(lengths, kind="stable")
-    counts = np.bincount(lengths)
-    ranks = np.empty_like(order)
-    ranks[order] = np.arange(len(lengths)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return ranks
-
-
 # --- scatter ---
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of the output and where its temporary files lie."""
+    """The shape of the output, and the folder of the temporary files."""
 
     row_count: int
+    rows_per_part: int
     row_length: int
     max_sequences: int    # N
     max_predictions: int  # P
-    folder: Path          # of the temporary files
-
-    @property
-    def rows_per_part(self) -> int:
-        return max(1, TOKENS_PER_BLOCK // self.row_length)
+    folder: Path
 
     @property
     def part_count(self) -> int:
@@ -199,6 +123,19 @@ class Layout:
         return self.folder / f"block_{block_number}.{records}"
 
 
+def rows_per_part(row_length: int) -> int:
+    return max(1, TOKENS_PER_PART // row_length)
+
+
+def temporary_bytes(surveys: list[Survey], part_count: int) -> int:
+    """What the temporary files of all blocks take on disk."""
+    histogram = sum(survey.histogram for survey in surveys)
+    sequences, tokens = int(histogram.sum()), int(histogram @ np.arange(len(histogram)))
+    predictions = sum(survey.predictions for survey in surveys)
+    return (sequences * SEQUENCE.itemsize + tokens * TOKEN.itemsize + predictions * PREDICTION.itemsize
+            + len(surveys) * (part_count + 1) * INDEX_LINE)
+
+
 def scatter(block: Block, placement: Placement, ranks_before: np.ndarray, layout: Layout) -> None:
     """Write the sequences of a block to its temporary files, sorted by the part that they go to.
 
@@ -209,47 +146,53 @@ def scatter(block: Block, placement: Placement, ranks_before: np.ndarray, layout
     output_rows, slots = placement.rows_and_slots(lengths, ranks_before[lengths] + ranks_within(lengths))
     parts, rows_in_part = np.divmod(output_rows, layout.rows_per_part)
     order = np.argsort(parts, kind="stable")
+    rows = {key: values[order] for key, values in rows.items()}
+    sequences, tokens, predictions = records_of(rows, lengths[order], rows_in_part[order], slots[order])
 
-    is_token = np.arange(block.shard.sequence_length) < lengths[order, None]
+    # the index: in each of the three files, where every part begins, and at last where the last one ends
+    firsts = np.searchsorted(parts[order], np.arange(layout.part_count + 1))
+    amounts = np.stack([np.ones(len(order), np.int64), sequences["length"], sequences["predictions"]], axis=1)
+    begins = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(amounts, axis=0)])[firsts]
+    begins.tofile(layout.file(block.number, "index"))
+    for name, records in zip(RECORDS, (sequences, tokens, predictions), strict=True):
+        records.tofile(layout.file(block.number, name))
+
+
+def records_of(rows: dict, lengths, output_rows, slots) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The sequences, tokens and predictions of unpacked rows, without their padding, in the order of the rows."""
+    is_token = rows["input_mask"] != 0
     tokens = np.empty(np.count_nonzero(is_token), TOKEN)
     for key in TOKEN.names:
-        tokens[key] = rows[key][order][is_token]
+        tokens[key] = rows[key][is_token]
 
-    is_prediction = rows["masked_lm_positions"][order] > 0
+    is_prediction = rows["masked_lm_positions"] > 0
     predictions = np.empty(np.count_nonzero(is_prediction), PREDICTION)
-    predictions["position"] = rows["masked_lm_positions"][order][is_prediction]
-    predictions["id"] = rows["masked_lm_ids"][order][is_prediction]
+    predictions["position"] = rows["masked_lm_positions"][is_prediction]
+    predictions["id"] = rows["masked_lm_ids"][is_prediction]
 
-    sequences = np.empty(len(order), SEQUENCE)
-    sequences["row"] = rows_in_part[order]
-    sequences["slot"] = slots[order]
-    sequences["length"] = lengths[order]
+    sequences = np.empty(len(lengths), SEQUENCE)
+    sequences["row"] = output_rows
+    sequences["slot"] = slots
+    sequences["length"] = lengths
     sequences["predictions"] = np.count_nonzero(is_prediction, axis=1)
-    sequences["label"] = rows["next_sentence_labels"][order]
-
-    # where each part begins in the three files: (parts + 1, 3), and one more line that closes the last part
-    ends = np.searchsorted(parts[order], np.arange(layout.part_count + 1))
-    amounts = np.stack([np.ones(len(order), np.int64), sequences["length"], sequences["predictions"]], axis=1)
-    begins = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(amounts, axis=0)])[ends]
-    begins.tofile(layout.file(block.number, "index"))
-    for name, records in (("sequences", sequences), ("tokens", tokens), ("predictions", predictions)):
-        records.tofile(layout.file(block.number, name))
+    sequences["label"] = rows["next_sentence_labels"]
+    return sequences, tokens, predictions
 
 
 # --- gather ---
 
 def gather(part: int, block_count: int, layout: Layout, path: Path) -> int:
     """Write one packed shard from the temporary files of all blocks; returns the number of sequences in it."""
-    sequences, tokens, predictions = (
-        np.concatenate(pieces) for pieces in zip(*(read_piece(block, part, layout) for block in range(block_count)),
-                                                 strict=True))
+    pieces = [read_piece(block_number, part, layout) for block_number in range(block_count)]
+    sequences, tokens, predictions = (np.concatenate(records) for records in zip(*pieces, strict=True))
     shards.write(path, packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part)))
     return len(sequences)
 
 
 def read_piece(block_number: int, part: int, layout: Layout) -> list[np.ndarray]:
     """The sequences, tokens and predictions that a block holds for a part."""
-    begins, ends = np.fromfile(layout.file(block_number, "index"), np.int64, count=6, offset=part * 24).reshape(2, 3)
+    begins, ends = np.fromfile(layout.file(block_number, "index"), np.int64, count=6,
+                               offset=part * INDEX_LINE).reshape(2, 3)
     return [np.fromfile(layout.file(block_number, name), record, count=end - begin, offset=begin * record.itemsize)
             for (name, record), begin, end in zip(RECORDS.items(), begins, ends, strict=True)]
 

@@ -40,17 +40,18 @@ def pretrain(args) -> dict:
     config = BertConfig.from_json_file(args.config_file)
     shards = training_shards(args, config)
     held_out = held_out_shards(args, config)
-    plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(args.input_dir, shards))
+    plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(shards))
     start = checkpoint.find_start(args, report=warn)
 
     device.seed(args.seed)
     model = BertForPreTraining(config, device.attention, args.checkpoint_activations, precision.autocast,
                                precision.casts_off)
     if start.state:
+        checkpoint.check_architecture(config, start.state, start.path)
         checkpoint.load_model(model, start.state["model"], start.path)
     model.to_device(device.torch_device).train()
     optimizer, choice = build_optimizer(args, model, device)
-    if start.with_optimizer and start.state and "optimizer" in start.state:
+    if start.state and start.state.get("optimizer"):
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
     choices = [choice, compile_training(device, model, optimizer)] if args.use_torch_compile else [choice]
     stream = dataset.BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, process.rank,

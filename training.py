@@ -161,7 +161,8 @@ class Trainer:
         with self.paused():
             self.device.synchronize()
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step,
-                     "phase": 2 if self.args.phase2 else 1, "rows": self.rows_used(step)}
+                     "phase": 2 if self.args.phase2 else 1, "rows": self.rows_used(step),
+                     "config": vars(self.model.config)}
             path = checkpoint.save(self.args.output_dir, phase1_end + step, to_host(state), protected=phase1_end)
         self.log.say(f"saved {path}")
 

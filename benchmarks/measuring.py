@@ -1,0 +1,57 @@
+"""What the benchmarks share: alternating repeats, medians with their spread, and a description of the machine."""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import version
+
+
+def alternate(functions: dict, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each function, called in turn so that a slow moment of the machine meets all of them."""
+    seconds = {name: [] for name in functions}
+    for repeat in range(warm_up + repeats):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if repeat >= warm_up:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, least and most of the repeats."""
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+
+
+def machine(*packages: str) -> dict:
+    """Where the figures were taken: processor, cores in use, versions."""
+    import torch
+
+    return {"processor": processor(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", *packages)}}
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def matrix_peak(device=None, size: int = 2048, repeats: int = 5) -> float:
+    """The most FLOP/s seen in products of two square fp32 matrices."""
+    import torch
+
+    one, other = torch.randn(2, size, size, device=device)
+    seconds = alternate({"product": lambda: (one @ other).sum().item()}, repeats)["product"]
+    return 2 * size**3 / min(seconds)
+
+
+def report(figures: dict, as_json: bool, lines: list[str]) -> None:
+    """Print the figures as one JSON object, or as lines for people."""
+    print(json.dumps(figures, indent=2) if as_json else "\n".join(lines))
+    sys.stdout.flush()

@@ -1,0 +1,291 @@
+"""Training samples from text: one text shard (a sentence a line, a blank line between documents) to one HDF5 shard.
+
+    python3 create_pretraining_data.py --input_file shard.txt --output_file shard.hdf5 --vocab_file vocab.txt \\
+        --max_seq_length 128 --max_predictions_per_seq 20
+
+The procedure is that of Devlin et al. 2018.  A document is cut into pairs of segments; half the pairs get a random
+second segment from another document (next_sentence_label 1); of the tokens, 15 % are to be predicted, of which 80 %
+become [MASK], 10 % a random word and 10 % stay.  dupe_factor passes over the text give other pairs and masks.
+
+Everything works on offsets into one array of token ids.  A sample is planned as four numbers (where its two segments
+start, how long they are), the plan is shuffled, and rows are made from it in blocks, so that memory holds the tokens
+and the plan but never all rows.
+
+Shapes: B rows of a block, S = max_seq_length, P = max_predictions_per_seq.
+"""
+
+import zlib
+from bisect import bisect_left
+from dataclasses import dataclass, fields
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+import cli
+import shards
+from cli import UserError
+from data import vocabulary
+from data.wordpiece import Encoder
+
+SPECIALS_PER_ROW = 3  # [CLS] A [SEP] B [SEP]
+READ_BYTES = 1 << 24  # text tokenized at a time
+BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time
+RANDOM_NEXT = 0.5  # share of the pairs that get a random second segment
+MASKED, REPLACED = 0.8, 0.1  # of the predicted tokens: become [MASK], become a random word; the rest stay
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How samples are made of text."""
+
+    max_seq_length: int = 512
+    max_predictions_per_seq: int = 20
+    masked_lm_prob: float = 0.15
+    dupe_factor: int = 5
+    short_seq_prob: float = 0.1
+    random_seed: int = 12345
+    do_lower_case: bool = True
+
+    def __post_init__(self):
+        if self.max_seq_length < SPECIALS_PER_ROW + 2:
+            raise UserError(f"--max_seq_length {self.max_seq_length}: two segments and three special tokens need at "
+                            f"least {SPECIALS_PER_ROW + 2}")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokens: sentence i is ids[bounds[i]:bounds[i + 1]], document j holds the sentences first[j]:first[j + 1]."""
+
+    ids: np.ndarray  # (tokens,) int32
+    bounds: np.ndarray  # (sentences + 1,) int64
+    first: np.ndarray  # (documents + 1,) int64
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The plan of the samples: token offsets and lengths of both segments, and the next sentence label."""
+
+    a_start: np.ndarray
+    a_length: np.ndarray
+    b_start: np.ndarray
+    b_length: np.ndarray
+    is_random: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.a_start)
+
+    def __getitem__(self, rows) -> "Pairs":
+        return Pairs(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def create_shard(input_file, output_file, tokens: list[str], options: SampleOptions) -> dict:
+    """Make the HDF5 shard of a text shard; returns counts.  The file's name is part of the random seed."""
+    seed = [options.random_seed, zlib.crc32(Path(input_file).stem.encode())]
+    encoder = Encoder(tokens, options.do_lower_case)
+    documents = read_documents(input_file, encoder)
+    pairs = truncate(plan_pairs(documents, options, Random(repr(seed))), options, np.random.default_rng(seed))
+    write_shard(output_file, documents, pairs, tokens, options, np.random.default_rng([*seed, 1]))
+    return {"documents": len(documents.first) - 1, "sentences": len(documents.bounds) - 1,
+            "tokens": len(documents.ids), "samples": len(pairs), "random_next": int(pairs.is_random.sum())}
+
+
+def read_documents(path, encoder: Encoder) -> Documents:
+    """Tokenize a text shard.  Sentences without a token, and documents without a sentence, are left out."""
+    parts, lengths, document_ends, sentences = [], [], [], 0
+    for lines in line_blocks(path):
+        ids, offsets = encoder.encode(lines)
+        counts = np.diff(offsets)
+        parts.append(ids)
+        lengths.append(counts[counts > 0])
+        blank = np.array([not line for line in lines])
+        document_ends.append(sentences + np.cumsum(counts > 0)[blank])
+        sentences += len(lengths[-1])
+    bounds = np.concatenate([[0], *lengths]).cumsum()
+    first = np.unique(np.concatenate([[0], *document_ends, [sentences]])).astype(np.int64)
+    return Documents(np.concatenate([*parts, np.zeros(0, np.int32)]), bounds.astype(np.int64), first)
+
+
+def line_blocks(path):
+    """Yield the lines of a text file in lists of about 16 MB, stripped; "" for a blank line."""
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            while lines := file.readlines(READ_BYTES):
+                yield [line.strip() for line in lines]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} {error.object[error.start]:#04x})") from None
+
+
+def plan_pairs(documents: Documents, options: SampleOptions, random: Random) -> Pairs:
+    """Pairs of segments of every document, dupe_factor times over, not yet cut to length."""
+    bounds, first = documents.bounds.tolist(), documents.first.tolist()
+    longest = options.max_seq_length - SPECIALS_PER_ROW
+    columns = ([], [], [], [], [])
+    for _ in range(options.dupe_factor):
+        for document in range(len(first) - 1):
+            target = longest
+            if random.random() < options.short_seq_prob:
+                target = random.randint(2, longest)
+            for pair in document_pairs(document, bounds, first, target, random):
+                for column, value in zip(columns, pair, strict=True):
+                    column.append(value)
+    return Pairs(*(np.array(column, np.int64) for column in columns))
+
+
+def document_pairs(document: int, bounds: list[int], first: list[int], target: int, random: Random):
+    """Yield (a_start, a_length, b_start, b_length, is_random) for the pairs of one document.
+
+    Sentences are taken until they hold `target` tokens; a random number of them, at least one, is the first segment.
+    The second is the rest of them, or as much of another document as the target leaves room for; then the rest is
+    left for the next pair.  A lone sentence always gets a random second segment.  Where there is no other document,
+    all second segments are the true ones and a lone sentence is left out.
+    """
+    sentence, end = first[document], first[document + 1]
+    others = len(first) - 2
+    while sentence < end:
+        stop = bisect_left(bounds, bounds[sentence] + target, sentence + 1, end)
+        taken = stop - sentence
+        split = sentence + 1 + (int(random.random() * (taken - 1)) if taken > 1 else 0)
+        a_start, a_length = bounds[sentence], bounds[split] - bounds[sentence]
+        if others and (taken == 1 or random.random() < RANDOM_NEXT):
+            b_first, b_stop = random_segment(document, bounds, first, target - a_length, random)
+            yield a_start, a_length, bounds[b_first], bounds[b_stop] - bounds[b_first], 1
+            sentence = split
+        else:
+            if taken > 1:
+                yield a_start, a_length, bounds[split], bounds[stop] - bounds[split], 0
+            sentence = stop
+
+
+def random_segment(document: int, bounds, first, target: int, random: Random) -> tuple[int, int]:
+    """Sentences of another document from a random one on, until they hold `target` tokens or the document ends."""
+    other = int(random.random() * (len(first) - 2))
+    other += other >= document
+    start, end = first[other], first[other + 1]
+    start += int(random.random() * (end - start))
+    return start, bisect_left(bounds, bounds[start] + target, start + 1, end)
+
+
+def truncate(pairs: Pairs, options: SampleOptions, rng: np.random.Generator) -> Pairs:
+    """Cut the pairs that are too long: token by token off the longer segment, each at its front or its back by chance.
+
+    Lengths are known without going token by token: the longer segment shrinks to the length of the shorter, then both
+    in turn, the second first.
+    """
+    longest = options.max_seq_length - SPECIALS_PER_ROW
+    a, b = pairs.a_length, pairs.b_length
+    both = a + b > longest
+    new_a = np.where(both, np.where(b <= longest // 2, longest - b, np.minimum(a, longest - longest // 2)), a)
+    new_b = np.where(both, longest - new_a, b)
+    return Pairs(pairs.a_start + rng.binomial(a - new_a, 0.5), new_a,
+                 pairs.b_start + rng.binomial(b - new_b, 0.5), new_b, pairs.is_random)
+
+
+def write_shard(path, documents: Documents, pairs: Pairs, tokens, options: SampleOptions, rng) -> None:
+    """Write the samples in random order, a block of rows at a time."""
+    order = rng.permutation(len(pairs))
+    block = max(1, BLOCK_TOKENS // options.max_seq_length // shards.ROWS_PER_CHUNK) * shards.ROWS_PER_CHUNK
+    ids = {token: tokens.index(token) for token in vocabulary.SPECIAL_TOKENS}
+    words = np.setdiff1d(np.arange(len(tokens)), list(ids.values())).astype(np.int32)
+    with shards.writing(path, len(pairs), options.max_seq_length, options.max_predictions_per_seq) as write:
+        for start in range(0, len(pairs), block):
+            rows = token_rows(documents.ids, pairs[order[start:start + block]], options.max_seq_length, ids)
+            write(start, rows | masked(rows, options, ids, words, rng))
+
+
+def token_rows(tokens: np.ndarray, pairs: Pairs, sequence_length: int, ids: dict[str, int]) -> dict[str, np.ndarray]:
+    """[CLS] A [SEP] B [SEP] and padding, as rows of the shard schema."""
+    column = np.arange(sequence_length)[None, :]  # (1, S)
+    a, b = pairs.a_length[:, None], pairs.b_length[:, None]  # (B, 1)
+    source = np.where(column <= a, pairs.a_start[:, None] - 1, pairs.b_start[:, None] - 2 - a) + column  # (B, S)
+    input_ids = tokens.take(source, mode="clip")  # (B, S)
+    end = a + b + 2  # where the last [SEP] stands
+    input_ids[:, 0] = ids["[CLS]"]
+    rows = np.arange(len(pairs))
+    input_ids[rows, pairs.a_length + 1] = ids["[SEP]"]
+    input_ids[rows, end[:, 0]] = ids["[SEP]"]
+    real = column <= end  # (B, S)
+    input_ids[~real] = ids["[PAD]"]
+    return {
+        "input_ids": input_ids,
+        "input_mask": real.astype(np.int8),
+        "segment_ids": (real & (column > a + 1)).astype(np.int8),
+        "next_sentence_labels": pairs.is_random.astype(np.int8),
+    }
+
+
+def masked(rows: dict, options: SampleOptions, ids: dict[str, int], words: np.ndarray, rng) -> dict[str, np.ndarray]:
+    """Choose the tokens to predict and hide them: new input_ids, masked_lm_positions and masked_lm_ids."""
+    input_ids = rows["input_ids"].copy()
+    positions, chosen = masked_positions(rows, options, ids, rng)  # (B, P), (B, P)
+    masked_lm_ids = np.take_along_axis(input_ids, positions, axis=1) * chosen  # (B, P)
+    fate = rng.random(positions.shape, np.float32)
+    random_words = words[rng.integers(len(words), size=positions.shape)]
+    shown = np.where(fate < MASKED, ids["[MASK]"], np.where(fate < MASKED + REPLACED, random_words, masked_lm_ids))
+    row, slot = np.nonzero(chosen)
+    input_ids[row, positions[row, slot]] = shown[row, slot]
+    return {"input_ids": input_ids, "masked_lm_positions": positions, "masked_lm_ids": masked_lm_ids}
+
+
+def masked_positions(rows: dict, options: SampleOptions, ids: dict[str, int], rng) -> tuple[np.ndarray, np.ndarray]:
+    """The positions of the tokens to predict, ascending, zero padded (B, P), and which slots are used (B, P).
+
+    Each token but [CLS] and [SEP] gets a random key; those with the smallest keys are chosen.
+    """
+    input_ids, slots = rows["input_ids"], options.max_predictions_per_seq
+    sequence_length = input_ids.shape[1]
+    lengths = rows["input_mask"].sum(axis=1, dtype=np.int64)  # (B,)
+    free = (rows["input_mask"] == 1) & (input_ids != ids["[CLS]"]) & (input_ids != ids["[SEP]"])
+    keys = np.where(free, rng.random(input_ids.shape, np.float32), np.float32(2))
+    width = min(slots, sequence_length)
+    smallest = np.argpartition(keys, width - 1, axis=1)[:, :width]
+    ranked = np.take_along_axis(keys, smallest, axis=1).argsort(axis=1)
+    positions = np.take_along_axis(smallest, ranked, axis=1)  # (B, width), best first
+    wanted = np.clip(np.rint(lengths * options.masked_lm_prob), 1, lengths - SPECIALS_PER_ROW)[:, None]
+    positions[np.arange(width) >= wanted] = sequence_length  # sorts behind all that are chosen
+    positions.sort(axis=1)
+    chosen = positions < sequence_length
+    positions[~chosen] = 0
+    padding = ((0, 0), (0, slots - width))
+    return np.pad(positions, padding).astype(np.int32), np.pad(chosen, padding)
+
+
+def add_sample_flags(parser, max_seq_length: int, max_predictions_per_seq: int) -> None:
+    """The flags of SampleOptions, shared with data/bertPrep.py."""
+    group = parser.add_argument_group("samples")
+    group.add_argument("--max_seq_length", type=cli.positive_int, default=max_seq_length,
+                       help="tokens of a sample: 128 in phase 1, 512 in phase 2")
+    group.add_argument("--max_predictions_per_seq", type=cli.positive_int, default=max_predictions_per_seq,
+                       help="most tokens to predict in a sample: 20 for 128 tokens, 80 for 512")
+    group.add_argument("--masked_lm_prob", type=cli.proportion, default=0.15, help="share of the tokens to predict")
+    group.add_argument("--dupe_factor", type=cli.positive_int, default=5,
+                       help="passes over the text, each with other pairs and masks")
+    group.add_argument("--short_seq_prob", type=cli.proportion, default=0.1,
+                       help="share of the documents that are cut into shorter samples")
+    group.add_argument("--random_seed", type=int, default=12345, help="the same seed gives the same files")
+    group.add_argument("--do_lower_case", type=cli.boolean, default=True, metavar="1|0",
+                       help="lower-case the text and strip accents (an uncased vocabulary)")
+
+
+def sample_options(args) -> SampleOptions:
+    return SampleOptions(**{field.name: getattr(args, field.name) for field in fields(SampleOptions)})
+
+
+def main(argv=None) -> None:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--input_file", required=True,
+                        help="text shard: a sentence a line, a blank line between documents")
+    parser.add_argument("--output_file", required=True, help="HDF5 shard to write")
+    parser.add_argument("--vocab_file", required=True, help="WordPiece vocabulary, a token a line")
+    add_sample_flags(parser, SampleOptions.max_seq_length, SampleOptions.max_predictions_per_seq)
+    args = parser.parse_args(argv)
+    options = sample_options(args)
+    counts = create_shard(args.input_file, args.output_file, vocabulary.read(args.vocab_file), options)
+    print(f"{args.output_file}: {counts['samples']:,} samples of {counts['documents']:,} documents, "
+          f"{counts['tokens']:,} tokens")
+
+
+if __name__ == "__main__":
+    cli.run(main)

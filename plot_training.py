@@ -1,0 +1,108 @@
+"""Draw a run's losses, learning rate, throughput and held-out accuracy over its steps.
+
+    python3 plot_training.py results/phase1.json results/phase2.json --output curves.png
+
+The logs of both phases of a run are joined (they name the same --output_dir); other logs are runs of their own.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cli
+from cli import UserError
+from file_utils import replacing
+
+PANELS = (  # title, key in the log, axis label
+    ("Training loss", "average_loss", "MLM + NSP, nats"),
+    ("Learning rate", "learning_rate", "rate"),
+    ("Throughput", "average_perf_per_step", "sequences/s"),
+    ("Held-out MLM loss", "eval_mlm_loss", "nats"),
+    ("Held-out MLM accuracy", "eval_mlm_accuracy", "share"),
+    ("Held-out NSP accuracy", "eval_nsp_accuracy", "share"),
+)
+
+
+@dataclass
+class Run:
+    """The figures of a run: key → [(step over both phases, value), …], and where its second phase starts."""
+
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    phase2_start: int | None = None
+
+
+def main(argv=None) -> None:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("logs", nargs="+", metavar="LOG", help="log files (--json_summary of run_pretraining.py)")
+    parser.add_argument("--output", default="training.png", help="the picture, PNG")
+    args = parser.parse_args(argv)
+    runs: dict[str, Run] = {}
+    for log in args.logs:
+        add_log(runs, log)
+    if not any(run.curves for run in runs.values()):
+        raise UserError(f"{', '.join(args.logs)}: no training step in it")
+    draw(runs, args.output)
+    print(f"drew {args.output}")
+
+
+def add_log(runs: dict[str, Run], path: str) -> None:
+    """Add the figures of one log file to the run that its --output_dir names."""
+    run, offset = runs.setdefault(path, Run()), 0
+    for line in log_lines(path):
+        if line["step"] == "PARAMETER":
+            parameters = line["data"]
+            name = parameters.get("output_dir", path)
+            run = runs.setdefault(name, Run())
+            offset = parameters.get("phase1_end_step", 0) if parameters.get("phase2") else 0
+            run.phase2_start = offset or run.phase2_start
+        elif line["step"]:
+            step = line["step"][1] + offset
+            for key, value in line["data"].items():
+                if isinstance(value, int | float):
+                    run.curves.setdefault(key, []).append((step, value))
+
+
+def log_lines(path: str) -> list[dict]:
+    """The lines of a log that can be read: a last line cut in the middle is left out."""
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    lines = []
+    for line in text.splitlines():
+        try:
+            parsed = json.loads(line.removeprefix("DLLL "))
+            lines.append({"step": parsed["step"], "data": dict(parsed["data"])})
+        except (ValueError, KeyError, TypeError):
+            continue
+    if not lines:
+        raise UserError(f"{path}: not a log of run_pretraining.py")
+    return lines
+
+
+def draw(runs: dict[str, Run], output: str) -> None:
+    """One panel for each kind of figure that a run has, phase 2's start as a dotted line."""
+    from matplotlib.figure import Figure
+
+    panels = [panel for panel in PANELS if any(panel[1] in run.curves for run in runs.values())]
+    figure = Figure(figsize=(12, 3.2 * -(-len(panels) // 2)), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flatten()
+    for axis, (title, key, label) in zip(axes, panels, strict=False):
+        axis.set(title=title, xlabel="optimizer step", ylabel=label)
+        axis.grid(alpha=0.3)
+        for number, (name, run) in enumerate(runs.items()):
+            points = sorted(run.curves.get(key, []))
+            marker = "o" if len(points) < 15 else None
+            axis.plot(*zip(*points, strict=True), marker=marker, label=name, color=f"C{number}") if points else None
+            if run.phase2_start and points:
+                axis.axvline(run.phase2_start, linestyle=":", color=f"C{number}")
+    for axis in axes[len(panels):]:
+        axis.remove()
+    if sum(bool(run.curves) for run in runs.values()) > 1:
+        axes[0].legend()
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,46 @@
+"""The picture of a run, from logs as the trainer writes them."""
+
+import pytest
+from matplotlib.image import imread
+
+import plot_training
+from cli import UserError
+from training_log import TrainingLog
+
+
+def write_log(path, steps, phase2=False, output_dir="out", held_out=True):
+    log = TrainingLog(path, active=True, append=False)
+    log.write("PARAMETER", {"output_dir": output_dir, "phase2": phase2, "phase1_end_step": 20})
+    for step in range(1, steps + 1):
+        log.write([0, step], {"average_loss": 9.0 / step, "learning_rate": 0.1 * step, "average_perf_per_step": 50.0})
+    if held_out:
+        log.write([0, steps], {"eval_mlm_loss": 5.0, "eval_mlm_accuracy": 0.2, "eval_nsp_accuracy": 0.6})
+    log.write([], {"final_loss": 9.0 / steps})
+    log.close()
+    return str(path)
+
+
+def test_phases_of_a_run_are_joined(tmp_path):
+    runs = {}
+    plot_training.add_log(runs, write_log(tmp_path / "one.json", 20))
+    plot_training.add_log(runs, write_log(tmp_path / "two.json", 5, phase2=True))
+    assert [step for step, _ in runs["out"].curves["average_loss"]] == list(range(1, 26))
+    assert runs["out"].phase2_start == 20
+
+
+def test_the_picture_is_drawn(tmp_path):
+    logs = [write_log(tmp_path / "one.json", 20), write_log(tmp_path / "other.json", 9, output_dir="b", held_out=False)]
+    plot_training.main([*logs, "--output", str(tmp_path / "curves.png")])
+    assert imread(tmp_path / "curves.png").std() > 0.01
+
+
+def test_the_readable_part_of_a_cut_log_is_drawn(tmp_path):
+    path = tmp_path / "log.json"
+    write_log(path, 20)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert len(plot_training.log_lines(str(path))) == 22
+    path.write_text("no log\n")
+    with pytest.raises(UserError, match="not a log of run_pretraining.py"):
+        plot_training.main([str(path)])
+    with pytest.raises(UserError, match="nowhere.json: No such file"):
+        plot_training.main([str(tmp_path / "nowhere.json")])
