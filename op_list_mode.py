@@ -144,7 +144,7 @@ def is_in_place(function_name: str) -> bool:
 def dtypes(value) -> list[torch.dtype]:
     """The types of the floating-point tensors in nested lists, tuples and dicts, in order."""
     if isinstance(value, torch.Tensor):
-        return [value.dtype] if value.is_floating_point() else []
+        return [value.dtype] if value.dtype.is_floating_point else []
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list | tuple):

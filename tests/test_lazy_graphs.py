@@ -25,7 +25,7 @@ def test_the_counters_see_what_a_careless_optimizer_costs(monkeypatch, tmp_path)
     def careless_step(optimizer):
         for group in optimizer.param_groups:
             for param in group["params"]:
-                if param.grad.norm().item() > 0:
+                if torch.linalg.vector_norm(param.grad).item() > 0:
                     param.data.sub_(param.grad, alpha=group["lr"])
 
     monkeypatch.setattr(NVLAMB, "step", careless_step)
