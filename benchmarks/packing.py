@@ -76,7 +76,7 @@ def measure(method: str, depth: int, histogram: np.ndarray, repeats: int) -> dic
 
 def measure_plain_nnls(histogram: np.ndarray, entries: list[dict], repeats: int) -> dict:
     """NNLSHP as published: scipy.optimize.nnls over all strategies; what is left over after rounding goes alone."""
-    weights = np.where(np.arange(len(histogram)) <= packing_nnls.SHORT_LENGTHS, packing_nnls.SHORT_WEIGHT, 1.0)
+    weights = packing_nnls.published_weights(len(histogram) - 1)
     strategies = packing_nnls.full_strategies(len(histogram) - 1, packing_nnls.MAX_DEPTH)
     matrix = packing_nnls.weighted_counts(strategies, weights).toarray()
 
