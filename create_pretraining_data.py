@@ -28,6 +28,7 @@ import shards
 from cli import UserError
 from data import vocabulary
 from data.wordpiece import Encoder
+from file_utils import local_file
 
 SPECIALS_PER_ROW = 3  # [CLS] A [SEP] B [SEP]
 READ_BYTES = 1 << 23  # text read at a time; a block of documents holds up to twice that
@@ -299,11 +300,11 @@ def main(argv=None) -> None:
     parser.add_argument("--input_file", required=True,
                         help="text shard: a sentence a line, a blank line between documents")
     parser.add_argument("--output_file", required=True, help="HDF5 shard to write")
-    parser.add_argument("--vocab_file", required=True, help="WordPiece vocabulary, a token a line")
+    parser.add_argument("--vocab_file", required=True, help="WordPiece vocabulary, a token a line; a path or URL")
     add_sample_flags(parser, SampleOptions.max_seq_length, SampleOptions.max_predictions_per_seq)
     args = parser.parse_args(argv)
     options = sample_options(args)
-    counts = create_shard(args.input_file, args.output_file, vocabulary.read(args.vocab_file), options)
+    counts = create_shard(args.input_file, args.output_file, vocabulary.read(local_file(args.vocab_file)), options)
     print(f"{args.output_file}: {counts['samples']:,} samples of {counts['documents']:,} documents, "
           f"{counts['tokens']:,} tokens")
 

@@ -76,10 +76,11 @@ def replacing_files(folder, names):
             temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder) -> None:
-    """Delete the temporary files that a killed run left in `folder`."""
-    for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(*folders) -> None:
+    """Delete the temporary files that a killed run left in these folders and the folders in them."""
+    for folder in folders:
+        for path in Path(folder).rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder) -> None:
