@@ -10,6 +10,7 @@ import h5py
 import pytest
 import torch
 
+import cpu_kernels
 import evaluate
 import run_pretraining
 import samples
@@ -164,6 +165,24 @@ def test_lazy_device_has_the_losses_of_the_cpu(workspace):
         run_script("run_pretraining.py", *flags(**changes))
         found.append(samples.losses(workspace / f"{folder}.json"))
     assert found[1] == pytest.approx(found[0], abs=1e-5)
+
+
+def test_fused_lamb_has_the_losses_of_lamb(workspace, capsys):
+    train(skip_checkpoint=True)
+    train(skip_checkpoint=True, use_fused_lamb=True, json_summary="fused.json")
+    assert "optimizer: NVLAMB in one kernel compiled for this CPU over" in capsys.readouterr().out
+    assert samples.losses(workspace / "fused.json") == pytest.approx(samples.losses(workspace / "out/log.json"),
+                                                                     rel=1e-5)
+
+
+def test_without_a_compiler_a_run_says_so_and_goes_on(workspace, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cpu_kernels.load.cache_clear()
+    train(skip_checkpoint=True, use_fused_lamb=True, max_steps=2)
+    cpu_kernels.load.cache_clear()
+    printed = capsys.readouterr().out
+    assert printed.count("no C++ compiler no-such-compiler") == 2
+    assert set(samples.losses(workspace / "out/log.json")) == {1, 2}
 
 
 def test_bf16_run_is_near_fp32(workspace):
