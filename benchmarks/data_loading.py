@@ -11,7 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # synthetic.py
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
 from benchmarks.measuring import machine, report, spread

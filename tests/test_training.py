@@ -77,6 +77,14 @@ def test_log_has_the_lines_that_its_readers_expect(workspace):
     assert {"e2e_train_time", "training_sequences_per_second", "final_loss", "raw_train_time"} <= set(lines[-1]["data"])
 
 
+def test_log_shows_utilization_of_a_given_or_measured_peak(workspace):
+    train(max_steps=1, skip_checkpoint=True, peak_tflops=1000.0)
+    train(max_steps=1, skip_checkpoint=True, json_summary="measured.json")
+    given, measured = (samples.log_lines(workspace / path)[1]["data"]["model_flops_utilization"]
+                       for path in ("out/log.json", "measured.json"))
+    assert 0 < given < 1e-3 and given < measured < 1
+
+
 def test_average_loss_is_the_mean_of_the_steps_since_the_last_line(workspace):
     train(json_summary="every.json", skip_checkpoint=True)
     train(json_summary="third.json", log_freq=3, skip_checkpoint=True)
@@ -248,6 +256,7 @@ def refused(workspace, capsys, **changes) -> str:
     ({"train_batch_size": "eight"}, "'eight' is not a whole number"),
     ({"use_zero_optimizer": "perhaps"}, "'perhaps' is neither true nor false"),
     ({"steps_this_run": 7}, "--steps_this_run 7 is neither -1 nor from 1 to --max_steps 6"),
+    ({"peak_tflops": -1}, "--peak_tflops -1.0 is not a number of at least 0"),
     ({"warmup_proportion": 1.5}, "'1.5' is not a number from 0 to 1"),
     ({"eval_dir": "data"}, "--eval_dir data: no shard in it"),
     ({"init_checkpoint": "config.json"}, "config.json: not a readable checkpoint"),
