@@ -24,6 +24,7 @@ FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno",
          "-fopenmp", "-shared", "-fPIC")
 COMPILE_SECONDS = 120  # far more than it takes; a compiler that hangs must not hang the run
 
+DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 POINTER, WHOLE, SEED, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
 SIGNATURES = {
     "split_heads": [POINTER] * 3 + [WHOLE] * 4,
@@ -35,6 +36,8 @@ SIGNATURES = {
     "bias_gelu": [POINTER] * 3 + [WHOLE] * 2,
     "bias_gelu_backward": [POINTER] * 3 + [WHOLE] * 2,
     "cross_entropy": [POINTER] * 5 + [WHOLE] * 2 + [REAL],
+    "lamb_step": [POINTER] * 5 + [WHOLE] + [REAL] * 8,
+    "square_sum": [POINTER] * 2 + [WHOLE, POINTER],
 }
 
 
@@ -61,7 +64,7 @@ def call(function, *arguments) -> None:
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
             assert argument.device.type == "cpu" and argument.is_contiguous(), f"{function.__name__}: {argument.shape}"
-            assert argument.dtype in (torch.float32, torch.int32, torch.int64), f"{function.__name__}: {argument.dtype}"
+            assert argument.dtype in DTYPES, f"{function.__name__}: {argument.dtype}"
     function(*(argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in arguments))
 
 

@@ -31,12 +31,13 @@ class NVLAMB(torch.optim.Optimizer):
         self.skipped_steps = torch.zeros((), device=device)
         self.update = self.update_in_slices if device.type == "cpu" else self.update_by_the_paper
         self.paper_update = paper_update
+        self.norm = norm
 
     @torch.no_grad()
     def step(self, closure=None):
         """One step over all parameters that have a gradient.  On a CPU the clipped gradients stay in .grad."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        self.gradient_norm = norm([param.grad for group in self.param_groups for param in with_gradient(group)])
+        self.gradient_norm = self.norm([param.grad for group in self.param_groups for param in with_gradient(group)])
         finite = torch.isfinite(self.gradient_norm).float()
         self.skipped_steps = self.skipped_steps + (1.0 - finite)
         divisor = (self.gradient_norm / self.max_grad_norm).clamp(min=1.0)

@@ -15,6 +15,7 @@ from evaluation import describe, evaluate
 from profiling import StepProfiler
 from schedulers import learning_rate
 from training_log import Throughput
+from utilization import NeededFlops, peak_flops
 
 LOSSES = ("loss", "mlm_loss", "nsp_loss")
 
@@ -63,7 +64,8 @@ class Trainer:
         self.log = log
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
         self.log_every = max(1, round(args.log_freq))
-        self.throughput = Throughput()
+        self.needed_flops = NeededFlops(model.config)
+        self.throughput = Throughput(peak_flops(args, device))
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, process.rank, log.say)
         self.batch = None
@@ -120,7 +122,9 @@ class Trainer:
         """The next micro-batch, on its way to the device."""
         began = time.perf_counter()
         batch = next(self.stream)
-        self.throughput.add_micro_batch(sequences_in(batch) * self.process.world_size, time.perf_counter() - began)
+        waiting = time.perf_counter() - began
+        self.throughput.add_micro_batch(sequences_in(batch) * self.process.world_size, waiting,
+                                        self.needed_flops.of_batch(batch))
         return self.device.put(batch)
 
     def is_due(self, step: int, every: int) -> bool:
