@@ -34,8 +34,8 @@ def add_files(parser) -> None:
     group.add_argument("--config_file", required=True, help="model config, JSON")
     group.add_argument("--output_dir", required=True, help="folder of the checkpoints")
     group.add_argument("--bert_model", default="bert-large-uncased", help="a name for logs and export")
-    group.add_argument("--init_checkpoint", help="start from the weights in this checkpoint (path or URL), at step 0 "
-                       "(with --resume_from_checkpoint its optimizer moments too)")
+    group.add_argument("--init_checkpoint", help="start from the weights in this checkpoint (path or URL) or folder of "
+                       "transformers, at step 0 (with --resume_from_checkpoint its optimizer moments too)")
     group.add_argument("--seed", type=int, default=42, help="of the weights, the order of the rows, and dropout")
 
 
@@ -84,7 +84,11 @@ def add_device(parser) -> None:
     group.add_argument("--use_torch_compile", action="store_true",
                        help="compile the model and the optimizer step (HPU: hpu_backend); where that does not work, "
                        "the run says why and goes on without")
-    group.add_argument("--use_fused_lamb", action="store_true", help="the device's fused LAMB, where it has one")
+    group.add_argument("--use_cpu_kernels", type=boolean, default=True, metavar="BOOL",
+                       help="CPU, fp32: layers in kernels that a C++ compiler makes as the run starts (default: True; "
+                       "where that does not work, the run says why and uses PyTorch's own operations)")
+    group.add_argument("--use_fused_lamb", action="store_true",
+                       help="the device's fused LAMB, where it has one; on a CPU one compiled kernel")
 
 
 def add_device_choice(parser) -> None:
@@ -132,6 +136,9 @@ def add_log(parser) -> None:
     group.add_argument("--log_freq", type=float, default=1.0, help="optimizer steps between log lines")
     group.add_argument("--json_summary", default="results/dllogger.json", help="log file; its folder is created")
     group.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
+    group.add_argument("--peak_tflops", type=float, default=0.0,
+                       help="TFLOP/s of one card that the logged utilization is a share of; 0.0 = measured at the "
+                       "start by a matrix product (CPU, CUDA), not logged on other devices")
     group.add_argument("--profile", action="store_true", help="write a torch.profiler trace beside the log file")
     group.add_argument("--profile_steps", type=step_range, default="4:6", metavar="A:B",
                        help="of these steps of the phase, with --profile")
@@ -184,6 +191,8 @@ def contradiction(args) -> str | None:
         return f"--learning_rate {args.learning_rate} is not a number above 0"
     if not 0.0 < args.log_freq < float("inf"):
         return f"--log_freq {args.log_freq} is not a number above 0"
+    if not 0.0 <= args.peak_tflops < float("inf"):
+        return f"--peak_tflops {args.peak_tflops} is not a number of at least 0"
     if args.seed < 0:
         return f"--seed {args.seed} is below 0"
     return None

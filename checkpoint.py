@@ -2,7 +2,8 @@
 
 The step in a name counts over both phases (phase 2 goes on from --phase1_end_step).  A file holds: model (the names of
 modeling.py), optimizer (state and param_groups), step (of the phase), phase, rows (how many rows of the phase's endless
-sequence are used up), data (its shards, and which are left out), skipped (counts of steps), scaler (of --fp16).
+sequence are used up), data (its shards, and which are left out), skipped (counts of steps), scaler (of --fp16),
+config (the architecture).  A folder that transformers loads is read as a checkpoint of weights.
 """
 
 import re
@@ -12,10 +13,12 @@ from pathlib import Path
 import torch
 
 import checkpoint_file
+import huggingface
 from cli import UserError
 from file_utils import local_file
 
 KEPT = 3
+FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # no weight depends on it
 
 
 def path_of(folder, step: int) -> Path:
@@ -50,6 +53,8 @@ def rotate(folder, protected: int = -1) -> None:
 
 def load(path) -> dict:
     """The contents of a checkpoint, on the host.  Nothing in it is executed: tensors and plain values only."""
+    if Path(path).is_dir():
+        return huggingface.load(path)
     state = checkpoint_file.read(path)
     if not isinstance(state.get("model"), dict):
         raise UserError(f"{path}: not a checkpoint: it holds no model")
@@ -68,6 +73,23 @@ def newest(folder, report) -> tuple[int, dict]:
             report(f"passed over a damaged checkpoint: {error}")
     raise UserError(f"--output_dir {folder}: none of its {len(steps(folder))} checkpoints can be read; "
                     f"move them away to start anew")
+
+
+def load_into(model, path) -> dict:
+    """Load the weights of the checkpoint at `path`, a path or a URL; returns its contents."""
+    state = load(local_file(path))
+    check_architecture(model.config, state, path)
+    load_model(model, state["model"], path)
+    return state
+
+
+def check_architecture(config, state: dict, path) -> None:
+    """Shapes do not tell all (heads, activation): refuse a checkpoint that says it is of another architecture."""
+    saved = state.get("config")
+    for key, own in vars(config).items():
+        value = saved.get(key, own) if isinstance(saved, dict) else own
+        if isinstance(value, int | float | str) and value != own and key not in FREE_TO_DIFFER:
+            raise UserError(f"{path}: {key} is {value!r} in it, {own!r} in the config")
 
 
 def load_model(model, state_dict: dict, path) -> None:

@@ -36,20 +36,26 @@ class CheckpointWriter:
         self.device.synchronize()
         self.writing = self.thread.submit(self.write)
 
-    def copied(self, value):
+    def copied(self, state: dict) -> dict:
         """Nested dicts and lists with every tensor in host memory; a tensor that occurs twice is copied once.
 
         The memory is that of the copy before, where there was one: fresh memory would take as long as the copy itself.
         """
-        if isinstance(value, torch.Tensor):
-            copy = self.copies[value] = self.device.host_copy(value, self.copies.get(value))
-            return copy
-        if isinstance(value, dict):
-            return {key: self.copied(item) for key, item in value.items()}
-        return [self.copied(item) for item in value] if isinstance(value, list) else value
+        before, self.copies = self.copies, {}
+
+        def copied(value):
+            if isinstance(value, torch.Tensor):
+                if value not in self.copies:
+                    self.copies[value] = self.device.host_copy(value, before.get(value))
+                return self.copies[value]
+            if isinstance(value, dict):
+                return {key: copied(item) for key, item in value.items()}
+            return [copied(item) for item in value] if isinstance(value, list) else value
+
+        return copied(state)
 
     def write(self):
-        remove_leftovers(self.folder, self.started)
+        remove_leftovers(self.folder, before=self.started)
         return checkpoint.save(self.folder, *self.unwritten, self.protected)
 
     def finish(self) -> None:

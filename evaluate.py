@@ -6,7 +6,6 @@
 import json
 
 import cli
-from file_utils import local_file
 
 
 def main(argv=None):
@@ -25,7 +24,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = BertForPreTraining(config, device.attention)
     if args.checkpoint:
-        checkpoint.load_model(model, checkpoint.load(local_file(args.checkpoint))["model"], args.checkpoint)
+        checkpoint.load_into(model, args.checkpoint)
     model.to_device(device.torch_device)
     figures = evaluate(model, held_out, device, args.batch_size, progress=not args.disable_progress_bar)
     print(json.dumps(figures, indent=2) if args.json else describe(figures))

@@ -93,16 +93,17 @@ def replacing_files(folder, names):
             temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder, before: float = math.inf) -> None:
-    """Delete the temporary files that a killed run left in `folder`.
+def remove_leftovers(*folders, before: float = math.inf) -> None:
+    """Delete the temporary files that a killed run left in these folders and the folders in them.
 
     Where another run may still be writing there, `before` is the time at which this one started: what was written to
     since then stays.
     """
-    for path in Path(folder).glob(".*.tmp"):
-        with suppress(FileNotFoundError):
-            if path.is_file() and path.stat().st_mtime < before:
-                path.unlink()
+    for folder in folders:
+        for path in Path(folder).rglob(".*.tmp"):
+            with suppress(FileNotFoundError):
+                if path.is_file() and path.stat().st_mtime < before:
+                    path.unlink()
 
 
 def sync_folder(folder) -> None:

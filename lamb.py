@@ -38,6 +38,7 @@ class NVLAMB(torch.optim.Optimizer):
         self.most_skipped_in_a_row = torch.zeros((), device=device)
         self.update = self.update_in_slices if device.type == "cpu" else self.update_by_the_paper
         self.paper_update = paper_update
+        self.norm = norm
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -45,7 +46,8 @@ class NVLAMB(torch.optim.Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         scale = getattr(self, "grad_scale", None)  # a GradScaler's
         scale = 1.0 if scale is None else scale
-        self.gradient_norm = norm([param.grad for group in self.param_groups for param in with_gradient(group)]) / scale
+        gradients = [param.grad for group in self.param_groups for param in with_gradient(group)]
+        self.gradient_norm = self.norm(gradients) / scale
         finite = torch.isfinite(self.gradient_norm).float()
         self.count_skips(1.0 - finite)
         divisor = (self.gradient_norm / self.max_grad_norm).clamp(min=1.0) * scale

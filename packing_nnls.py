@@ -10,6 +10,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import linprog
 from scipy.sparse import csc_array, diags_array
+from threadpoolctl import threadpool_limits
 
 from packing import Recipe, elementary_bound, fill_rows
 
@@ -24,11 +25,18 @@ def nnls(histogram: np.ndarray, depth: int) -> Recipe:
     """The recipe of NNLSHP in whole rows.  Where those have a slot too many, a shorter sequence takes it; sequences
     without a slot are packed longest first (as published, both become padding).
     """
-    weights = np.where(np.arange(len(histogram)) <= SHORT_LENGTHS, SHORT_WEIGHT, 1.0)
+    weights = published_weights(len(histogram) - 1)
     strategies = full_strategies(len(histogram) - 1, depth)
-    strategies, counts = few_strategies(strategies, nearest_counts(strategies, histogram, weights))
+    with threadpool_limits(1, user_api="blas"):  # threads cost more than they bring here, far more on a busy machine
+        counts = nearest_counts(strategies, histogram, weights)
+    strategies, counts = few_strategies(strategies, counts)
     rows = fill_rows(strategies, np.rint(counts), histogram, depth)
     return Recipe(rows, elementary_bound(histogram, depth))
+
+
+def published_weights(row_length: int) -> np.ndarray:
+    """What the residual of each length from 0 to the row length counts."""
+    return np.where(np.arange(row_length + 1) <= SHORT_LENGTHS, SHORT_WEIGHT, 1.0)
 
 
 def full_strategies(row_length: int, depth: int) -> np.ndarray:

@@ -25,6 +25,7 @@ def main(argv=None) -> None:
 def pretrain(args, reader) -> dict:
     """Train as the flags say; the figures of the summary.  Nothing is written before everything has been checked."""
     import checkpoint
+    import cpu_layers
     import dataset
     import device as devices
     import distributed
@@ -47,9 +48,11 @@ def pretrain(args, reader) -> dict:
     shards, left_out = dataset.as_before(shards, start.data, args.skip_bad_shards, warn) if start.data else (shards, {})
 
     device.seed(args.seed)
-    model = BertForPreTraining(config, device.attention, args.checkpoint_activations, precision.autocast,
+    attention, layers_choice = cpu_layers.choose(args, device, config)
+    model = BertForPreTraining(config, attention, args.checkpoint_activations, precision.autocast,
                                precision.casts_off)
     if start.state:
+        checkpoint.check_architecture(config, start.state, start.path)
         checkpoint.load_model(model, start.state["model"], start.path)
     model.to_device(device.torch_device).train()
     optimizer, choice = build_optimizer(args, model, device)
@@ -57,7 +60,9 @@ def pretrain(args, reader) -> dict:
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
     restore_skip_counts(optimizer, start.skipped)
     precision.restore(start.scaler)
-    choices = [choice, compile_training(device, model, optimizer)] if args.use_torch_compile else [choice]
+    choices = [layers_choice, choice]
+    if args.use_torch_compile:
+        choices.append(compile_training(device, model, optimizer))
 
     log = TrainingLog(args.json_summary, active=process.first, append=args.resume_from_checkpoint)
     log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})

@@ -19,6 +19,7 @@ from evaluation import describe, evaluate
 from profiling import StepProfiler
 from schedulers import learning_rate
 from training_log import Throughput
+from utilization import NeededFlops, peak_flops
 
 LOSSES = ("loss", "mlm_loss", "nsp_loss")
 
@@ -67,7 +68,8 @@ class Trainer:
         self.log = log
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
         self.log_every = max(1, round(args.log_freq))
-        self.throughput = Throughput()
+        self.needed_flops = NeededFlops(model.config)
+        self.throughput = Throughput(peak_flops(args, device))
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, process.rank, log.say)
         self.batch = None
@@ -133,7 +135,9 @@ class Trainer:
         """The next micro-batch, on its way to the device."""
         began = time.perf_counter()
         batch = next(self.stream)
-        self.throughput.add_micro_batch(sequences_in(batch) * self.process.world_size, time.perf_counter() - began)
+        waiting = time.perf_counter() - began
+        self.throughput.add_micro_batch(sequences_in(batch) * self.process.world_size, waiting,
+                                        self.needed_flops.of_batch(batch))
         return self.device.put(batch)
 
     def is_due(self, step: int, every: int) -> bool:
@@ -185,7 +189,7 @@ class Trainer:
             # With keep_vars a tied weight is one tensor, not two that share their memory: it is copied once.
             state = {"model": self.model.state_dict(keep_vars=True), "optimizer": self.optimizer.state_dict(),
                      "step": step, "phase": 2 if self.args.phase2 else 1, "rows": self.rows_used(step),
-                     "data": self.stream.state(), "scaler": self.precision.state(),
+                     "config": vars(self.model.config), "data": self.stream.state(), "scaler": self.precision.state(),
                      "skipped": {name: int(told[name]) for name in optimizers.SKIP_COUNTS if name in told}}
             self.checkpoints.save(self.phase1_end + step, state)
 

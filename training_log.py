@@ -69,7 +69,9 @@ class TrainingLog:
                                  refresh=False)
         self.say(f"epoch {epoch} step {step}  loss {data['average_loss']:.4f} (mlm {data['mlm_loss']:.4f} "
                  f"nsp {data['nsp_loss']:.4f})  rate {data['learning_rate']:.3e}  "
-                 f"{data['average_perf_per_step']:.1f} sequences/s  {data['average_training_time_step']:.3f} s/step")
+                 f"{data['average_perf_per_step']:.1f} sequences/s  {data['average_training_time_step']:.3f} s/step  "
+                 f"data wait {data['data_waiting_share']:.1%}"
+                 + (f"  MFU {data['model_flops_utilization']:.1%}" if "model_flops_utilization" in data else ""))
 
     def advance(self) -> None:
         self.bar.update()
@@ -120,19 +122,25 @@ class PersistentFile:
 
 
 class Throughput:
-    """Sequences and seconds of training since the last log line, and since the warm-up."""
+    """Sequences and seconds of training since the last log line, and since the warm-up.
 
-    def __init__(self):
+    With `peak_flops` (FLOP/s of this card) also the share of it that the model's own FLOPs reach.
+    """
+
+    def __init__(self, peak_flops: float | None = None):
+        self.peak_flops = peak_flops
         self.mark = time.perf_counter()
         self.steps = self.sequences = 0
-        self.waiting = 0.0
+        self.waiting = self.flops = 0.0
         self.total_steps = self.measured_sequences = 0
         self.measured_seconds = 0.0
 
-    def add_micro_batch(self, sequences: int, waiting: float) -> None:
-        """A micro-batch of so many sequences is on its way, after waiting so many seconds for it."""
+    def add_micro_batch(self, sequences: int, waiting: float, flops: float) -> None:
+        """A micro-batch of so many sequences over all cards and FLOPs on this one is on its way, after waiting so many
+        seconds for it."""
         self.sequences += sequences
         self.waiting += waiting
+        self.flops += flops
 
     def add_step(self) -> None:
         self.steps += 1
@@ -144,11 +152,13 @@ class Throughput:
         figures = {"average_training_time_step": seconds / self.steps,
                    "average_perf_per_step": self.sequences / seconds,
                    "data_waiting_share": self.waiting / seconds}
+        if self.peak_flops:
+            figures["model_flops_utilization"] = self.flops / seconds / self.peak_flops
         if self.total_steps >= WARM_UP_STEPS:
             self.measured_sequences += self.sequences
             self.measured_seconds += seconds
         self.total_steps += self.steps
-        self.mark, self.steps, self.sequences, self.waiting = now, 0, 0, 0.0
+        self.mark, self.steps, self.sequences, self.waiting, self.flops = now, 0, 0, 0.0, 0.0
         return figures
 
     @contextmanager

@@ -13,7 +13,7 @@ MAIN_RATES = {"text_formatting": 35.0, "sharding": 150.0, "create_hdf5_files": f
 WRITES = {"text_formatting": 0.16, "sharding": 1.0, "create_hdf5_files": 3.0}
 BZ2 = 4.0  # MB of XML in a MB of a compressed dump
 
-WIKIPEDIA_DUMP = 25e9  # bytes, English Wikipedia in 2026
+WIKIPEDIA_DUMP, SAMPLE_DUMP = 25e9, 1.7e6  # bytes
 
 
 def seconds(stage: str, size: float, workers: int) -> float:
@@ -21,11 +21,11 @@ def seconds(stage: str, size: float, workers: int) -> float:
     return size / 1e6 / min(RATES[stage] * workers, MAIN_RATES[stage])
 
 
-def announcement(stage: str, size: float, workers: int, folder: Path) -> str:
+def announcement(stage: str, size: float, pool, folder: Path) -> str:
     """One line: what the stage reads, how long that will take, what it writes and what is free there."""
     free = shutil.disk_usage(existing(folder)).free
-    return (f"{stage}: {amount(size)} to read, {duration(seconds(stage, size, workers))} with {workers} "
-            f"process{'es' * (workers > 1)}; writes about {amount(size * WRITES[stage])} ({amount(free)} free)")
+    return (f"{stage}: {amount(size)} to read, {duration(seconds(stage, size, pool.workers))} with "
+            f"{pool.description}; writes about {amount(size * WRITES[stage])} ({amount(free)} free)")
 
 
 def plan(dataset_size: float, workers: int) -> list[str]:

@@ -1,0 +1,137 @@
+"""A checkpoint as a folder that the transformers library loads.
+
+    python3 export_to_huggingface.py --checkpoint results/checkpoints/ckpt_8601.pt --config_file bert_config.json \\
+        --vocab_file vocab.txt --output_dir exported --log results/phase1.json results/phase2.json
+
+Then, in Python: transformers.BertForPreTraining.from_pretrained("exported").  The other way, run_pretraining.py takes
+such a folder as its --init_checkpoint.  transformers itself is not needed here.
+"""
+
+from pathlib import Path
+
+import cli
+from cli import UserError
+
+# What a model card tells of the flags of a run (a PARAMETER line of its log)
+CARD_FLAGS = ("input_dir", "max_seq_length", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
+              "warmup_proportion", "max_steps", "seed", "hmp", "fp16", "device")
+CARD_FIGURES = ("final_loss", "eval_mlm_loss", "eval_mlm_accuracy", "eval_nsp_accuracy",
+                "training_sequences_per_second")
+
+
+def main(argv=None) -> None:
+    args = parse_arguments(argv)
+    refuse_folder_in_use(args.output_dir)
+    import checkpoint
+    import huggingface
+    from modeling import BertConfig, BertForPreTraining
+
+    config = BertConfig.from_json_file(args.config_file)
+    tokens = huggingface.read_vocabulary(args.vocab_file, config)
+    runs = [facts for log in args.log for facts in runs_of(log)]
+    model = BertForPreTraining(config)
+    state = checkpoint.load_into(model, args.checkpoint)
+    card = model_card(args, model, state, runs)
+    huggingface.save(args.output_dir, model, tokens, args.do_lower_case, card, not args.skip_variants)
+    print(f"{args.output_dir}: {args.model_name or config_name(config)} from {args.checkpoint}; "
+          f"load it with transformers.BertForPreTraining.from_pretrained({args.output_dir!r})")
+
+
+def parse_arguments(argv):
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="the checkpoint, ckpt_<step>.pt")
+    parser.add_argument("--config_file", required=True, help="its model config, JSON")
+    parser.add_argument("--vocab_file", required=True, help="the vocabulary that its data was tokenized with")
+    parser.add_argument("--output_dir", required=True, help="folder to write; must be new or empty")
+    parser.add_argument("--do_lower_case", type=cli.boolean, default=True, metavar="1|0",
+                        help="whether the data was lower-cased (an uncased vocabulary)")
+    parser.add_argument("--log", nargs="+", default=[], metavar="LOG",
+                        help="logs of the training (--json_summary), for the facts in the model card")
+    parser.add_argument("--model_name", help="a name for the model card")
+    parser.add_argument("--skip_variants", action="store_true",
+                        help="write model.safetensors alone, a third of the disk: transformers 5 then lists the "
+                        "weights that BertForMaskedLM and BertModel leave over")
+    return parser.parse_args(argv)
+
+
+def refuse_folder_in_use(folder) -> None:
+    if Path(folder).exists() and not (Path(folder).is_dir() and not any(Path(folder).iterdir())):
+        raise UserError(f"--output_dir {folder}: in use already; name a new or an empty folder")
+
+
+def runs_of(log: str) -> list[dict]:
+    """The flags and last figures of the runs in a log, one dict for each phase (a resumed run goes on with its own)."""
+    from plot_training import log_lines
+
+    phases: dict[bool, dict] = {}
+    facts: dict = {}
+    for line in log_lines(log):
+        data = line["data"]
+        if line["step"] == "PARAMETER":
+            facts = phases.setdefault(bool(data.get("phase2")), {})
+            facts |= {"phase": 2 if data.get("phase2") else 1} | {key: data[key] for key in CARD_FLAGS if key in data}
+        facts |= {key: data[key] for key in CARD_FIGURES if data.get(key) is not None}
+        if "average_loss" in data:
+            facts |= {"last step": line["step"][1]}
+    return list(phases.values()) or [facts]
+
+
+def config_name(config) -> str:
+    return f"BERT with {config.num_hidden_layers} layers of {config.hidden_size}"
+
+
+def model_card(args, model, state: dict, runs: list[dict]) -> str:
+    """README.md of the folder: what the model is, how it was trained as far as is known, and how to load it."""
+    config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts = {"Parameters": f"{parameters:,}", "Layers": config.num_hidden_layers, "Hidden size": config.hidden_size,
+             "Attention heads": config.num_attention_heads, "Vocabulary": f"{config.vocab_size:,} tokens, "
+             + ("lower-cased" if args.do_lower_case else "cased"), "Longest sequence": config.max_position_embeddings,
+             "Checkpoint": Path(args.checkpoint).name, "Phase": state.get("phase"), "Step of the phase":
+             state.get("step")}
+    tables = [f"## Phase {run.pop('phase', '')}, from its log\n\n{table(run)}" for run in map(dict, runs)]
+    return CARD.format(name=args.model_name or config_name(config), facts=table(facts), added=config.padded_vocab_size
+                       - config.vocab_size, padded=config.padded_vocab_size, training="\n\n".join(tables))
+
+
+def table(facts: dict) -> str:
+    rows = [f"| {name} | {value:.5g} |" if isinstance(value, float) else f"| {name} | {value} |"
+            for name, value in facts.items() if value is not None]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: fill-mask
+tags: [bert, masked-lm, next-sentence-prediction]
+---
+
+# {name}
+
+BERT (Devlin et al., 2018), pre-trained from scratch on masked language modelling and next sentence prediction.
+
+{facts}
+
+{training}
+
+## Loading
+
+```python
+from transformers import AutoTokenizer, BertForMaskedLM, BertForPreTraining, BertModel
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = BertForPreTraining.from_pretrained(folder)                    # all weights
+model = BertForMaskedLM.from_pretrained(folder, variant="masked_lm")  # without the next-sentence head
+model = BertModel.from_pretrained(folder, variant="encoder")          # without heads
+```
+
+The variants hold the weights of model.safetensors that the class uses; without `variant` transformers 5 lists those
+that are left over.  For any other class (`AutoModelForSequenceClassification`, …) name the folder alone.
+
+In training the vocabulary was padded to {padded} entries; the {added} added ones, which stand for no token, are not in
+the model ({added} rows in vocabulary_padding.safetensors, for going on with the training).
+"""
+
+
+if __name__ == "__main__":
+    cli.run(main)

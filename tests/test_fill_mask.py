@@ -1,0 +1,71 @@
+"""The words that fill a [MASK]: those of transformers' own pipeline."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+import fill_mask
+import saved_model
+from cli import UserError
+from huggingface import read_vocabulary, tokenizer_of
+from modeling import BertConfig
+
+ROOT = Path(fill_mask.__file__).parent
+FLAGS = saved_model.command_line()
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved_model.write(tmp_path)
+
+
+def test_words_and_probabilities_are_those_of_transformers():
+    saved_model.export()
+    config = BertConfig.from_json_file("config.json")
+    sentence = "The [MASK] seas deep [MASK]."
+    found = fill_mask.best_words(fill_mask.load_model(config, "ckpt_7.pt"),
+                                 tokenizer_of(read_vocabulary("vocab.txt", config), True), sentence, 1003 - 5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    masked_lm = saved_model.loaded("BertForMaskedLM", "masked_lm")
+    theirs = transformers.pipeline("fill-mask", masked_lm, tokenizer=tokenizer, top_k=1003)
+    for ours, expected in zip(found, theirs(sentence), strict=True):
+        words = [entry for entry in expected if entry["token"] >= 5]
+        share = sum(entry["score"] for entry in words)  # special tokens are no words
+        assert len(ours) == 998 and [word for word, _ in ours] == tokenizer.convert_ids_to_tokens(
+            [entry["token"] for entry in words])
+        assert [value for _, value in ours] == pytest.approx([entry["score"] / share for entry in words], rel=1e-4)
+
+
+def test_a_sentence_is_answered_with_five_words_for_each_mask(capsys):
+    fill_mask.main([*FLAGS, "The [MASK] is [MASK].", "Old [MASK]"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("    ")] == ["The [MASK] is [MASK].", "Old [MASK]"]
+    assert [line.count("%)") for line in lines if line.startswith("    ")] == [5, 5, 5]
+
+
+def test_a_mistyped_sentence_does_not_end_the_conversation(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("no mask\nthe [MASK]\n\nnever read [MASK]\n"))
+    fill_mask.main(FLAGS)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["no [MASK] in 'no mask'", "the [MASK]"] and len(lines) == 3
+
+
+@pytest.mark.parametrize("words, said", [
+    ([*FLAGS, "the sea"], "no [MASK] in 'the sea'"),
+    ([*FLAGS, "sea " * 40 + "[MASK]"], "43 tokens in 'sea sea"),
+    ([*FLAGS, "--vocab_file=short.txt", "[MASK]"], "--vocab_file short.txt: cannot be read"),
+])
+def test_what_cannot_be_answered_is_said(words, said):
+    with pytest.raises(UserError) as error:
+        fill_mask.main(words)
+    assert said in str(error.value)
+
+
+def test_the_command_ends_with_one_line():
+    done = subprocess.run([sys.executable, ROOT / "fill_mask.py", *FLAGS, "the sea"], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
