@@ -114,13 +114,19 @@ def add_many_cards(parser) -> None:
 
 
 def add_checkpoints(parser) -> None:
-    group = parser.add_argument_group("checkpoints and evaluation")
+    group = parser.add_argument_group("checkpoints, faults and evaluation")
     group.add_argument("--resume_from_checkpoint", action="store_true", help="go on from a checkpoint in --output_dir")
     group.add_argument("--resume_step", type=int, default=-1,
                        help="which one, by the number in its name; -1 = the newest complete one")
     group.add_argument("--num_steps_per_checkpoint", type=positive_int, default=100,
                        help="steps between checkpoints; the last step always writes one")
     group.add_argument("--skip_checkpoint", action="store_true", help="write none")
+    group.add_argument("--max_skipped_steps", type=positive_int, default=10,
+                       help="steps in a row that may be skipped because loss or gradient norm are not finite, before "
+                       "the run ends")
+    group.add_argument("--skip_bad_shards", action="store_true",
+                       help="go on without a training shard that cannot be read or holds impossible values; without "
+                       "this flag it ends the run")
     group.add_argument("--eval_dir", help="folder of held-out shards (packed, or with 'test' in the name)")
     group.add_argument("--eval_freq", type=int, default=0, help="steps between evaluations; 0 = only at the end")
 

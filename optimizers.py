@@ -6,6 +6,8 @@ import cpu_kernels
 from fused_lamb import CpuFusedNVLAMB
 from lamb import NVLAMB
 
+SKIP_COUNTS = ("skipped_steps", "skipped_in_a_row", "most_skipped_in_a_row")
+
 
 def build_optimizer(args, model: torch.nn.Module, device) -> tuple[torch.optim.Optimizer, str]:
     """The optimizer that the flags and the device lead to, and the choice in words, with its reason."""
@@ -32,7 +34,18 @@ def choose_fused_lamb(args, device) -> tuple[type | None, str]:
 
 def figures(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """What an optimizer tells about its last step, as scalar tensors on the device; FusedLamb tells nothing."""
-    return {name: getattr(optimizer, name) for name in ("gradient_norm", "skipped_steps") if hasattr(optimizer, name)}
+    return {name: getattr(optimizer, name) for name in ("gradient_norm", *SKIP_COUNTS) if hasattr(optimizer, name)}
+
+
+def can_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer leaves out, and counts, a step whose gradient norm is not finite."""
+    return hasattr(optimizer, "skipped_steps")
+
+
+def restore_skip_counts(optimizer: torch.optim.Optimizer, counts: dict[str, int]) -> None:
+    for name in SKIP_COUNTS:
+        if hasattr(optimizer, name):
+            getattr(optimizer, name).fill_(counts.get(name, 0))
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float = 0.01) -> list[dict]:
