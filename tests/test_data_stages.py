@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -196,10 +197,9 @@ def test_a_splitter_that_is_not_installed_is_named(monkeypatch):
 # sharding
 
 
-def test_100_000_documents_over_64_shards_are_level():
-    import numpy as np
-
-    sizes = np.random.default_rng(5).lognormal(2.5, 1.0, 100_000).astype(int) + 1
+@pytest.mark.parametrize("order", [lambda sizes: sizes, np.sort], ids=["any order", "longest last"])
+def test_100_000_documents_over_64_shards_are_level(order):
+    sizes = order(np.random.default_rng(5).lognormal(2.5, 1.0, 100_000).astype(int) + 1)
     placement = sharding.Placement(64, 64, 0.1)
     for start in range(0, len(sizes), 30_000):
         placement.place(sizes[start:start + 30_000].tolist(), last=start + 30_000 >= len(sizes))
