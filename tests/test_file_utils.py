@@ -127,6 +127,18 @@ def test_a_local_copy_is_fetched_once_and_again_when_the_server_has_another():
     assert local_file(f"{url}/vocab.txt").read_bytes() == b"newer", "the copy serves while the server is away"
 
 
+def test_an_interrupted_update_is_not_taken_for_done():
+    with serving(file_server(CONTENT)) as server:
+        path = local_file(f"{server.url}/vocab.txt")
+        newer = os.urandom(len(CONTENT))
+        server.answer, server.faults = file_server(newer, version='"v2"'), [None, "drop"] + ["reset"] * 2
+        with pytest.raises(UserError, match="given up"):
+            fetch(f"{server.url}/vocab.txt", path, tries=1, **QUICK)
+        assert path.read_bytes() == CONTENT
+        server.faults.clear()
+        assert local_file(f"{server.url}/vocab.txt").read_bytes() == newer
+
+
 def fetch_to(url, path):
     fetch(url, path, sha256=SHA256, **QUICK)
 
