@@ -31,7 +31,7 @@ from data.wordpiece import Encoder
 from file_utils import local_file
 
 SPECIALS_PER_ROW = 3  # [CLS] A [SEP] B [SEP]
-READ_BYTES = 1 << 23  # text read at a time; a block of documents holds up to twice that
+READ_BYTES = 1 << 21  # text read at a time; a block of documents holds up to twice that
 BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time
 RANDOM_NEXT = 0.5  # share of the pairs that get a random second segment
 MASKED, REPLACED = 0.8, 0.1  # of the predicted tokens: become [MASK], become a random word; the rest stay
@@ -110,7 +110,8 @@ def create_shard(input_file, output_file, tokens: list[str], options: SampleOpti
 def document_blocks(path):
     """Yield the lines of a text shard, stripped, in lists that hold whole documents.
 
-    All but an only block hold 8 to 16 MB: the last is never a rest too small to find random segments in.
+    All but an only block hold 2 to 4 MB, about a thousand articles: the last is never a rest too small to find random
+    segments in.
     """
     waiting = []
     for lines, full in line_blocks(path):
@@ -123,7 +124,7 @@ def document_blocks(path):
 
 
 def line_blocks(path):
-    """Yield (the lines of about 8 MB of a text file, stripped; whether it was that much)."""
+    """Yield (the lines of about 2 MB of a text file, stripped; whether it was that much)."""
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
             while lines := file.readlines(READ_BYTES):

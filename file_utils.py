@@ -182,12 +182,16 @@ def fetch(url: str, target, sha1: str | None = None, sha256: str | None = None,
 
 
 class Transfer:
-    """One file on its way: its source, the part that is here (.NAME.part) and a note of what it is part of."""
+    """One file on its way: its source, and the part that is here (.NAME.part).
+
+    What version of the file that is stands in .NAME.part.json, which becomes .NAME.json with the whole file.
+    """
 
     def __init__(self, url: str, target: Path, checksums: dict):
         self.url, self.target, self.source = url, target, source(url)
         self.checksums = {name: value.lower() for name, value in checksums.items() if value}
         self.partial = target.with_name(f".{target.name}.part")
+        self.partial_note = target.with_name(f".{target.name}.part.json")
         self.note = target.with_name(f".{target.name}.json")
 
     def finished(self) -> bool:
@@ -202,18 +206,14 @@ class Transfer:
             print(f"{self.url}: {error}; using the copy in {self.target}")
             return True
         reply.blocks.close()
-        return reply.version is not None and self.noted() == {"url": self.url, "version": reply.version,
-                                                              "size": reply.size}
+        return reply.version is not None and read_note(self.note) == self.noted_as(reply)
 
-    def noted(self) -> dict:
-        try:
-            return json.loads(self.note.read_text())
-        except (FileNotFoundError, ValueError):
-            return {}
+    def noted_as(self, reply) -> dict:
+        return {"url": self.url, "version": reply.version, "size": reply.size}
 
     def here(self) -> int:
         """How many bytes of the partial file can be kept."""
-        note = self.noted()
+        note = read_note(self.partial_note)
         if note.get("url") != self.url or not (note.get("version") or self.checksums) or not self.partial.is_file():
             return 0
         return self.partial.stat().st_size
@@ -234,18 +234,17 @@ class Transfer:
 
     def receive(self) -> None:
         """One attempt: append what is missing to the partial file.  Returns when all of it is here."""
-        offset, note = self.here(), self.noted()
+        offset, note = self.here(), read_note(self.partial_note)
         if offset and offset == note.get("size"):
             return
         reply = self.source.open(offset, note.get("version"))
-        current = {"url": self.url, "version": reply.version, "size": reply.size}
-        if reply.start not in (0, offset) or (reply.start and current != note):
+        if reply.start not in (0, offset) or (reply.start and self.noted_as(reply) != note):
             self.partial.unlink(missing_ok=True)
             raise Interrupted("the file changed on the server")
         if reply.size is None and not reply.framed and not self.checksums:
             raise UserError(f"{self.url}: the server does not state the size, and no checksum is known: "
                             f"a cut transfer could not be told from a whole one")
-        write_json(self.note, current)
+        write_json(self.partial_note, self.noted_as(reply))
         self.append(reply)
 
     def append(self, reply) -> None:
@@ -275,6 +274,7 @@ class Transfer:
         with open(self.partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(self.partial, self.target)
+        os.replace(self.partial_note, self.note)
         sync_folder(self.target.parent)
 
     def mismatch(self, path: Path) -> str | None:
@@ -284,6 +284,13 @@ class Transfer:
             if found != expected:
                 return f"{name} is {found}, expected {expected}"
         return None
+
+
+def read_note(path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def checksum(path, name: str = "sha256") -> str:

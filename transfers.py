@@ -1,7 +1,8 @@
 """Reading a remote file from any offset: http(s):// with `requests`, s3:// with boto3.
 
-Both sources answer open(offset) with a Reply.  What went wrong for now and is worth another try raises Interrupted;
-what no repetition mends (404, no credentials) raises UserError.  file_utils.fetch is the loop around them.
+Both sources answer open(offset) with a Reply, whose version tells whether it continues what is here already.  What went
+wrong for now and is worth another try raises Interrupted; what no repetition mends (404, no credentials) raises
+UserError.  file_utils.fetch is the loop around them.
 """
 
 import re
@@ -112,15 +113,14 @@ class S3Source:
         self.client = s3_client(attempts=1)  # file_utils.fetch repeats, with the same patience as for http
 
     def open(self, offset: int, version: str | None = None) -> Reply:
+        """The bytes from `offset` on, of whatever version the object is."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         wanted = {"Range": f"bytes={offset}-"} if offset else {}
-        if offset and version:
-            wanted["IfMatch"] = version
         try:
             answer = self.client.get_object(Bucket=self.bucket, Key=self.key, **wanted)
         except ClientError as error:
-            if offset and status_of(error) in (412, 416):  # the object is another one now
+            if offset and status_of(error) == 416:  # nothing behind this offset: the object is another one now
                 return self.open(0)
             raise failure(self.url, error) from None
         except BotoCoreError as error:

@@ -61,7 +61,8 @@ def parse(argv):
 
 def main(argv=None) -> None:
     args = parse(argv)
-    stages.run(args, sample_options(args))
+    with cli.sigterm_as_interrupt():
+        stages.run(args, sample_options(args))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from transfers import Interrupted
 MIRRORS_VARIABLE = "BERT_PREP_MIRRORS"
 
 DUMPS = "https://dumps.wikimedia.org/enwiki"
-DUMP_ENDING = "-pages-articles.xml.bz2"
+DUMP_ENDING = "-pages-articles-multistream.xml.bz2"  # many bzip2 streams, which workers decompress side by side
 
 GOOGLE_NAME = "uncased_L-24_H-1024_A-16"
 GOOGLE_ARCHIVE = f"https://storage.googleapis.com/bert_models/2018_10_18/{GOOGLE_NAME}.zip"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 # MB of input (XML, text, text) that one process gets through in a second, and what the stage writes for each MB of it
 RATES = {"text_formatting": 3.0, "sharding": 4.5, "create_hdf5_files": 4.0}
-MAIN_RATES = {"text_formatting": 35.0, "sharding": 150.0, "create_hdf5_files": float("inf")}
+MAIN_RATES = {"text_formatting": 400.0, "sharding": 150.0, "create_hdf5_files": float("inf")}
 WRITES = {"text_formatting": 0.16, "sharding": 1.0, "create_hdf5_files": 3.0}
 BZ2 = 4.0  # MB of XML in a MB of a compressed dump
 

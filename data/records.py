@@ -10,20 +10,12 @@ import hashlib
 import json
 from pathlib import Path
 
-from file_utils import write_json
-
-BLOCK = 1 << 20
+from file_utils import checksum, write_json
 
 
 def fingerprint(path) -> dict:
     """{"size": bytes, "sha256": hex} of a file."""
-    digest = hashlib.sha256()
-    size = 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            size += len(block)
-    return {"size": size, "sha256": digest.hexdigest()}
+    return {"size": Path(path).stat().st_size, "sha256": checksum(path)}
 
 
 def combined_fingerprint(paths) -> dict:

@@ -21,7 +21,7 @@ from data.sentences import split_lines
 from file_utils import replacing_files
 
 CHUNK_BYTES = 1 << 20  # lines handed to a worker at a time
-WINDOW_BYTES = 1 << 25  # text placed at a time; the last window evens out what the others left
+WINDOW_BYTES = 1 << 23  # text placed at a time; the last window evens out what the others left
 
 
 class Placement:

@@ -98,7 +98,7 @@ def formatting_work(args, paths, advance):
         return ((batch,) for batch in books.batches(paths, advance)), books.read_books
     end, work = ((wikipedia.DOC_END, wikipedia.read_extracted) if args.skip_wikiextractor
                  else (wikipedia.PAGE_END, wikipedia.extract_articles))
-    return ((batch,) for path in paths for batch in wikipedia.page_batches(path, advance, end)), work
+    return (batch for path in paths for batch in wikipedia.batches(path, advance, end)), work
 
 
 def shard_text(args, _) -> None:

@@ -1,7 +1,8 @@
 """Articles out of a MediaWiki XML dump, read as a stream: the .bz2 is never unpacked to disk.
 
-The main process only decompresses and cuts the XML between pages; the workers do the rest with `wikiextractor`, whose
-functions are called directly (its command line keeps everything in one process's hands and knows no resuming).
+Wikimedia's multistream dumps are cut between their bzip2 streams, and the workers decompress them; of any other dump,
+the main process decompresses the XML and cuts it between pages.  The workers extract the articles with `wikiextractor`,
+whose functions are called directly (its command line decompresses in one process and knows no resuming).
 
 Templates are dropped, not expanded: expanding needs all 900,000 template pages of a dump in memory, which the pages do
 not repay in running text.  Nothing in the output depends on today's date, as it would through {{CURRENTYEAR}}.
@@ -20,6 +21,11 @@ from cli import UserError
 
 BATCH_BYTES = 1 << 20  # XML handed to a worker at a time
 LONGEST_PAGE = 1 << 28  # more than this without the end of a page is no dump
+STREAM_BYTES = 1 << 18  # compressed streams handed to a worker at a time
+LOOKAHEAD = 1 << 24  # a second stream starts within this, or the file is one stream
+DAMAGED = (EOFError, OSError, ValueError, lzma.LZMAError)  # what bz2 and lzma raise
+
+STREAM_START = re.compile(rb"BZh[1-9]1AY&SY")
 
 PAGE_END, DOC_END = b"</page>", b"</doc>"
 PAGE = re.compile(rb"<page>(.*?)</page>", re.DOTALL)
@@ -29,12 +35,38 @@ NAMESPACE = re.compile(r"<ns>(-?\d+)</ns>")
 TEXT = re.compile(r"<text\b[^>]*?(?:/>|>(.*?)</text>)", re.DOTALL)
 
 
-def page_batches(path, progress=lambda position: None, end: bytes = PAGE_END):
-    """Yield a dump in pieces of about 1 MB that end where a page ends.
+def batches(path, progress=lambda position: None, end: bytes = PAGE_END):
+    """Yield a dump as (bytes of whole pages, whether they are still compressed), each about 1 MB of XML.
 
-    `progress` is called with the position in the (compressed) file.  Raises UserError for a damaged or cut file, or one
-    without pages.
+    `progress` is called with the position in the file.  Raises UserError for a damaged file, or one without pages.
     """
+    compressed = is_multistream(path)
+    for batch in stream_batches(path, progress) if compressed else page_batches(path, progress, end):
+        yield batch, compressed
+
+
+def is_multistream(path) -> bool:
+    """Whether a file consists of many bzip2 streams, as Wikimedia's multistream dumps do: one for every 100 pages."""
+    with open(path, "rb") as file:
+        return len(STREAM_START.findall(file.read(LOOKAHEAD))) > 1
+
+
+def stream_batches(path, progress):
+    """Yield whole bzip2 streams, as they are, in pieces of about 256 kB.  Pages do not cross streams."""
+    waiting = b""
+    with open(path, "rb") as file:
+        while block := file.read(STREAM_BYTES):
+            progress(file.tell())
+            waiting += block
+            starts = [found.start() for found in STREAM_START.finditer(waiting)]
+            if len(starts) > 1:
+                yield waiting[:starts[-1]]
+                waiting = waiting[starts[-1]:]
+    yield waiting
+
+
+def page_batches(path, progress, end: bytes):
+    """Yield the XML of a dump in pieces of about 1 MB that end where a page ends; this process decompresses it."""
     rest, found = b"", False
     try:
         with open(path, "rb") as raw, decompressed(path, raw) as stream:
@@ -48,7 +80,7 @@ def page_batches(path, progress=lambda position: None, end: bytes = PAGE_END):
                     rest = rest[cut:]
                 if len(rest) > LONGEST_PAGE:
                     raise UserError(f"{path}: no {end.decode()} in {len(rest)} bytes; is this what it should be?")
-    except (EOFError, OSError, lzma.LZMAError) as error:
+    except DAMAGED as error:
         raise UserError(f"{path}: damaged or cut short ({error})") from None
     if not found:
         raise UserError(f"{path}: no {end.decode()} in it; is this what it should be?")
@@ -63,7 +95,7 @@ def decompressed(path, raw):
     return raw
 
 
-def extract_articles(xml: bytes) -> tuple[list[str], dict, list[str]]:
+def extract_articles(xml: bytes, compressed: bool) -> tuple[list[str], dict, list[str]]:
     """The articles of a batch of pages, each as one line; how many pages were kept and left out for what reason; and
     the titles of those that should have been readable but were not.
 
@@ -71,6 +103,8 @@ def extract_articles(xml: bytes) -> tuple[list[str], dict, list[str]]:
     that the extractor cannot read.
     """
     articles, counts, skipped = [], Counter(), []
+    if compressed:
+        xml = decompress(xml)
     for page in PAGE.findall(xml):
         try:
             text, outcome = article_text(page.decode("utf-8"))
@@ -85,7 +119,14 @@ def extract_articles(xml: bytes) -> tuple[list[str], dict, list[str]]:
     return articles, dict(counts), skipped
 
 
-def read_extracted(docs: bytes) -> tuple[list[str], dict, list[str]]:
+def decompress(streams: bytes) -> bytes:
+    try:
+        return bz2.decompress(streams)
+    except DAMAGED as error:
+        raise UserError(f"the dump is damaged or cut short ({error})") from None
+
+
+def read_extracted(docs: bytes, _) -> tuple[list[str], dict, list[str]]:
     """The same of a batch of <doc …> elements, which wikiextractor's own command line writes."""
     articles, counts = [], Counter()
     for doc in DOC.findall(docs.decode("utf-8", errors="replace")):

@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,6 +92,25 @@ def test_formatting_goes_on_after_the_parts_that_are_there(folder, tmp_path, mon
     stage("text_formatting", "--input_files", dump)
     assert files_below(folder) == whole
     assert [path.name for path in parts if path.stat().st_mtime_ns != kept[path]] == [parts[2].name]
+
+
+def test_a_dump_of_many_streams_gives_what_one_stream_gives(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(wikipedia, "STREAM_BYTES", 700)
+    pages = [page(f"T{number}", " ".join(some_sentences(4, number))) for number in range(40)]
+    stage("text_formatting", "--input_files", write_dump(tmp_path / "x.xml.bz2", pages))
+    one = lines_of(folder)
+    streams = [bz2.compress(b"".join(pages[start:start + 3])) for start in range(0, 40, 3)]
+    many = tmp_path / "many.xml.bz2"
+    many.write_bytes(bz2.compress(b"<mediawiki>\n") + b"".join(streams) + bz2.compress(b"</mediawiki>\n"))
+    assert len(list(wikipedia.batches(many))) > 5 and wikipedia.is_multistream(many)
+    stage("text_formatting", "--input_files", many)
+    assert lines_of(folder) == one and len(one) == 40
+    many.write_bytes(many.read_bytes()[:-60])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        stage("text_formatting", "--input_files", many)
+    many.write_bytes(many.read_bytes()[:1500] + b"rubbish" + many.read_bytes()[1507:])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        stage("text_formatting", "--input_files", many)
 
 
 def test_a_smaller_dump_leaves_no_part_of_the_larger_one(folder, tmp_path, monkeypatch):
@@ -196,10 +216,9 @@ def test_a_splitter_that_is_not_installed_is_named(monkeypatch):
 # sharding
 
 
-def test_100_000_documents_over_64_shards_are_level():
-    import numpy as np
-
-    sizes = np.random.default_rng(5).lognormal(2.5, 1.0, 100_000).astype(int) + 1
+@pytest.mark.parametrize("order", [lambda sizes: sizes, np.sort], ids=["any order", "longest last"])
+def test_100_000_documents_over_64_shards_are_level(order):
+    sizes = order(np.random.default_rng(5).lognormal(2.5, 1.0, 100_000).astype(int) + 1)
     placement = sharding.Placement(64, 64, 0.1)
     for start in range(0, len(sizes), 30_000):
         placement.place(sizes[start:start + 30_000].tolist(), last=start + 30_000 >= len(sizes))
@@ -357,11 +376,11 @@ def test_stages_out_of_order_say_what_to_run_first(folder):
 
 def wikimedia(root: Path, dump: Path, date: str = "20260101") -> list[str]:
     """A mirror of dumps.wikimedia.org as a folder with one dump; returns the flags that name it."""
-    name = f"enwiki-{date}-pages-articles.xml.bz2"
+    name = f"enwiki-{date}-pages-articles-multistream.xml.bz2"
     (root / "latest").mkdir(parents=True, exist_ok=True)
     (root / date).mkdir(exist_ok=True)
     (root / date / name).write_bytes(dump.read_bytes())
-    sums = f"{'0' * 40}  enwiki-{date}-pages-articles-multistream.xml.bz2\n{checksum(dump, 'sha1')}  {name}\n"
+    sums = f"{'0' * 40}  enwiki-{date}-pages-articles.xml.bz2\n{checksum(dump, 'sha1')}  {name}\n"
     for folder, day in (("latest", "latest"), (date, date)):
         (root / folder / f"enwiki-{day}-sha1sums.txt").write_text(sums)
     return ["--mirror", downloads.DUMPS, str(root)]
@@ -375,7 +394,7 @@ def dump(tmp_path) -> Path:
 
 def test_the_newest_dump_is_found_verified_and_kept(folder, tmp_path, dump):
     stage("download", *wikimedia(tmp_path / "mirror", dump))
-    target = folder / "download/wikicorpus_en/enwiki-20260101-pages-articles.xml.bz2"
+    target = folder / "download/wikicorpus_en/enwiki-20260101-pages-articles-multistream.xml.bz2"
     assert target.read_bytes() == dump.read_bytes()
     stage("download", *wikimedia(tmp_path / "mirror", dump, "20260201"))
     assert len(list(target.parent.glob("*.bz2"))) == 1, "an interrupted download goes on with its own dump"
@@ -385,7 +404,7 @@ def test_the_newest_dump_is_found_verified_and_kept(folder, tmp_path, dump):
 
 def test_a_dump_that_is_not_what_wikimedia_says_gets_no_name(folder, tmp_path, dump):
     flags = wikimedia(tmp_path / "mirror", dump)
-    (tmp_path / "mirror/20260101/enwiki-20260101-pages-articles.xml.bz2").write_bytes(b"something else")
+    (tmp_path / "mirror/20260101/enwiki-20260101-pages-articles-multistream.xml.bz2").write_bytes(b"something else")
     with pytest.raises(UserError, match="sha1 is .* expected"):
         stage("download", *flags)
     assert not list(folder.rglob("*.bz2"))
@@ -401,7 +420,7 @@ def test_mirrors_of_the_environment_and_of_http_are_used(folder, tmp_path, dump,
     with serving(answer) as server:
         monkeypatch.setenv(downloads.MIRRORS_VARIABLE, f"{downloads.DUMPS} {server.url}/wiki")
         stage("download")
-    assert len(list(folder.rglob("enwiki-20260101-pages-articles.xml.bz2"))) == 1
+    assert len(list(folder.rglob("enwiki-20260101-pages-articles-multistream.xml.bz2"))) == 1
     monkeypatch.setenv(downloads.MIRRORS_VARIABLE, "one two three")
     with pytest.raises(UserError, match="3 words, expected pairs"):
         stage("download", "--dump_date", "20260101")

@@ -54,6 +54,29 @@ def test_a_file_that_changed_on_the_server_is_not_mixed_with_its_older_part(tmp_
         assert fetch(f"{server.url}/a", tmp_path / "a", **QUICK).read_bytes() == newer
 
 
+def test_without_a_version_nothing_is_appended_to_an_older_part(tmp_path):
+    newer = os.urandom(len(CONTENT))
+    with serving(file_server(CONTENT, version=None), ["drop", "503"]) as server:
+        with pytest.raises(UserError):
+            fetch(f"{server.url}/a", tmp_path / "a", tries=1, **QUICK)
+        server.answer = file_server(newer, version=None)
+        assert fetch(f"{server.url}/a", tmp_path / "a", **QUICK).read_bytes() == newer
+
+
+def test_a_server_that_hands_out_a_part_at_a_time_gives_the_whole(tmp_path):
+    def stingy(path, headers):
+        status, sent, body = file_server(CONTENT)(path, headers)
+        if status != 206 or len(body) < 700_000:
+            return status, sent, body
+        start = len(CONTENT) - len(body)
+        return 206, sent | {"Content-Length": "700000",
+                            "Content-Range": f"bytes {start}-{start + 699_999}/{len(CONTENT)}"}, body[:700_000]
+
+    with serving(stingy, ["drop"]) as server:
+        assert fetch(f"{server.url}/a", tmp_path / "a", **QUICK).read_bytes() == CONTENT
+        assert len(server.requests) == 4
+
+
 def test_a_server_that_ignores_if_range_is_not_believed(tmp_path):
     newer = os.urandom(len(CONTENT))
 
@@ -102,6 +125,18 @@ def test_a_local_copy_is_fetched_once_and_again_when_the_server_has_another():
         assert local_file(f"{server.url}/vocab.txt").read_bytes() == b"newer"
         url = server.url
     assert local_file(f"{url}/vocab.txt").read_bytes() == b"newer", "the copy serves while the server is away"
+
+
+def test_an_interrupted_update_is_not_taken_for_done():
+    with serving(file_server(CONTENT)) as server:
+        path = local_file(f"{server.url}/vocab.txt")
+        newer = os.urandom(len(CONTENT))
+        server.answer, server.faults = file_server(newer, version='"v2"'), [None, "drop"] + ["reset"] * 2
+        with pytest.raises(UserError, match="given up"):
+            fetch(f"{server.url}/vocab.txt", path, tries=1, **QUICK)
+        assert path.read_bytes() == CONTENT
+        server.faults.clear()
+        assert local_file(f"{server.url}/vocab.txt").read_bytes() == newer
 
 
 def fetch_to(url, path):
