@@ -21,6 +21,9 @@ from cli import UserError
 from op_list_mode import DtypeReport, OpListMode, check_names
 from op_lists import OpLists
 
+SCALE_KEYS = ("scale", "_growth_tracker")  # of GradScaler.state_dict
+NEVER = 2**31 - 1  # steps
+
 
 @dataclass(frozen=True)
 class Casts:
@@ -44,7 +47,7 @@ class Precision:
         self.casts_off = self.casts.off
         self.observers = [DtypeReport()] if args.hmp and args.hmp_verbose and not device.hmp else []
         scale = args.loss_scale or args.init_loss_scale
-        growth_interval = 2**31 - 1 if args.loss_scale else 2000  # a constant scale never grows
+        growth_interval = NEVER if args.loss_scale else 2000  # a constant scale never grows
         self.scaler = torch.amp.GradScaler("cuda", init_scale=scale, growth_interval=growth_interval, enabled=args.fp16)
 
     def describe(self) -> str:
@@ -65,6 +68,17 @@ class Precision:
         with self.casts_off():
             self.scaler.step(optimizer)
             self.scaler.update()
+
+    def state(self) -> dict:
+        """The loss scale and what makes it change, in plain numbers; empty without loss scaling."""
+        state = self.scaler.state_dict()
+        return {key: state[key] for key in SCALE_KEYS if key in state}
+
+    def restore(self, state: dict) -> None:
+        """Go on with a dynamic loss scale; one that a flag fixes stays."""
+        if self.scaler.is_enabled() and self.scaler.get_growth_interval() != NEVER:
+            known = {key: state[key] for key in SCALE_KEYS if isinstance(state.get(key), int | float)}
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **known})
 
 
 def choose_casts(args, device) -> Casts:

@@ -109,7 +109,7 @@ class S3Source:
         self.url, self.bucket, self.key = url, parts.netloc, parts.path.lstrip("/")
         if not self.bucket or not self.key:
             raise UserError(f"{url}: not of the form s3://bucket/key")
-        self.client = s3_client()
+        self.client = s3_client(attempts=1)  # file_utils.fetch repeats, with the same patience as for http
 
     def open(self, offset: int, version: str | None = None) -> Reply:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -142,13 +142,14 @@ class S3Source:
             raise Interrupted(error) from None
 
 
-def s3_client():
-    """A client that leaves repeating to file_utils.fetch, so that progress and patience are the same as for http."""
+def s3_client(attempts: int):
+    """A client of S3 that tries so often by itself."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, retries={"total_max_attempts": 1})
+    config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS,
+                    retries={"total_max_attempts": attempts, "mode": "standard"})
     try:
         return boto3.client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
@@ -162,10 +163,10 @@ def s3_keys(url: str) -> list[str]:
     parts = urlsplit(url)
     prefix = parts.path.lstrip("/")
     try:
-        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix)
+        pages = s3_client(attempts=5).get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix)
         return [f"s3://{parts.netloc}/{entry['Key']}" for page in pages for entry in page.get("Contents", [])]
     except (ClientError, BotoCoreError) as error:
-        raise failure(url, error) from None
+        raise UserError(f"{url}: {error}") from None
 
 
 def status_of(error) -> int:

@@ -18,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import cli  # noqa: E402
 from create_pretraining_data import SampleOptions, add_sample_flags, sample_options  # noqa: E402
 from data import stages  # noqa: E402
+from data.inputs import DATASETS  # noqa: E402
 from data.sentences import METHODS  # noqa: E402
 
 
 def parse(argv):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--action", required=True, choices=stages.ACTIONS, help="the stage to run")
-    parser.add_argument("--dataset", required=True, choices=stages.DATASETS, help="what to run it on")
+    parser.add_argument("--dataset", required=True, choices=DATASETS, help="what to run it on")
     parser.add_argument("--input_files", nargs="+", default=[], metavar="FILE",
                         help="take these in place of what the stage before made: dumps or folders of books for "
                              "text_formatting, one-document-a-line files for sharding, text shards for "

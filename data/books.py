@@ -3,21 +3,9 @@
 from collections import Counter
 from pathlib import Path
 
-from cli import UserError
 from data.wikipedia import one_line
 
 BATCH_BYTES = 1 << 20  # of books handed to a worker at a time
-
-
-def find(places: list[Path]) -> list[Path]:
-    """The books in folders (and the folders in them), and .txt files named themselves, in order."""
-    found = []
-    for place in places:
-        books = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
-        if not books:
-            raise UserError(f"{place}: no .txt file in it")
-        found += [book for book in books if not book.name.startswith(".")]
-    return found
 
 
 def batches(books: list[Path], progress=lambda size: None):

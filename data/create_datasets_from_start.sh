@@ -7,7 +7,8 @@
 #
 # Run again after an interruption, it goes on where it was stopped.  Environment: PYTHON (default python3), N_PROCESSES
 # (default: the number of cores), BERT_PREP_WORKING_DIR (default: this folder), BERT_PREP_MIRRORS ("FROM TO …": other
-# sources), BOOKS (for wiki_books: a folder of .txt books, a file of their URLs, or an archive of them).
+# sources), VOCAB_FILE (default: Google's), BOOKS (for wiki_books: a folder of .txt books, a file of their URLs, or an
+# archive of them).
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -27,28 +28,32 @@ case ${1:-wiki_only} in
         exit 2 ;;
 esac
 
-books=()
 if [ "$dataset" = books_wiki_en_corpus ]; then
     if [ -z "${BOOKS:-}" ] || [ ! -e "$BOOKS" ]; then
         echo "create_datasets_from_start.sh: BOOKS='${BOOKS:-}' names no folder of .txt books, file of URLs of such" \
              "books, or archive of them; BookCorpus has no official source any more" >&2
         exit 2
     fi
-    books=(--input_files "$BOOKS")
 fi
 
 stage estimate --dataset "$dataset"
+if [ "$dataset" != wikicorpus_en_sample ] && [ -z "${VOCAB_FILE:-}" ]; then
+    stage download --dataset google_pretrained_weights
+fi
 for source in "${sources[@]}"; do
     if [ "$source" != bookscorpus ]; then
         stage download --dataset "$source"
         stage text_formatting --dataset "$source"
     elif [ -d "$BOOKS" ]; then
-        stage text_formatting --dataset "$source" "${books[@]}"
+        stage text_formatting --dataset "$source" --input_files "$BOOKS"
     else
-        stage download --dataset "$source" "${books[@]}"
+        stage download --dataset "$source" --input_files "$BOOKS"
         stage text_formatting --dataset "$source"
     fi
 done
 stage sharding --dataset "$dataset"
-stage create_hdf5_files --dataset "$dataset" --max_seq_length 128 --max_predictions_per_seq 20
-stage create_hdf5_files --dataset "$dataset" --max_seq_length 512 --max_predictions_per_seq 80
+for lengths in "128 20" "512 80"; do
+    read -r tokens predictions <<< "$lengths"
+    stage create_hdf5_files --dataset "$dataset" --max_seq_length "$tokens" --max_predictions_per_seq "$predictions" \
+        ${VOCAB_FILE:+--vocab_file "$VOCAB_FILE"}
+done

@@ -137,22 +137,22 @@ def pip_download(package: str, folder: str) -> Path:
     return wheels[0]
 
 
-def books(folder: Path, lists: list[Path], threads: int, replacements) -> tuple[list[Path], dict[str, str]]:
-    """The books of archives and of files of URLs, one URL a line; returns them and, for each that failed, why."""
+def books(folder: Path, lists: list[Path], threads: int, replacements) -> tuple[list[Path], list[str]]:
+    """The books of archives and of files of URLs, one URL a line; returns them, and what failed and why."""
     found, urls = [], []
     for path in lists:
         if path.suffix in archives.ENDINGS:
             found += [book for book in archives.unpack(path, folder) if book.suffix == ".txt"]
         else:
             urls += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    failed = {}
+    failed = []
     with ThreadPoolExecutor(threads) as pool:
         tasks = [pool.submit(one_book, folder, number, url, replacements) for number, url in enumerate(urls)]
-        for url, task in zip(tqdm(urls, unit="book", desc="download"), tasks, strict=True):
+        for task in tqdm(tasks, unit="book", desc="download"):
             try:
                 found.append(task.result())
             except UserError as error:
-                failed[url] = str(error)
+                failed.append(str(error))
     return found, failed
 
 

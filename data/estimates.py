@@ -13,7 +13,7 @@ MAIN_RATES = {"text_formatting": 35.0, "sharding": 150.0, "create_hdf5_files": f
 WRITES = {"text_formatting": 0.16, "sharding": 1.0, "create_hdf5_files": 3.0}
 BZ2 = 4.0  # MB of XML in a MB of a compressed dump
 
-WIKIPEDIA_DUMP = 25e9  # bytes, English Wikipedia in 2026
+WIKIPEDIA_DUMP, SAMPLE_DUMP = 25e9, 1.7e6  # bytes
 
 
 def seconds(stage: str, size: float, workers: int) -> float:

@@ -28,7 +28,7 @@ def format_documents(folder, dataset: str, batches, work, inputs: dict, options:
     """
     records.forget(folder, dataset)
     (folder / dataset).mkdir(parents=True, exist_ok=True)
-    outputs = {}
+    outputs, left_out = {}, []
     for part, tasks in grouped(batches, BATCHES_PER_PART):
         name = f"{dataset}/part_{part:05d}.txt"
         record = records.done(folder, name, inputs, options)
@@ -37,13 +37,14 @@ def format_documents(folder, dataset: str, batches, work, inputs: dict, options:
                 pass
         else:
             counts, skipped = write_part(folder / name, ordered_map(pool, work, tasks))
-            record = records.write(folder, name, inputs, options, {name: {"skipped": skipped}}, counts)
-        outputs[name] = {"counts": record["counts"], "skipped": record["outputs"][name]["skipped"]}
-    totals = sum((Counter(facts["counts"]) for facts in outputs.values()), Counter())
+            record = records.write(folder, name, inputs, options, {name: {}}, counts, skipped)
+        outputs[name] = record["counts"]
+        left_out += record["skipped"]
+    totals = sum((Counter(counts) for counts in outputs.values()), Counter())
     if not totals["documents"]:
         raise UserError(f"{', '.join(inputs)}: no document with text in it ({describe(totals)})")
     records.prune(folder, f"{dataset}/part_*.txt", outputs)
-    return records.write(folder, dataset, inputs, options, outputs, dict(totals))
+    return records.write(folder, dataset, inputs, options, outputs, dict(totals), left_out)
 
 
 def grouped(items, size: int):

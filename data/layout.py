@@ -4,7 +4,7 @@
     formatted_one_article_per_line/DATASET/part_N.txt
     sharded_…/DATASET/DATASET_training_N.txt, DATASET_test_N.txt
     hdf5_…/DATASET/DATASET_training_N.hdf5, DATASET_test_N.hdf5
-    vocab/DATASET/vocab.txt                the vocabulary a data set is tokenized with, unless --vocab_file names one
+    vocab/DATASET/vocab.txt                a vocabulary trained on a data set (DATASET_cased with --do_lower_case 0)
     records/ in each of them               what was made from what (records.py)
 """
 
@@ -27,8 +27,8 @@ def formatted_folder() -> Path:
     return working_folder() / "formatted_one_article_per_line"
 
 
-def vocabulary_file(dataset: str) -> Path:
-    return working_folder() / "vocab" / dataset / "vocab.txt"
+def vocabulary_file(dataset: str, lower_case: bool) -> Path:
+    return working_folder() / "vocab" / f"{dataset}{'' if lower_case else '_cased'}" / "vocab.txt"
 
 
 def sharded_folder(training_shards: int, test_shards: int, fraction_test_set: float) -> Path:

@@ -1,6 +1,7 @@
 """What a stage made from what, in a small JSON beside its files: that is how work already done is recognised.
 
-A record holds the inputs (size and SHA-256 of each), the options, the outputs (name, size and counts) and the totals.
+A record holds the inputs (size and SHA-256 of each), the options, the outputs (name, size and counts), the totals, and
+what was skipped for what reason.
 Files and options decide, never dates, so a folder that was copied elsewhere is still recognised, and records of equal
 runs are equal.  A record is written last: a stage without one starts over.
 """
@@ -29,13 +30,19 @@ def combined_fingerprint(paths) -> dict:
     """One fingerprint of many files, names included, in their order."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{Path(path).name} {fingerprint(path)}\n".encode())
+        digest.update(f"{key(path)} {fingerprint(path)}\n".encode())
     return {"files": len(paths), "sha256": digest.hexdigest()}
 
 
 def fingerprints(paths) -> dict:
-    """The fingerprint of each file, under its name."""
-    return {Path(path).name: fingerprint(path) for path in paths}
+    """The fingerprint of each file, under its key."""
+    return {key(path): fingerprint(path) for path in paths}
+
+
+def key(path) -> str:
+    """FOLDER/NAME: tells the parts of two data sets apart, and stays the same where all was copied elsewhere."""
+    path = Path(path).absolute()
+    return f"{path.parent.name}/{path.name}"
 
 
 def path_for(folder, name: str) -> Path:
@@ -63,10 +70,13 @@ def done(folder, name: str, inputs: dict, options: dict) -> dict | None:
     return record
 
 
-def write(folder, name: str, inputs: dict, options: dict, outputs: dict[str, dict], counts: dict) -> dict:
-    """Record a finished piece of work.  `outputs`: for each file, relative to the folder, what is worth knowing."""
+def write(folder, name: str, inputs: dict, options: dict, outputs: dict[str, dict], counts: dict, skipped=()) -> dict:
+    """Record a finished piece of work.
+
+    outputs: for each file, relative to the folder, what is worth knowing.  skipped: what was left out, and why.
+    """
     sized = {output: {"size": (Path(folder) / output).stat().st_size, **facts} for output, facts in outputs.items()}
-    record = {"inputs": inputs, "options": options, "counts": counts, "outputs": sized}
+    record = {"inputs": inputs, "options": options, "counts": counts, "skipped": list(skipped), "outputs": sized}
     write_json(path_for(folder, name), record)
     return record
 

@@ -404,7 +404,7 @@ def test_mirrors_of_the_environment_and_of_http_are_used(folder, tmp_path, dump,
     assert len(list(folder.rglob("enwiki-20260101-pages-articles.xml.bz2"))) == 1
     monkeypatch.setenv(downloads.MIRRORS_VARIABLE, "one two three")
     with pytest.raises(UserError, match="3 words, expected pairs"):
-        stage("download")
+        stage("download", "--dump_date", "20260101")
 
 
 def google_archive(path: Path, vocabulary: bytes) -> Path:
@@ -450,11 +450,12 @@ def test_books_are_fetched_from_a_list_of_urls_and_failures_listed(folder, tmp_p
         urls = tmp_path / "urls.txt"
         urls.write_text(f"{server.url}/a%20b.txt\n\n{server.url}/missing.txt\n{server.url}/other/a%20b.txt\n")
         stage("download", "--input_files", urls, dataset="bookscorpus")
-    assert "2 books" in (printed := capsys.readouterr().out) and "missing.txt: the server answers 404" in printed
+    printed = capsys.readouterr().out
+    assert "2 files, 1 skipped" in printed and "missing.txt: the server answers 404" in printed
     stage("text_formatting", dataset="bookscorpus")
     assert lines_of(folder, "bookscorpus") == ["A short book."] * 2
     record = json.loads((folder / "download/records/bookscorpus.json").read_text())
-    assert len(record["options"]["skipped"]) == 1
+    assert len(record["skipped"]) == 1 and record["counts"] == {"files": 2, "skipped": 1}
 
 
 def test_bookscorpus_without_a_source_says_so(folder):
@@ -473,6 +474,8 @@ def test_wikipedia_and_books_become_one_corpus(folder, tmp_path, dump):
     stage("sharding", *flags, dataset="books_wiki_en_corpus")
     stage("create_vocabulary", *flags, "--vocab_size", 60, dataset="books_wiki_en_corpus")
     stage("create_hdf5_files", *flags, "--max_seq_length", 32, dataset="books_wiki_en_corpus")
+    record = json.loads(next(folder.glob("sharded_*/records/books_wiki_en_corpus.json")).read_text())
+    assert list(record["inputs"]) == ["wikicorpus_en/part_00000.txt", "bookscorpus/part_00000.txt"]
     found = next(folder.glob("hdf5_*")) / "books_wiki_en_corpus"
     assert sum(shard.rows for split in ("training", "test") for shard in shards.find(found, split)) > 50
     text = "".join(path.read_text() for path in folder.glob("sharded_*/books_wiki_en_corpus/*.txt"))
