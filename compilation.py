@@ -18,7 +18,7 @@ def compile_training(device, model: torch.nn.Module, optimizer: torch.optim.Opti
     if problem:
         return f"--use_torch_compile: not compiled: {problem}"
     model.compile(backend=device.compiler)  # in place: the names in its state dict stay the same
-    update = optimizer.compile(device.compiler) if isinstance(optimizer, NVLAMB) else "FusedLamb is one kernel already"
+    update = optimizer.compile(device.compiler) if isinstance(optimizer, NVLAMB) else "FusedLamb is fused already"
     return f"--use_torch_compile: the model is compiled by {device.compiler}; {update}"
 
 
