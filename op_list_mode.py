@@ -64,6 +64,7 @@ class OpListMode(TorchFunctionMode):
             return func(cast(args[0], target), *args[1:], **kwargs)
         return func(*cast(args, target), **{name: cast(value, target) for name, value in kwargs.items()})
 
+    @torch.compiler.disable  # a compiled block would not notice
     @contextmanager
     def off(self):
         """A block in which nothing is cast."""
