@@ -1,5 +1,6 @@
 """What the stand-in is told by the environment, and its record."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -15,8 +16,9 @@ def cards() -> int:
     return int(os.environ.get("GAUDI_STANDIN_CARDS", "1"))
 
 
+@functools.cache
 def lazy() -> bool:
-    """The mode, which is lazy by default up to 1.20."""
+    """The mode, which is lazy by default up to 1.20, and cannot change once torch was imported."""
     return os.environ.get("PT_HPU_LAZY_MODE", "1" if release() <= (1, 20) else "0") == "1"
 
 

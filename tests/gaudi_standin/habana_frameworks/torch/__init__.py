@@ -10,9 +10,11 @@ from habana_frameworks import standin
 
 
 class HpuDevice(TorchFunctionMode):
-    """Hands every "hpu" among an op's arguments on as the device that stands in for it."""
+    """Hands every "hpu" among an op's arguments on as the device that stands in for it; the name itself stays."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
         kwargs = {name: translated(value) for name, value in (kwargs or {}).items()}
         return func(*map(translated, args), **kwargs)
 

@@ -4,7 +4,7 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C._distributed_c10d import AllgatherOptions, _create_work_from_future
 
 from habana_frameworks import standin
 
@@ -36,9 +36,7 @@ class HcclGroup(dist.ProcessGroup):
 
     def over_host(self, name: str, written, read, options):
         """Run gloo's collective `name` on copies; `written` and `read` are nested lists of tensors, or None."""
-        standin.record("hccl", collective=name, elements=sum(tensor.numel() for tensor in flat(read or written)))
-        if getattr(options, "reduceOp", None) == dist.ReduceOp.AVG:
-            raise RuntimeError("HCCL has no ReduceOp.AVG")
+        check(name, options, flat(read or written))
         copies = [on_host(group) for group in (written, read) if group is not None]
         getattr(self.gloo, name)(*copies, options).wait()
         for tensor, copy in zip(flat(written), flat(copies[0]), strict=True):
@@ -58,15 +56,25 @@ class HcclGroup(dist.ProcessGroup):
         return self.over_host("allgather", outputs, inputs, options)
 
     def _allgather_base(self, output, given, options):
-        return self.allgather([list(output.flatten().chunk(self.size()))], [given.flatten()], dist.AllgatherOptions())
+        check("all_gather_single", options, [given])
+        parts = [torch.empty(given.shape, dtype=given.dtype) for _ in range(self.size())]
+        self.gloo.allgather([parts], [on_host(given)], AllgatherOptions()).wait()
+        output.copy_(torch.cat(parts).view(output.shape))
+        return finished([output])
 
     def reduce_scatter(self, outputs, inputs, options):
         return self.over_host("reduce_scatter", outputs, inputs, options)
 
     def _reduce_scatter_base(self, output, given, options):
+        check("reduce_scatter_single", options, [given])
         narrow = dist.ReduceScatterOptions()
         narrow.reduceOp = options.reduceOp
-        return self.reduce_scatter([output.flatten()], [list(given.flatten().chunk(self.size()))], narrow)
+        part = torch.empty(output.numel(), dtype=output.dtype)
+        self.gloo.reduce_scatter([part], [list(on_host(given).flatten().chunk(self.size()))], narrow).wait()
+        output.copy_(part.view(output.shape))
+        return finished([output])
+
+    all_gather_single, reduce_scatter_single = _allgather_base, _reduce_scatter_base  # their names from 2.13 on
 
     def gather(self, outputs, inputs, options):
         return self.over_host("gather", outputs, inputs, options)
@@ -77,6 +85,12 @@ class HcclGroup(dist.ProcessGroup):
     def barrier(self, options):
         self.gloo.barrier(options).wait()
         return finished([])
+
+
+def check(collective: str, options, tensors: list) -> None:
+    standin.record("hccl", collective=collective, elements=sum(tensor.numel() for tensor in tensors))
+    if getattr(options, "reduceOp", None) == dist.ReduceOp.AVG:
+        raise RuntimeError("HCCL has no ReduceOp.AVG")
 
 
 def flat(value) -> list:
