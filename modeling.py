@@ -8,6 +8,7 @@ P slots for masked tokens in a row, C slots for sequences in a row.
 """
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 LAYER_NORM_EPS = 1e-12
 MASKED_SCORE = -10000.0  # finite, and exp() of it is 0 in fp32 and bf16; infinities become NaN under bf16 op lists
 IGNORED_LABEL = -1
+MOST_LAYERS = 10_000  # beyond any BERT; building them would take minutes
 INTEGER_KEYS = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
                 "num_hidden_layers", "type_vocab_size", "vocab_size")
 
@@ -51,7 +53,7 @@ class BertConfig:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"--config_file {path}: {error.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # no JSON, no text, numbers or nesting without end
             raise UserError(f"--config_file {path}: not JSON: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"--config_file {path}: holds no JSON object")
@@ -63,7 +65,21 @@ class BertConfig:
         problem = config_problem(values)
         if problem:
             raise UserError(f"--config_file {path}: {problem}")
-        return cls(**values)
+        config = cls(**values)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if 4 * config.parameters > memory:
+            raise UserError(f"--config_file {path}: its {config.parameters / 1e9:.1f} billion parameters take "
+                            f"{4 * config.parameters / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB")
+        return config
+
+    @property
+    def parameters(self) -> int:
+        """How many weights a BertForPreTraining of this architecture has."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        embeddings = (self.padded_vocab_size + self.max_position_embeddings + self.type_vocab_size + 2) * hidden
+        layer = 4 * (hidden + 1) * hidden + (hidden + 1) * inner + (inner + 1) * hidden + 4 * hidden
+        heads = 2 * (hidden + 1) * hidden + 2 * hidden + self.padded_vocab_size + 2 * (hidden + 1)
+        return embeddings + self.num_hidden_layers * layer + heads
 
     @property
     def padded_vocab_size(self) -> int:
@@ -74,14 +90,15 @@ class BertConfig:
 def config_problem(values: dict) -> str | None:
     """What is impossible in the values of a config, or None."""
     for key in INTEGER_KEYS:
-        if type(values[key]) is not int or not 1 <= values[key] < 2**31:
-            return f"{key} is {values[key]!r}, not a whole number from 1 to {2**31 - 1}"
+        most = MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+        if type(values[key]) is not int or not 1 <= values[key] <= most:
+            return f"{key} is {str(values[key])[:50]}, not a whole number from 1 to {most}"
     for key in ("attention_probs_dropout_prob", "hidden_dropout_prob"):
         if type(values[key]) not in (int, float) or not 0.0 <= values[key] < 1.0:
             return f"{key} is {values[key]!r}, not a number from 0 to below 1"
     if type(values["initializer_range"]) not in (int, float) or not 0.0 < values["initializer_range"] < 1e3:
         return f"initializer_range is {values['initializer_range']!r}, not a number above 0 and below 1000"
-    if values["hidden_act"] not in ACTIVATIONS:
+    if not isinstance(values["hidden_act"], str) or values["hidden_act"] not in ACTIVATIONS:
         return f"hidden_act is {values['hidden_act']!r}, not one of {', '.join(ACTIVATIONS)}"
     if values["hidden_size"] % values["num_attention_heads"]:
         return (f"hidden_size {values['hidden_size']} is not divisible by "

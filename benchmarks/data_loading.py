@@ -9,6 +9,7 @@ folder; then whole epochs are read, each by a fresh stream, waiting for every ba
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # synthetic.py
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
 from benchmarks.measuring import machine, report, spread
+from shard_reader import ShardReader
 
 VOCABULARY = 30522
 
@@ -32,8 +34,9 @@ def main(argv=None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_unpacked(Path(folder) / "unpacked", args.shards, args.rows)
         write_packed(Path(folder) / "packed", args.shards, args.rows // 4)
-        rates = {form: [epoch_rate(Path(folder) / form, args.batch_size) for _ in range(args.repeats)]
-                 for form in ("unpacked", "packed")}
+        with ShardReader() as reader:
+            rates = {form: [epoch_rate(Path(folder) / form, args.batch_size, reader) for _ in range(args.repeats)]
+                     for form in ("unpacked", "packed")}
     unpacked, packed = map(spread, rates.values())
     figures = {"rows_per_second": unpacked["median"], "unpacked_128": unpacked, "packed_512": packed,
                "batch_size": args.batch_size, "machine": machine("h5py", "numpy")}
@@ -75,18 +78,20 @@ def write_packed(folder: Path, count: int, rows: int) -> None:
             "next_sentence_weights": np.ones((rows, 2), np.int32)})
 
 
-def epoch_rate(folder: Path, batch_size: int) -> float:
+def epoch_rate(folder: Path, batch_size: int, reader) -> float:
     """Rows a second of one epoch read by a new stream."""
     import dataset
     import shards
 
-    found = shards.find(folder)
+    found = shards.find(folder, inspect=partial(reader.call, shards.inspect))
     batches = sum(shard.rows for shard in found) // batch_size
-    stream = dataset.BatchStream(found, batch_size, seed=1, vocab_size=VOCABULARY)
+    stream = dataset.BatchStream(found, batch_size, seed=1, vocab_size=VOCABULARY, reader=reader)
     began = time.perf_counter()
     for _ in range(batches):
         next(stream)
-    return batches * batch_size / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    stream.close()
+    return batches * batch_size / seconds
 
 
 if __name__ == "__main__":
