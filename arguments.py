@@ -125,6 +125,8 @@ def add_log(parser) -> None:
     group = parser.add_argument_group("log")
     group.add_argument("--log_freq", type=float, default=1.0, help="optimizer steps between log lines")
     group.add_argument("--json_summary", default="results/dllogger.json", help="log file; its folder is created")
+    group.add_argument("--tensorboard_logdir", metavar="DIR", help="write the figures for TensorBoard there too; "
+                       "needs the package tensorboard")
     group.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
     group.add_argument("--profile", action="store_true", help="write a torch.profiler trace beside the log file")
     group.add_argument("--profile_steps", type=step_range, default="4:6", metavar="A:B",

@@ -30,12 +30,15 @@ def pretrain(args) -> dict:
     from mixed_precision import Precision
     from modeling import BertConfig, BertForPreTraining
     from optimizers import build_optimizer
+    from tensorboard_log import summary_writer
     from training import BatchPlan, Trainer
     from training_log import TrainingLog
 
     process = distributed.join(args)
     device = devices.select(args, process.local_rank)
     precision = Precision(args, device)
+    if args.tensorboard_logdir:
+        summary_writer()
 
     config = BertConfig.from_json_file(args.config_file)
     shards = training_shards(args, config)
@@ -57,7 +60,8 @@ def pretrain(args) -> dict:
     stream = dataset.BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, process.rank,
                                  process.world_size, start.rows)
 
-    log = TrainingLog(args.json_summary, active=process.first, append=args.resume_from_checkpoint)
+    log = TrainingLog(args.json_summary, process.first, args.resume_from_checkpoint,
+                      tensorboard_log(args, start) if process.first else None)
     log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})
     for line in [*opening(args, device, precision, shards, model, plan, start), *choices]:
         log.say(line)
@@ -104,6 +108,14 @@ def held_out_shards(args, config) -> list | None:
     found = shard_files.find(args.eval_dir, "test", "--eval_dir")
     check_length(f"{found[0].path}: the row length", found[0].sequence_length, config)
     return found
+
+
+def tensorboard_log(args, start):
+    from tensorboard_log import TensorBoardLog
+
+    if not args.tensorboard_logdir:
+        return None
+    return TensorBoardLog(args.tensorboard_logdir, args.phase1_end_step if args.phase2 else 0, start.step)
 
 
 def check_length(what: str, length: int, config) -> None:

@@ -17,11 +17,15 @@ WARM_UP_STEPS = 2  # left out of the throughput: compilation, caches, the first 
 
 
 class TrainingLog:
-    """The log of one process; the processes other than the first log nothing."""
+    """The log of one process; the processes other than the first log nothing.
 
-    def __init__(self, path, active: bool, append: bool):
+    `tensorboard` is a TensorBoardLog that gets the figures of the steps too.
+    """
+
+    def __init__(self, path, active: bool, append: bool, tensorboard=None):
         self.started = time.time()
         self.active = active
+        self.tensorboard = tensorboard
         self.bar = None
         if active:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +40,8 @@ class TrainingLog:
                 "elapsedtime": f"{now - self.started:.6f}", "type": "LOG", "step": step, "data": data}
         self.file.write(f"DLLL {json.dumps(line)}\n")
         self.file.flush()
+        if self.tensorboard and isinstance(step, list) and step:
+            self.tensorboard.add(step[1], data)
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -63,6 +69,8 @@ class TrainingLog:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        if self.tensorboard:
+            self.tensorboard.close()
         if self.active:
             self.file.close()
 
