@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -90,8 +90,8 @@ def main(argv=None) -> None:
 
 def with_progress(pool, visible: bool, description: str, function, tasks: list[tuple]) -> list:
     """The results of function(*task) for all tasks, in order, with a bar while they are worked on."""
-    results = ordered_map(pool, function, tasks)
-    return list(tqdm(results, desc=description, total=len(tasks), disable=not visible))
+    with closing(ordered_map(pool, function, tasks)) as results:
+        return list(tqdm(results, desc=description, total=len(tasks), disable=not visible))
 
 
 # --- what is refused before anything is written ---
@@ -158,19 +158,16 @@ def solve(args, histogram: np.ndarray) -> Recipe:
 def staged(output_dir: Path):
     """Yield a new folder inside the output folder; afterwards it is gone, and so is an output folder left empty."""
     folder = output_dir / UNFINISHED
-    if folder.exists():
-        shutil.rmtree(folder)
     try:
+        if folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: {error.strerror}") from None
-    try:
         yield folder
     except OSError as error:
-        raise UserError(f"{folder}: {error}; nothing was kept") from None
+        raise UserError(f"--output_dir {output_dir}: {error}; nothing new is kept there") from None
     finally:
-        shutil.rmtree(folder)
-        if not any(output_dir.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # it holds something, or could not be made
             output_dir.rmdir()
 
 

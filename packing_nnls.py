@@ -10,6 +10,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import linprog
 from scipy.sparse import csc_array, diags_array
+from threadpoolctl import threadpool_limits
 
 from packing import Recipe, elementary_bound, fill_rows
 
@@ -26,7 +27,9 @@ def nnls(histogram: np.ndarray, depth: int) -> Recipe:
     """
     weights = np.where(np.arange(len(histogram)) <= SHORT_LENGTHS, SHORT_WEIGHT, 1.0)
     strategies = full_strategies(len(histogram) - 1, depth)
-    strategies, counts = few_strategies(strategies, nearest_counts(strategies, histogram, weights))
+    with threadpool_limits(1, user_api="blas"):  # threads cost more than they bring here, far more on a busy machine
+        counts = nearest_counts(strategies, histogram, weights)
+    strategies, counts = few_strategies(strategies, counts)
     rows = fill_rows(strategies, np.rint(counts), histogram, depth)
     return Recipe(rows, elementary_bound(histogram, depth))
 

@@ -144,18 +144,14 @@ def read(shard: Shard, keys=None, rows=...) -> dict[str, np.ndarray]:
 def write(path, rows: dict[str, np.ndarray]) -> None:
     """Write one shard in the dtypes of the schema, gzip-compressed, whole or not at all.
 
-    `rows` holds exactly the keys of the unpacked or of the packed form.  Bytes of equal weight are grouped before they
-    are compressed, and a chunk holds whole rows: a fifth smaller and twice as fast to read as h5py's own choices.
+    `rows` holds exactly the keys of the unpacked or of the packed form.
     """
     packed = "positions" in rows
     with replacing(path) as temporary, created(temporary) as file:
         for column in SCHEMA:
             form = column.packed if packed else column.unpacked
             if form:
-                values = rows[column.key].astype(form[0], copy=False)
-                chunk = (min(len(values), ROWS_PER_CHUNK), *values.shape[1:]) if len(values) else True
-                file.create_dataset(column.key, data=values, chunks=chunk, shuffle=True,
-                                    compression="gzip", compression_opts=1)
+                add_column(file, column.key, rows[column.key].shape, form[0])[...] = rows[column.key]
 
 
 @contextmanager
@@ -170,15 +166,23 @@ def writing(path, rows: int, sequence_length: int, prediction_slots: int):
         for column in SCHEMA:
             if column.unpacked:
                 dtype, width = column.unpacked
-                file.create_dataset(column.key, (rows, *widths[width]), dtype,
-                                    compression="gzip", compression_opts=1, shuffle=True,
-                                    chunks=(min(max(1, rows), ROWS_PER_CHUNK), *widths[width]))
+                add_column(file, column.key, (rows, *widths[width]), dtype)
 
         def write_block(start: int, columns: dict[str, np.ndarray]) -> None:
             for key, values in columns.items():
                 file[key][start:start + len(values)] = values
 
         yield write_block
+
+
+def add_column(file, key: str, shape: tuple, dtype: str):
+    """A new data set of a shard.
+
+    Bytes of equal weight are grouped before they are compressed, and a chunk holds whole rows: a fifth smaller, twice
+    as fast to read as h5py's own choices.
+    """
+    chunks = (min(shape[0], ROWS_PER_CHUNK), *shape[1:]) if shape[0] else True
+    return file.create_dataset(key, shape, dtype, chunks=chunks, shuffle=True, compression="gzip", compression_opts=1)
 
 
 @contextmanager

@@ -42,7 +42,8 @@ def parse(argv):
     group.add_argument("--fraction_test_set", type=cli.proportion, default=0.1,
                        help="share of the sentences that is held out in the test shards")
     group.add_argument("--segmentation_method", choices=METHODS, default="punkt",
-                       help="how documents are split into sentences; nltk is another name for punkt")
+                       help="how documents are split into sentences: Punkt with a list of abbreviations, exactly "
+                            "as NLTK does, or by other libraries (to be installed: pip install NAME)")
     group = parser.add_argument_group("vocabulary")
     group.add_argument("--vocab_file", help="WordPiece vocabulary; default: Google's, and for the sample, where that "
                                             "cannot be had, one trained on it")

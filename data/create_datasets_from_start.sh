@@ -6,7 +6,8 @@
 #     bash create_datasets_from_start.sh sample       106 articles, in a minute
 #
 # Run again after an interruption, it goes on where it was stopped.  Environment: PYTHON (default python3), N_PROCESSES
-# (default: the number of cores), BERT_PREP_WORKING_DIR (default: this folder).
+# (default: the number of cores), BERT_PREP_WORKING_DIR (default: this folder), BERT_PREP_MIRRORS ("FROM TO …": other
+# sources), BOOKS (for wiki_books: a folder of .txt books, a file of their URLs, or an archive of them).
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -26,9 +27,27 @@ case ${1:-wiki_only} in
         exit 2 ;;
 esac
 
+books=()
+if [ "$dataset" = books_wiki_en_corpus ]; then
+    if [ -z "${BOOKS:-}" ] || [ ! -e "$BOOKS" ]; then
+        echo "create_datasets_from_start.sh: BOOKS='${BOOKS:-}' names no folder of .txt books, file of URLs of such" \
+             "books, or archive of them; BookCorpus has no official source any more" >&2
+        exit 2
+    fi
+    books=(--input_files "$BOOKS")
+fi
+
+stage estimate --dataset "$dataset"
 for source in "${sources[@]}"; do
-    stage download --dataset "$source"
-    stage text_formatting --dataset "$source"
+    if [ "$source" != bookscorpus ]; then
+        stage download --dataset "$source"
+        stage text_formatting --dataset "$source"
+    elif [ -d "$BOOKS" ]; then
+        stage text_formatting --dataset "$source" "${books[@]}"
+    else
+        stage download --dataset "$source" "${books[@]}"
+        stage text_formatting --dataset "$source"
+    fi
 done
 stage sharding --dataset "$dataset"
 stage create_hdf5_files --dataset "$dataset" --max_seq_length 128 --max_predictions_per_seq 20

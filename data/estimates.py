@@ -21,11 +21,11 @@ def seconds(stage: str, size: float, workers: int) -> float:
     return size / 1e6 / min(RATES[stage] * workers, MAIN_RATES[stage])
 
 
-def announcement(stage: str, size: float, workers: int, folder: Path) -> str:
+def announcement(stage: str, size: float, pool, folder: Path) -> str:
     """One line: what the stage reads, how long that will take, what it writes and what is free there."""
     free = shutil.disk_usage(existing(folder)).free
-    return (f"{stage}: {amount(size)} to read, {duration(seconds(stage, size, workers))} with {workers} "
-            f"process{'es' * (workers > 1)}; writes about {amount(size * WRITES[stage])} ({amount(free)} free)")
+    return (f"{stage}: {amount(size)} to read, {duration(seconds(stage, size, pool.workers))} with "
+            f"{pool.description}; writes about {amount(size * WRITES[stage])} ({amount(free)} free)")
 
 
 def plan(dataset_size: float, workers: int) -> list[str]:

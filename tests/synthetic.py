@@ -20,7 +20,7 @@ def unpacked_rows(lengths, rng, sequence_length=128, predictions=20, masked_lm_p
 
     Like real text, a row has the masked tokens that its length asks for, but at most `predictions`.
     """
-    assert lengths.min() >= 5 and lengths.max() <= sequence_length, "5 tokens: [CLS] A [SEP] B [SEP]"
+    assert ((lengths >= 5) & (lengths <= sequence_length)).all(), "5 tokens: [CLS] A [SEP] B [SEP]"
     count, offsets = len(lengths), np.arange(sequence_length)
     last_of_a = rng.integers(2, lengths - 2)  # the first [SEP]; A and B hold a token at least
     real = offsets < lengths[:, None]

@@ -111,6 +111,10 @@ def test_a_single_document_gives_only_true_pairs(tmp_path):
     assert len(rows["input_ids"]) and not rows["next_sentence_labels"].any()
 
 
+def test_a_lone_sentence_without_another_document_gives_an_empty_shard(tmp_path):
+    assert len(rows_of([[5]], options(), tmp_path)["input_ids"]) == 0
+
+
 def test_more_prediction_slots_than_tokens_leave_no_token_unpredicted(tmp_path):
     wanted = options(max_predictions_per_seq=30, masked_lm_prob=1.0)
     rows = rows_of([[5, 3, 8, 2], [1], [30, 4]], wanted, tmp_path)
