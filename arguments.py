@@ -84,6 +84,9 @@ def add_device(parser) -> None:
     group.add_argument("--use_torch_compile", action="store_true",
                        help="compile the model and the optimizer step (HPU: hpu_backend); where that does not work, "
                        "the run says why and goes on without")
+    group.add_argument("--use_cpu_kernels", type=boolean, default=True, metavar="BOOL",
+                       help="CPU, fp32: layers in kernels that a C++ compiler makes as the run starts (default: True; "
+                       "where that does not work, the run says why and uses PyTorch's own operations)")
     group.add_argument("--use_fused_lamb", action="store_true", help="the device's fused LAMB, where it has one")
 
 

@@ -7,15 +7,16 @@ The procedure is that of Devlin et al. 2018.  A document is cut into pairs of se
 second segment from another document (next_sentence_label 1); of the tokens, 15 % are to be predicted, of which 80 %
 become [MASK], 10 % a random word and 10 % stay.  dupe_factor passes over the text give other pairs and masks.
 
-Everything works on offsets into one array of token ids.  A sample is planned as four numbers (where its two segments
-start, how long they are), the plan is shuffled, and rows are made from it in blocks, so that memory holds the tokens
-and the plan but never all rows.
+The text is read in blocks of documents, so that memory does not depend on the size of a shard.  In a block everything
+works on offsets into one array of token ids: a sample is planned as four numbers (where its two segments start, how
+long they are), the plan is shuffled, and rows are made from it.
 
 Shapes: B rows of a block, S = max_seq_length, P = max_predictions_per_seq.
 """
 
 import zlib
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 from random import Random
@@ -29,7 +30,7 @@ from data import vocabulary
 from data.wordpiece import Encoder
 
 SPECIALS_PER_ROW = 3  # [CLS] A [SEP] B [SEP]
-READ_BYTES = 1 << 24  # text tokenized at a time
+READ_BYTES = 1 << 23  # text read at a time; a block of documents holds up to twice that
 BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time
 RANDOM_NEXT = 0.5  # share of the pairs that get a random second segment
 MASKED, REPLACED = 0.8, 0.1  # of the predicted tokens: become [MASK], become a random word; the rest stay
@@ -62,6 +63,15 @@ class Documents:
     first: np.ndarray  # (documents + 1,) int64
 
 
+class SpecialIds:
+    """The ids of the special tokens, and those of all other words."""
+
+    def __init__(self, tokens: list[str]):
+        special = [tokens.index(token) for token in vocabulary.SPECIAL_TOKENS]
+        self.pad, _, self.cls, self.sep, self.mask = special
+        self.words = np.setdiff1d(np.arange(len(tokens)), special).astype(np.int32)
+
+
 @dataclass(frozen=True)
 class Pairs:
     """The plan of the samples: token offsets and lengths of both segments, and the next sentence label."""
@@ -82,40 +92,54 @@ class Pairs:
 def create_shard(input_file, output_file, tokens: list[str], options: SampleOptions) -> dict:
     """Make the HDF5 shard of a text shard; returns counts.  The file's name is part of the random seed."""
     seed = [options.random_seed, zlib.crc32(Path(input_file).stem.encode())]
-    encoder = Encoder(tokens, options.do_lower_case)
-    documents = read_documents(input_file, encoder)
-    pairs = truncate(plan_pairs(documents, options, Random(repr(seed))), options, np.random.default_rng(seed))
-    write_shard(output_file, documents, pairs, tokens, options, np.random.default_rng([*seed, 1]))
-    return {"documents": len(documents.first) - 1, "sentences": len(documents.bounds) - 1,
-            "tokens": len(documents.ids), "samples": len(pairs), "random_next": int(pairs.is_random.sum())}
+    random, rng = Random(repr(seed)), np.random.default_rng(seed)
+    encoder, ids = Encoder(tokens, options.do_lower_case), SpecialIds(tokens)
+    counts = Counter(documents=0, sentences=0, tokens=0, samples=0, random_next=0)
+    with shards.writing(output_file, options.max_seq_length, options.max_predictions_per_seq) as append:
+        for lines in document_blocks(input_file):
+            documents = tokenize(lines, encoder)
+            pairs = truncate(plan_pairs(documents, options, random), options, rng)
+            for rows in sample_rows(documents.ids, pairs, ids, options, rng):
+                append(rows)
+            counts.update(documents=len(documents.first) - 1, sentences=len(documents.bounds) - 1,
+                          tokens=len(documents.ids), samples=len(pairs), random_next=int(pairs.is_random.sum()))
+    return dict(counts)
 
 
-def read_documents(path, encoder: Encoder) -> Documents:
-    """Tokenize a text shard.  Sentences without a token, and documents without a sentence, are left out."""
-    parts, lengths, document_ends, sentences = [], [], [], 0
-    for lines in line_blocks(path):
-        ids, offsets = encoder.encode(lines)
-        counts = np.diff(offsets)
-        parts.append(ids)
-        lengths.append(counts[counts > 0])
-        blank = np.array([not line for line in lines])
-        document_ends.append(sentences + np.cumsum(counts > 0)[blank])
-        sentences += len(lengths[-1])
-    bounds = np.concatenate([[0], *lengths]).cumsum()
-    first = np.unique(np.concatenate([[0], *document_ends, [sentences]])).astype(np.int64)
-    return Documents(np.concatenate([*parts, np.zeros(0, np.int32)]), bounds.astype(np.int64), first)
+def document_blocks(path):
+    """Yield the lines of a text shard, stripped, in lists that hold whole documents.
+
+    All but an only block hold 8 to 16 MB: the last is never a rest too small to find random segments in.
+    """
+    waiting = []
+    for lines, full in line_blocks(path):
+        if full and "" in waiting:
+            cut = len(waiting) - waiting[::-1].index("")
+            yield waiting[:cut]
+            waiting = waiting[cut:]
+        waiting += lines
+    yield waiting
 
 
 def line_blocks(path):
-    """Yield the lines of a text file in lists of about 16 MB, stripped; "" for a blank line."""
+    """Yield (the lines of about 8 MB of a text file, stripped; whether it was that much)."""
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
             while lines := file.readlines(READ_BYTES):
-                yield [line.strip() for line in lines]
+                yield [line.strip() for line in lines], sum(map(len, lines)) >= READ_BYTES
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason} {error.object[error.start]:#04x})") from None
+
+
+def tokenize(lines: list[str], encoder: Encoder) -> Documents:
+    """Lines to tokens.  Sentences without a token, and documents without a sentence, are left out."""
+    ids, offsets = encoder.encode(lines)
+    blank = np.array([not line for line in lines], bool)
+    filled = np.diff(offsets) > 0
+    first = np.unique(np.concatenate([[0], np.cumsum(filled)[blank], [filled.sum()]])).astype(np.int64)
+    return Documents(ids, np.concatenate([[0], offsets[1:][filled]]).astype(np.int64), first)
 
 
 def plan_pairs(documents: Documents, options: SampleOptions, random: Random) -> Pairs:
@@ -183,31 +207,28 @@ def truncate(pairs: Pairs, options: SampleOptions, rng: np.random.Generator) -> 
                  pairs.b_start + rng.binomial(b - new_b, 0.5), new_b, pairs.is_random)
 
 
-def write_shard(path, documents: Documents, pairs: Pairs, tokens, options: SampleOptions, rng) -> None:
-    """Write the samples in random order, a block of rows at a time."""
+def sample_rows(tokens: np.ndarray, pairs: Pairs, ids: SpecialIds, options: SampleOptions, rng):
+    """Yield the rows of all pairs, in random order, in blocks."""
     order = rng.permutation(len(pairs))
-    block = max(1, BLOCK_TOKENS // options.max_seq_length // shards.ROWS_PER_CHUNK) * shards.ROWS_PER_CHUNK
-    ids = {token: tokens.index(token) for token in vocabulary.SPECIAL_TOKENS}
-    words = np.setdiff1d(np.arange(len(tokens)), list(ids.values())).astype(np.int32)
-    with shards.writing(path, len(pairs), options.max_seq_length, options.max_predictions_per_seq) as write:
-        for start in range(0, len(pairs), block):
-            rows = token_rows(documents.ids, pairs[order[start:start + block]], options.max_seq_length, ids)
-            write(start, rows | masked(rows, options, ids, words, rng))
+    block = max(1, BLOCK_TOKENS // options.max_seq_length)
+    for start in range(0, len(pairs), block):
+        rows = token_rows(tokens, pairs[order[start:start + block]], options.max_seq_length, ids)
+        yield rows | masked(rows, options, ids, rng)
 
 
-def token_rows(tokens: np.ndarray, pairs: Pairs, sequence_length: int, ids: dict[str, int]) -> dict[str, np.ndarray]:
+def token_rows(tokens: np.ndarray, pairs: Pairs, sequence_length: int, ids: SpecialIds) -> dict[str, np.ndarray]:
     """[CLS] A [SEP] B [SEP] and padding, as rows of the shard schema."""
     column = np.arange(sequence_length)[None, :]  # (1, S)
     a, b = pairs.a_length[:, None], pairs.b_length[:, None]  # (B, 1)
     source = np.where(column <= a, pairs.a_start[:, None] - 1, pairs.b_start[:, None] - 2 - a) + column  # (B, S)
     input_ids = tokens.take(source, mode="clip")  # (B, S)
     end = a + b + 2  # where the last [SEP] stands
-    input_ids[:, 0] = ids["[CLS]"]
+    input_ids[:, 0] = ids.cls
     rows = np.arange(len(pairs))
-    input_ids[rows, pairs.a_length + 1] = ids["[SEP]"]
-    input_ids[rows, end[:, 0]] = ids["[SEP]"]
+    input_ids[rows, pairs.a_length + 1] = ids.sep
+    input_ids[rows, end[:, 0]] = ids.sep
     real = column <= end  # (B, S)
-    input_ids[~real] = ids["[PAD]"]
+    input_ids[~real] = ids.pad
     return {
         "input_ids": input_ids,
         "input_mask": real.astype(np.int8),
@@ -216,20 +237,20 @@ def token_rows(tokens: np.ndarray, pairs: Pairs, sequence_length: int, ids: dict
     }
 
 
-def masked(rows: dict, options: SampleOptions, ids: dict[str, int], words: np.ndarray, rng) -> dict[str, np.ndarray]:
+def masked(rows: dict, options: SampleOptions, ids: SpecialIds, rng) -> dict[str, np.ndarray]:
     """Choose the tokens to predict and hide them: new input_ids, masked_lm_positions and masked_lm_ids."""
     input_ids = rows["input_ids"].copy()
     positions, chosen = masked_positions(rows, options, ids, rng)  # (B, P), (B, P)
     masked_lm_ids = np.take_along_axis(input_ids, positions, axis=1) * chosen  # (B, P)
     fate = rng.random(positions.shape, np.float32)
-    random_words = words[rng.integers(len(words), size=positions.shape)]
-    shown = np.where(fate < MASKED, ids["[MASK]"], np.where(fate < MASKED + REPLACED, random_words, masked_lm_ids))
+    random_words = ids.words[rng.integers(len(ids.words), size=positions.shape)]
+    shown = np.where(fate < MASKED, ids.mask, np.where(fate < MASKED + REPLACED, random_words, masked_lm_ids))
     row, slot = np.nonzero(chosen)
     input_ids[row, positions[row, slot]] = shown[row, slot]
     return {"input_ids": input_ids, "masked_lm_positions": positions, "masked_lm_ids": masked_lm_ids}
 
 
-def masked_positions(rows: dict, options: SampleOptions, ids: dict[str, int], rng) -> tuple[np.ndarray, np.ndarray]:
+def masked_positions(rows: dict, options: SampleOptions, ids: SpecialIds, rng) -> tuple[np.ndarray, np.ndarray]:
     """The positions of the tokens to predict, ascending, zero padded (B, P), and which slots are used (B, P).
 
     Each token but [CLS] and [SEP] gets a random key; those with the smallest keys are chosen.
@@ -237,7 +258,7 @@ def masked_positions(rows: dict, options: SampleOptions, ids: dict[str, int], rn
     input_ids, slots = rows["input_ids"], options.max_predictions_per_seq
     sequence_length = input_ids.shape[1]
     lengths = rows["input_mask"].sum(axis=1, dtype=np.int64)  # (B,)
-    free = (rows["input_mask"] == 1) & (input_ids != ids["[CLS]"]) & (input_ids != ids["[SEP]"])
+    free = (rows["input_mask"] == 1) & (input_ids != ids.cls) & (input_ids != ids.sep)
     keys = np.where(free, rng.random(input_ids.shape, np.float32), np.float32(2))
     width = min(slots, sequence_length)
     smallest = np.argpartition(keys, width - 1, axis=1)[:, :width]

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import cpu_layers
 from cli import UserError
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -102,13 +103,19 @@ def sdpa_attention(query, key, value, mask, dropout_prob):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype), dropout_p=dropout_prob)
 
 
-ATTENTIONS = {"plain": plain_attention, "sdpa": sdpa_attention}
+KERNELS = "kernels"  # whole layers in kernels compiled for this CPU
+ATTENTIONS = {"plain": plain_attention, "sdpa": sdpa_attention, KERNELS: None}
 
 
 def attention_mask(input_mask):
     """Scores to add so that a token sees only its own sequence, by the numbers in input_mask.  (B, S) → (B, 1, S, S)"""
     same = input_mask[:, :, None] == input_mask[:, None, :]
     return ((1.0 - same.float()) * MASKED_SCORE)[:, None]
+
+
+def sequence_numbers(input_mask):
+    """The mask as the kernels take it: the numbers themselves.  (B, S)"""
+    return input_mask.int()
 
 
 def gather_positions(hidden, positions):
@@ -198,10 +205,18 @@ class Layer(nn.Module):
         return self.output(self.intermediate(hidden), hidden)  # (B, S, D)
 
 
+class KernelLayer(Layer):
+    """The same through kernels compiled for this CPU: fp32 and GELU only, and the mask is input_mask itself."""
+
+    def forward(self, hidden, mask):
+        return cpu_layers.layer(self, hidden, mask)
+
+
 class Encoder(nn.Module):
-    def __init__(self, config: BertConfig, attention, checkpoint_activations: bool, autocast):
+    def __init__(self, config: BertConfig, attention: str, checkpoint_activations: bool, autocast):
         super().__init__()
-        self.layer = nn.ModuleList(Layer(config, attention) for _ in range(config.num_hidden_layers))
+        make = KernelLayer if attention == KERNELS else Layer
+        self.layer = nn.ModuleList(make(config, ATTENTIONS[attention]) for _ in range(config.num_hidden_layers))
         self.checkpoint_activations = checkpoint_activations
         self.autocast = autocast
 
@@ -221,8 +236,9 @@ class Encoder(nn.Module):
 class BertModel(nn.Module):
     """Embeddings, encoder, and the pooler over every [CLS]."""
 
-    def __init__(self, config: BertConfig, attention, checkpoint_activations: bool, autocast):
+    def __init__(self, config: BertConfig, attention: str, checkpoint_activations: bool, autocast):
         super().__init__()
+        self.mask = sequence_numbers if attention == KERNELS else attention_mask
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, attention, checkpoint_activations, autocast)
         self.pooler = DenseActivation(config.hidden_size, config.hidden_size, torch.tanh)
@@ -230,7 +246,7 @@ class BertModel(nn.Module):
     def forward(self, input_ids, input_mask, segment_ids, positions, next_sentence_positions):
         """All inputs (B, S), next_sentence_positions (B, C) → hidden states (B, S, D), pooled [CLS] (B, C, D)."""
         hidden = self.embeddings(input_ids, segment_ids, positions)
-        hidden = self.encoder(hidden, attention_mask(input_mask))
+        hidden = self.encoder(hidden, self.mask(input_mask))
         return hidden, self.pooler(gather_positions(hidden, next_sentence_positions))
 
 
@@ -246,8 +262,14 @@ class MaskedLMHead(nn.Module):
         self.decoder.weight = word_embeddings
 
     def forward(self, hidden):
-        hidden = self.transform.LayerNorm(self.transform(hidden))
-        return F.linear(hidden, self.decoder.weight, self.bias)  # (…, V)
+        return F.linear(self.transformed(hidden), self.decoder.weight, self.bias)  # (…, V)
+
+    def transformed(self, hidden):
+        return self.transform.LayerNorm(self.transform(hidden))  # (…, D)
+
+    def kernel_loss(self, hidden, labels):
+        """Mean cross entropy of the scores, by a kernel that never shows them."""
+        return cpu_layers.mean_cross_entropy(self.transformed(hidden), self.decoder.weight, self.bias, labels)
 
 
 class PreTrainingHeads(nn.Module):
@@ -260,9 +282,9 @@ class PreTrainingHeads(nn.Module):
 class BertForPreTraining(nn.Module):
     """BERT with the masked-LM and the next-sentence head.
 
-    `attention` names the implementation ("sdpa" or "plain"); `checkpoint_activations` recomputes each layer in the
-    backward pass, for memory against time, under `autocast()`; the losses are computed under `casts_off()` (both of
-    mixed_precision.Precision).
+    `attention` names the implementation ("sdpa", "plain", or "kernels" on CPUs); `checkpoint_activations` recomputes
+    each layer in the backward pass, for memory against time, under `autocast()`; the losses are computed under
+    `casts_off()` (both of mixed_precision.Precision).
     """
 
     def __init__(self, config: BertConfig, attention: str = "sdpa", checkpoint_activations: bool = False,
@@ -270,7 +292,8 @@ class BertForPreTraining(nn.Module):
         super().__init__()
         self.config = config
         self.casts_off = casts_off
-        self.bert = BertModel(config, ATTENTIONS[attention], checkpoint_activations, autocast)
+        self.use_kernels = attention == KERNELS
+        self.bert = BertModel(config, attention, checkpoint_activations, autocast)
         self.cls = PreTrainingHeads(config, self.bert.embeddings.word_embeddings.weight)
         self.apply(self.initialize)
 
@@ -289,13 +312,21 @@ class BertForPreTraining(nn.Module):
 
     def logits(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch in the packed form of shards.SCHEMA → MLM scores (B, P, V) of the masked slots, NSP (B, C, 2)."""
+        masked, nsp_logits = self.encode(batch)
+        return self.cls.predictions(masked), nsp_logits
+
+    def encode(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch → hidden states of the masked slots (B, P, D), NSP scores (B, C, 2)."""
         hidden, pooled = self.bert(batch["input_ids"], batch["input_mask"], batch["segment_ids"], batch["positions"],
                                    batch["next_sentence_positions"])
-        masked = gather_positions(hidden, batch["masked_lm_positions"])  # (B, P, D)
-        return self.cls.predictions(masked), self.cls.seq_relationship(pooled)
+        return gather_positions(hidden, batch["masked_lm_positions"]), self.cls.seq_relationship(pooled)
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """The losses of a batch as fp32 scalars: loss = mlm_loss + nsp_loss."""
+        if self.use_kernels:
+            masked, nsp_logits = self.encode(batch)
+            return summed(self.cls.predictions.kernel_loss(masked, mlm_labels(batch)),
+                          mean_cross_entropy(nsp_logits, nsp_labels(batch)))
         logits = self.logits(batch)
         with self.casts_off():
             return losses(*logits, batch)
@@ -315,8 +346,10 @@ def nsp_labels(batch: dict) -> torch.Tensor:
 
 def losses(mlm_logits, nsp_logits, batch: dict) -> dict[str, torch.Tensor]:
     """Mean cross entropy over the masked tokens, and over the sequences, and their sum, in fp32."""
-    mlm_loss = mean_cross_entropy(mlm_logits, mlm_labels(batch))
-    nsp_loss = mean_cross_entropy(nsp_logits, nsp_labels(batch))
+    return summed(mean_cross_entropy(mlm_logits, mlm_labels(batch)), mean_cross_entropy(nsp_logits, nsp_labels(batch)))
+
+
+def summed(mlm_loss, nsp_loss) -> dict[str, torch.Tensor]:
     return {"loss": mlm_loss + nsp_loss, "mlm_loss": mlm_loss, "nsp_loss": nsp_loss}
 
 

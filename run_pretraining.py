@@ -23,6 +23,7 @@ def main(argv=None) -> None:
 def pretrain(args) -> dict:
     """Train as the flags say; the figures of the summary.  Nothing is written before everything has been checked."""
     import checkpoint
+    import cpu_layers
     import dataset
     import device as devices
     import distributed
@@ -47,7 +48,8 @@ def pretrain(args) -> dict:
     start = checkpoint.find_start(args, report=warn)
 
     device.seed(args.seed)
-    model = BertForPreTraining(config, device.attention, args.checkpoint_activations, precision.autocast,
+    attention, layers_choice = cpu_layers.choose(args, device, config)
+    model = BertForPreTraining(config, attention, args.checkpoint_activations, precision.autocast,
                                precision.casts_off)
     if start.state:
         checkpoint.check_architecture(config, start.state, start.path)
@@ -56,7 +58,9 @@ def pretrain(args) -> dict:
     optimizer, choice = build_optimizer(args, model, device)
     if start.state and start.state.get("optimizer"):
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
-    choices = [choice, compile_training(device, model, optimizer)] if args.use_torch_compile else [choice]
+    choices = [layers_choice, choice]
+    if args.use_torch_compile:
+        choices.append(compile_training(device, model, optimizer))
     stream = dataset.BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, process.rank,
                                  process.world_size, start.rows)
 

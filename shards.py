@@ -151,38 +151,41 @@ def write(path, rows: dict[str, np.ndarray]) -> None:
         for column in SCHEMA:
             form = column.packed if packed else column.unpacked
             if form:
-                add_column(file, column.key, rows[column.key].shape, form[0])[...] = rows[column.key]
+                values = rows[column.key]
+                chunk_rows = min(max(1, len(values)), ROWS_PER_CHUNK)
+                add_column(file, column.key, values.shape, form[0], chunk_rows)[...] = values
 
 
 @contextmanager
-def writing(path, rows: int, sequence_length: int, prediction_slots: int):
-    """Yield a function write(start, columns) that fills an unpacked shard of `rows` rows block by block.
+def writing(path, sequence_length: int, prediction_slots: int):
+    """Yield a function append(columns) that adds rows to an unpacked shard.
 
-    The shard takes its name when the block ends well; until then nothing stands under it.  Blocks follow each other;
-    all but the last hold a multiple of ROWS_PER_CHUNK rows, so that no row is compressed twice.
+    The shard takes its name when the block ends well; until then nothing stands under it.
     """
     widths = {"1": (), "S": (sequence_length,), "P": (prediction_slots,)}
     with replacing(path) as temporary, created(temporary) as file:
         for column in SCHEMA:
             if column.unpacked:
                 dtype, width = column.unpacked
-                add_column(file, column.key, (rows, *widths[width]), dtype)
+                add_column(file, column.key, (0, *widths[width]), dtype, ROWS_PER_CHUNK)
 
-        def write_block(start: int, columns: dict[str, np.ndarray]) -> None:
+        def append(columns: dict[str, np.ndarray]) -> None:
             for key, values in columns.items():
-                file[key][start:start + len(values)] = values
+                before = len(file[key])
+                file[key].resize(before + len(values), axis=0)
+                file[key][before:] = values
 
-        yield write_block
+        yield append
 
 
-def add_column(file, key: str, shape: tuple, dtype: str):
-    """A new data set of a shard.
+def add_column(file, key: str, shape: tuple, dtype: str, chunk_rows: int):
+    """A new data set of a shard, which can grow.
 
     Bytes of equal weight are grouped before they are compressed, and a chunk holds whole rows: a fifth smaller, twice
     as fast to read as h5py's own choices.
     """
-    chunks = (min(shape[0], ROWS_PER_CHUNK), *shape[1:]) if shape[0] else True
-    return file.create_dataset(key, shape, dtype, chunks=chunks, shuffle=True, compression="gzip", compression_opts=1)
+    return file.create_dataset(key, shape, dtype, maxshape=(None, *shape[1:]), chunks=(chunk_rows, *shape[1:]),
+                               shuffle=True, compression="gzip", compression_opts=1)
 
 
 @contextmanager

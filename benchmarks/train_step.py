@@ -54,7 +54,7 @@ def main(argv=None) -> None:
         f"{peak / 1e9:.0f} GFLOP/s"])
 
 
-def models(layers: int, hidden: int, heads: int):
+def models(layers: int, hidden: int, heads: int, attention="kernels"):
     """Our model and transformers' with the same weights, both in train mode."""
     import transformers
 
@@ -64,7 +64,7 @@ def models(layers: int, hidden: int, heads: int):
               "hidden_size": hidden, "initializer_range": 0.02, "intermediate_size": 4 * hidden,
               "max_position_embeddings": 512, "num_attention_heads": heads, "num_hidden_layers": layers,
               "type_vocab_size": 2, "vocab_size": VOCABULARY}
-    ours = BertForPreTraining(BertConfig(**values), "plain").train()
+    ours = BertForPreTraining(BertConfig(**values), attention).train()
     theirs = transformers.BertForPreTraining(transformers.BertConfig(**values, attn_implementation="sdpa")).train()
     weights = {name.replace("dense_act", "dense"): value for name, value in ours.state_dict().items()}
     weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]

@@ -106,7 +106,8 @@ def test_rows_of_the_sample_hold_what_the_schema_says(sample):
 def test_no_pair_of_the_same_document_is_labelled_random(sample):
     """Every second segment that stands behind its first in some document of the shard is labelled a true one."""
     path = sample / "vocab" / SAMPLE / "vocab.txt"
-    documents = samples.read_documents(text_shards(sample)[-1], wordpiece.Encoder(vocabulary.read(path), True))
+    block, = samples.document_blocks(text_shards(sample)[-1])
+    documents = samples.tokenize(block, wordpiece.Encoder(vocabulary.read(path), True))
     pairs = samples.plan_pairs(documents, samples.SampleOptions(max_seq_length=128), random.Random(3))
     bounds = documents.bounds[documents.first]
     a, b = (np.searchsorted(bounds, start, side="right") for start in (pairs.a_start, pairs.b_start))

@@ -1,6 +1,8 @@
 """Claims about the samples that create_pretraining_data.py makes of text."""
 
+from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -128,3 +130,28 @@ def test_a_text_shard_that_is_not_utf8_is_named(tmp_path):
     with pytest.raises(UserError, match="x_training_0.txt: not UTF-8"):
         samples.create_shard(path, tmp_path / "x.hdf5", TOKENS, options())
     assert not (tmp_path / "x.hdf5").exists()
+
+
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=5), min_size=1, max_size=30), st.integers(1, 60))
+@settings(deadline=None)
+def test_blocks_hold_whole_documents_and_all_of_them(sizes, block):
+    documents = [[f"{'x' * length}." for length in document] for document in sizes]
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "READ_BYTES", block)
+        path = Path(folder, "x.txt")
+        path.write_text("".join("\n".join(document) + "\n\n" for document in documents))
+        blocks = list(samples.document_blocks(path))
+    assert [line for lines in blocks for line in lines] == [line for document in documents for line in [*document, ""]]
+    assert all(lines[-1] == "" for lines in blocks)
+
+
+def test_a_shard_read_in_blocks_holds_the_documents_of_one_read_at_once(tmp_path, monkeypatch):
+    text = "".join("the sea is deep .\nships sail far out .\n\n" for _ in range(20))
+    (tmp_path / "x_training_0.txt").write_text(text)
+    counts = []
+    for size in (1 << 20, 200):
+        monkeypatch.setattr(samples, "READ_BYTES", size)
+        counts.append(samples.create_shard(tmp_path / "x_training_0.txt", tmp_path / "x.hdf5", TOKENS, options()))
+        assert shards.inspect(tmp_path / "x.hdf5").rows == counts[-1]["samples"] > 60
+    assert all(counts[0][key] == counts[1][key] for key in ("documents", "sentences", "tokens"))
+    assert counts[0]["documents"] == 20
