@@ -135,6 +135,8 @@ def add_log(parser) -> None:
     group = parser.add_argument_group("log")
     group.add_argument("--log_freq", type=float, default=1.0, help="optimizer steps between log lines")
     group.add_argument("--json_summary", default="results/dllogger.json", help="log file; its folder is created")
+    group.add_argument("--tensorboard_logdir", metavar="DIR", help="write the figures for TensorBoard there too; "
+                       "needs the package tensorboard")
     group.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
     group.add_argument("--peak_tflops", type=float, default=0.0,
                        help="TFLOP/s of one card that the logged utilization is a share of; 0.0 = measured at the "

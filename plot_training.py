@@ -2,7 +2,8 @@
 
     python3 plot_training.py results/phase1.json results/phase2.json --output curves.png
 
-The logs of both phases of a run are joined (they name the same --output_dir); other logs are runs of their own.
+A log that goes on with a run (--resume_from_checkpoint, the same --output_dir) is joined to it: both phases make one
+curve.  Other logs are runs of their own.
 """
 
 import json
@@ -15,6 +16,8 @@ from file_utils import replacing
 
 PANELS = (  # title, key in the log, axis label
     ("Training loss", "average_loss", "MLM + NSP, nats"),
+    ("MLM loss", "mlm_loss", "nats"),
+    ("NSP loss", "nsp_loss", "nats"),
     ("Learning rate", "learning_rate", "rate"),
     ("Throughput", "average_perf_per_step", "sequences/s"),
     ("Held-out MLM loss", "eval_mlm_loss", "nats"),
@@ -25,9 +28,11 @@ PANELS = (  # title, key in the log, axis label
 
 @dataclass
 class Run:
-    """The figures of a run: key → [(step over both phases, value), …], and where its second phase starts."""
+    """The figures of a run: key → {step over both phases: value}, and where its second phase starts."""
 
-    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    name: str
+    output_dir: str
+    curves: dict[str, dict[int, float]] = field(default_factory=dict)
     phase2_start: int | None = None
 
 
@@ -36,30 +41,39 @@ def main(argv=None) -> None:
     parser.add_argument("logs", nargs="+", metavar="LOG", help="log files (--json_summary of run_pretraining.py)")
     parser.add_argument("--output", default="training.png", help="the picture, PNG")
     args = parser.parse_args(argv)
-    runs: dict[str, Run] = {}
+    runs: list[Run] = []
     for log in args.logs:
         add_log(runs, log)
-    if not any(run.curves for run in runs.values()):
+    if not any(run.curves for run in runs):
         raise UserError(f"{', '.join(args.logs)}: no training step in it")
     draw(runs, args.output)
     print(f"drew {args.output}")
 
 
-def add_log(runs: dict[str, Run], path: str) -> None:
-    """Add the figures of one log file to the run that its --output_dir names."""
-    run, offset = runs.setdefault(path, Run()), 0
+def add_log(runs: list[Run], path: str) -> None:
+    """Add the figures of one log file to the run that they belong to.  A step that was logged twice, before and after
+    an interruption, counts as it was logged last."""
+    run, offset = None, 0
     for line in log_lines(path):
-        if line["step"] == "PARAMETER":
-            parameters = line["data"]
-            name = parameters.get("output_dir", path)
-            run = runs.setdefault(name, Run())
+        if line["step"] == "PARAMETER" or run is None:
+            parameters = line["data"] if line["step"] == "PARAMETER" else {}
+            run = run_of(runs, parameters, path)
             offset = parameters.get("phase1_end_step", 0) if parameters.get("phase2") else 0
             run.phase2_start = offset or run.phase2_start
-        elif line["step"]:
-            step = line["step"][1] + offset
+        if isinstance(line["step"], list) and line["step"]:
             for key, value in line["data"].items():
                 if isinstance(value, int | float):
-                    run.curves.setdefault(key, []).append((step, value))
+                    run.curves.setdefault(key, {})[line["step"][1] + offset] = value
+
+
+def run_of(runs: list[Run], parameters: dict, path: str) -> Run:
+    """The run that these flags go on with: the last one with their --output_dir where they resume, else a new one."""
+    output_dir = parameters.get("output_dir", path)
+    before = [run for run in runs if run.output_dir == output_dir]
+    if before and parameters.get("resume_from_checkpoint"):
+        return before[-1]
+    runs.append(Run(path if before else output_dir, output_dir))
+    return runs[-1]
 
 
 def log_lines(path: str) -> list[dict]:
@@ -80,28 +94,32 @@ def log_lines(path: str) -> list[dict]:
     return lines
 
 
-def draw(runs: dict[str, Run], output: str) -> None:
+def draw(runs: list[Run], output: str) -> None:
     """One panel for each kind of figure that a run has, phase 2's start as a dotted line."""
     from matplotlib.figure import Figure
 
-    panels = [panel for panel in PANELS if any(panel[1] in run.curves for run in runs.values())]
+    panels = [panel for panel in PANELS if any(panel[1] in run.curves for run in runs)]
     figure = Figure(figsize=(12, 3.2 * -(-len(panels) // 2)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flatten()
     for axis, (title, key, label) in zip(axes, panels, strict=False):
         axis.set(title=title, xlabel="optimizer step", ylabel=label)
         axis.grid(alpha=0.3)
-        for number, (name, run) in enumerate(runs.items()):
-            points = sorted(run.curves.get(key, []))
-            marker = "o" if len(points) < 15 else None
-            axis.plot(*zip(*points, strict=True), marker=marker, label=name, color=f"C{number}") if points else None
-            if run.phase2_start and points:
-                axis.axvline(run.phase2_start, linestyle=":", color=f"C{number}")
+        for number, run in enumerate(runs):
+            draw_curve(axis, run, key, f"C{number}")
     for axis in axes[len(panels):]:
         axis.remove()
-    if sum(bool(run.curves) for run in runs.values()) > 1:
-        axes[0].legend()
+    if sum(bool(run.curves) for run in runs) > 1:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
     with replacing(output) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def draw_curve(axis, run: Run, key: str, color: str) -> None:
+    points = sorted(run.curves.get(key, {}).items())
+    if points:
+        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 15 else None, label=run.name, color=color)
+    if points and run.phase2_start:
+        axis.axvline(run.phase2_start, linestyle=":", color=color)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,15 @@ def pretrain(args, reader) -> dict:
     from mixed_precision import Precision
     from modeling import BertConfig, BertForPreTraining
     from optimizers import build_optimizer, restore_skip_counts
+    from tensorboard_log import summary_writer
     from training import BatchPlan, Trainer
     from training_log import TrainingLog
 
     process = distributed.join(args)
     device = devices.select(args, process.local_rank)
     precision = Precision(args, device)
+    if args.tensorboard_logdir:
+        summary_writer()
 
     config = BertConfig.from_json_file(args.config_file)
     shards = training_shards(args, config, reader)
@@ -64,7 +67,8 @@ def pretrain(args, reader) -> dict:
     if args.use_torch_compile:
         choices.append(compile_training(device, model, optimizer))
 
-    log = TrainingLog(args.json_summary, active=process.first, append=args.resume_from_checkpoint)
+    log = TrainingLog(args.json_summary, process.first, args.resume_from_checkpoint,
+                      tensorboard_log(args, start) if process.first else None)
     log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})
     for line in [*opening(args, device, precision, shards, model, plan, start), *choices]:
         log.say(line)
@@ -119,6 +123,14 @@ def held_out_shards(args, config, reader) -> list | None:
     found = shard_files.find(args.eval_dir, "test", "--eval_dir", partial(reader.call, shard_files.inspect))
     check_length(f"{found[0].path}: the row length", found[0].sequence_length, config)
     return found
+
+
+def tensorboard_log(args, start):
+    from tensorboard_log import TensorBoardLog
+
+    if not args.tensorboard_logdir:
+        return None
+    return TensorBoardLog(args.tensorboard_logdir, args.phase1_end_step if args.phase2 else 0, start.step)
 
 
 def check_length(what: str, length: int, config) -> None:

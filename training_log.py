@@ -21,11 +21,15 @@ WARM_UP_STEPS = 2  # left out of the throughput: compilation, caches, the first 
 
 
 class TrainingLog:
-    """The log of one process; the processes other than the first log nothing."""
+    """The log of one process; the processes other than the first log nothing.
 
-    def __init__(self, path, active: bool, append: bool):
+    `tensorboard` is a TensorBoardLog that gets the figures of the steps too.
+    """
+
+    def __init__(self, path, active: bool, append: bool, tensorboard=None):
         self.started = time.time()
         self.active = active
+        self.tensorboard = tensorboard
         self.bar = None
         self.place = [0, 0]  # epoch and step of the last line about a step
         if active:
@@ -43,6 +47,8 @@ class TrainingLog:
         outcome = self.file.append(f"DLLL {json.dumps(line)}\n".encode())
         if outcome:
             self.say(outcome)
+        if self.tensorboard and isinstance(step, list) and step:
+            self.tensorboard.add(step[1], data)
 
     def say(self, text: str) -> None:
         """A line for people, at once also where the output is a file or a pipe."""
@@ -79,6 +85,8 @@ class TrainingLog:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        if self.tensorboard:
+            self.tensorboard.close()
         if self.active:
             self.file.close()
 

@@ -10,7 +10,8 @@ from training_log import TrainingLog
 
 def write_log(path, steps, phase2=False, output_dir="out", held_out=True):
     log = TrainingLog(path, active=True, append=False)
-    log.write("PARAMETER", {"output_dir": output_dir, "phase2": phase2, "phase1_end_step": 20})
+    log.write("PARAMETER", {"output_dir": output_dir, "phase2": phase2, "phase1_end_step": 20,
+                            "resume_from_checkpoint": phase2})
     for step in range(1, steps + 1):
         log.write([0, step], {"average_loss": 9.0 / step, "learning_rate": 0.1 * step, "average_perf_per_step": 50.0})
     if held_out:
@@ -21,11 +22,33 @@ def write_log(path, steps, phase2=False, output_dir="out", held_out=True):
 
 
 def test_phases_of_a_run_are_joined(tmp_path):
-    runs = {}
+    runs = []
     plot_training.add_log(runs, write_log(tmp_path / "one.json", 20))
     plot_training.add_log(runs, write_log(tmp_path / "two.json", 5, phase2=True))
-    assert [step for step, _ in runs["out"].curves["average_loss"]] == list(range(1, 26))
-    assert runs["out"].phase2_start == 20
+    assert len(runs) == 1 and list(runs[0].curves["average_loss"]) == list(range(1, 26))
+    assert runs[0].phase2_start == 20
+
+
+def test_runs_that_share_a_folder_name_stay_apart(tmp_path):
+    runs = []
+    for folder, steps in (("a", 20), ("b", 9)):
+        (tmp_path / folder).mkdir()
+        plot_training.add_log(runs, write_log(tmp_path / folder / "one.json", steps))
+        plot_training.add_log(runs, write_log(tmp_path / folder / "two.json", 3, phase2=True))
+    assert [(run.name, len(run.curves["average_loss"])) for run in runs] == [
+        ("out", 23), (str(tmp_path / "b/one.json"), 12)]
+
+
+def test_a_step_logged_twice_counts_as_it_was_logged_last(tmp_path):
+    path = tmp_path / "log.json"
+    write_log(path, 5, held_out=False)
+    interrupted = path.read_text().replace("9.0", "7.0")
+    write_log(path, 9, held_out=False)
+    resumed = path.read_text().replace('"resume_from_checkpoint": false', '"resume_from_checkpoint": true')
+    path.write_text(interrupted + resumed)
+    runs = []
+    plot_training.add_log(runs, str(path))
+    assert runs[0].curves["average_loss"] == {step: 9.0 / step for step in range(1, 10)}
 
 
 def test_the_picture_is_drawn(tmp_path):
