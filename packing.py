@@ -21,7 +21,7 @@ class Recipe:
 
     @property
     def row_count(self) -> int:
-        return sum(self.rows.values())
+        return self.rows.total()
 
     def histogram(self, row_length: int) -> np.ndarray:
         """How many sequences of each length the recipe places."""
@@ -55,48 +55,66 @@ def longest_pack_first(histogram: np.ndarray, depth: int) -> Counter:
     Counter({(6,): 1, (4, 2): 1, (3, 2): 1, (2, 2): 1})
     """
     row_length = len(histogram) - 1
-    finished = Counter()
-    unfinished = {}  # room left in the row -> [[strategy, number of rows], ...]
-    rooms = []       # the keys of `unfinished`, ascending
-
-    def put(strategy, count, room):
-        if len(strategy) == depth or room == 0:
-            finished[strategy] += count
-        elif room in unfinished:
-            unfinished[room].append([strategy, count])
-        else:
-            unfinished[room] = [[strategy, count]]
-            insort(rooms, room)
-
+    finished, unfinished = Counter(), OpenRows()
     for length in np.flatnonzero(histogram)[::-1].tolist():
         waiting = int(histogram[length])
         while waiting:
-            fit = bisect_left(rooms, length)
-            if fit == len(rooms):
+            found = unfinished.take(length, waiting)
+            if found:
+                strategy, count, room = found
+                copies = 1
+            else:
+                strategy, room = (), row_length
                 copies = min(row_length // length, depth, waiting)
-                put((length,) * copies, waiting // copies, row_length - length * copies)
-                waiting %= copies
-                continue
-            room = rooms[fit]
-            strategy, count = unfinished[room][-1]
-            taken = min(count, waiting)
-            waiting -= taken
-            unfinished[room][-1][1] -= taken
-            if count == taken:
-                unfinished[room].pop()
-            if not unfinished[room]:
-                del unfinished[room], rooms[fit]
-            put((*strategy, length), taken, room - length)
-    for strategy, count in (pack for packs in unfinished.values() for pack in packs):
-        finished[strategy] += count
-    return finished
+                count = waiting // copies
+            strategy, room = strategy + (length,) * copies, room - length * copies
+            waiting -= count * copies
+            if len(strategy) == depth or room == 0:
+                finished[strategy] += count
+            else:
+                unfinished.add(strategy, count, room)
+    return finished + unfinished.rows()
+
+
+class OpenRows:
+    """Rows that can take another sequence, by the room left in them."""
+
+    def __init__(self):
+        self.packs = {}  # room left -> [(strategy, number of rows), ...]
+        self.rooms = []  # the keys of `packs`, ascending
+
+    def add(self, strategy: tuple[int, ...], count: int, room: int) -> None:
+        if room not in self.packs:
+            self.packs[room] = []
+            insort(self.rooms, room)
+        self.packs[room].append((strategy, count))
+
+    def take(self, length: int, most: int) -> tuple[tuple[int, ...], int, int] | None:
+        """Remove up to `most` of the fullest rows with room for `length`: their strategy, number and room."""
+        place = bisect_left(self.rooms, length)
+        if place == len(self.rooms):
+            return None
+        room = self.rooms[place]
+        strategy, count = self.packs[room].pop()
+        if count > most:
+            self.packs[room].append((strategy, count - most))
+        if not self.packs[room]:
+            del self.packs[room], self.rooms[place]
+        return strategy, min(count, most), room
+
+    def rows(self) -> Counter:
+        rows = Counter()
+        for packs in self.packs.values():
+            for strategy, count in packs:
+                rows[strategy] += count
+        return rows
 
 
 def knapsack(values: np.ndarray, depth: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """The greatest value of a row filled up to each number of tokens, with at most `depth` sequences.
 
     `values[length]` (int64) is what one sequence of that length is worth.  Returns the values, (row length + 1,), and
-    for 1, 2, … sequences the length to choose next with that much room, each (row length + 1,); 0 where none is.  Among
+    for 1, 2, … sequences the length to choose next with so much room, each (row length + 1,); 0 stands for none.  Among
     equals the longest is chosen.  The list ends early where more sequences add nothing.
 
     >>> knapsack(np.array([0, 0, 3, 4, 0, 0]), depth=2)[0]  # 2 + 3 tokens hold 3 + 4

@@ -23,7 +23,7 @@ from packing import Recipe, elementary_bound, fill_rows, knapsack, longest_pack_
 PRICE_UNIT = 2**40        # prices are whole numbers of 1 / PRICE_UNIT rows: sums of them are exact, and so are bounds
 SMALLEST_PROGRAM = 64     # row length from which on it pays to solve a coarser program first
 WORTH_KEEPING = 0.9       # a strategy priced below this many rows is dropped; it may come back
-NEAR_ENOUGH = 1e-6        # share of the rows: stop when the bound is this close
+NEAR_ENOUGH = 1e-6        # share of the rows that is not worth a further round; above the solver's own tolerances
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,20 @@ def fewest_rows(histogram: np.ndarray, depth: int) -> Solution:
     """Solve the linear program; counts in `histogram` need not be whole."""
     strategies, prices = starting_point(histogram, depth)
     fresh, bound = worthwhile_strategies(in_units(prices), histogram, depth)
-    strategies = np.concatenate([strategies, fresh])
+    strategies, fewest = np.concatenate([strategies, fresh]), np.inf
     while True:
         counts, prices = solve_program(strategies, histogram)
         fresh, new_bound = worthwhile_strategies(in_units(prices), histogram, depth)
         bound = max(bound, new_bound)
-        fresh = fresh[worth(fresh, prices) > 1 + 1e-9]
+        fresh = fresh[worth(fresh, prices) > 1 + NEAR_ENOUGH]
         if not len(fresh) or bound > counts.sum() * (1 - NEAR_ENOUGH):
             return Solution(strategies, counts, prices, bound)
-        kept = (counts > 0) | (worth(strategies, prices) > WORTH_KEEPING)
-        kept[:len(histogram) - 1] = True  # one for each length: with them the program always has a solution
-        strategies = np.concatenate([strategies[kept], fresh])
+        if counts.sum() < fewest * (1 - NEAR_ENOUGH):  # only then: what is dropped without progress comes back for ever
+            fewest = counts.sum()
+            kept = (counts > 0) | (worth(strategies, prices) > WORTH_KEEPING)
+            kept[:len(histogram) - 1] = True  # one for each length: with them the program always has a solution
+            strategies = strategies[kept]
+        strategies = np.concatenate([strategies, fresh])
 
 
 def starting_point(histogram: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:

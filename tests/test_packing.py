@@ -100,6 +100,14 @@ def test_knapsack_finds_the_most_valuable_row(values, depth):
     assert value == best[-1]
 
 
+def test_cutting_stock_ends_where_new_strategies_bring_no_progress():
+    histogram = np.zeros(201, np.int64)
+    histogram[[35, 47, 67, 125]] = 2, 5, 5, 6  # dropping strategies after such a round once went round in circles
+    recipe = METHODS["cutting_stock"](histogram, 4)
+    check(recipe, histogram, 4)
+    assert recipe.row_count == recipe.bound == 8
+
+
 @pytest.mark.parametrize(("depth", "seed"), [(1, 0), (2, 1), (3, 2), (3, 3)])
 def test_nnls_reaches_the_objective_of_scipy(depth, seed):
     histogram = np.append(0, (np.random.default_rng(seed).random(33)**3 * 1000).astype(np.int64))
