@@ -84,7 +84,11 @@ def add_device(parser) -> None:
     group.add_argument("--use_torch_compile", action="store_true",
                        help="compile the model and the optimizer step (HPU: hpu_backend); where that does not work, "
                        "the run says why and goes on without")
-    group.add_argument("--use_fused_lamb", action="store_true", help="the device's fused LAMB, where it has one")
+    group.add_argument("--use_cpu_kernels", type=boolean, default=True, metavar="BOOL",
+                       help="CPU, fp32: layers in kernels that a C++ compiler makes as the run starts (default: True; "
+                       "where that does not work, the run says why and uses PyTorch's own operations)")
+    group.add_argument("--use_fused_lamb", action="store_true",
+                       help="the device's fused LAMB, where it has one; on a CPU one compiled kernel")
 
 
 def add_device_choice(parser) -> None:
@@ -110,13 +114,19 @@ def add_many_cards(parser) -> None:
 
 
 def add_checkpoints(parser) -> None:
-    group = parser.add_argument_group("checkpoints and evaluation")
+    group = parser.add_argument_group("checkpoints, faults and evaluation")
     group.add_argument("--resume_from_checkpoint", action="store_true", help="go on from a checkpoint in --output_dir")
     group.add_argument("--resume_step", type=int, default=-1,
                        help="which one, by the number in its name; -1 = the newest complete one")
     group.add_argument("--num_steps_per_checkpoint", type=positive_int, default=100,
                        help="steps between checkpoints; the last step always writes one")
     group.add_argument("--skip_checkpoint", action="store_true", help="write none")
+    group.add_argument("--max_skipped_steps", type=positive_int, default=10,
+                       help="steps in a row that may be skipped because loss or gradient norm are not finite, before "
+                       "the run ends")
+    group.add_argument("--skip_bad_shards", action="store_true",
+                       help="go on without a training shard that cannot be read or holds impossible values; without "
+                       "this flag it ends the run")
     group.add_argument("--eval_dir", help="folder of held-out shards (packed, or with 'test' in the name)")
     group.add_argument("--eval_freq", type=int, default=0, help="steps between evaluations; 0 = only at the end")
 
@@ -126,6 +136,9 @@ def add_log(parser) -> None:
     group.add_argument("--log_freq", type=float, default=1.0, help="optimizer steps between log lines")
     group.add_argument("--json_summary", default="results/dllogger.json", help="log file; its folder is created")
     group.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
+    group.add_argument("--peak_tflops", type=float, default=0.0,
+                       help="TFLOP/s of one card that the logged utilization is a share of; 0.0 = measured at the "
+                       "start by a matrix product (CPU, CUDA), not logged on other devices")
     group.add_argument("--profile", action="store_true", help="write a torch.profiler trace beside the log file")
     group.add_argument("--profile_steps", type=step_range, default="4:6", metavar="A:B",
                        help="of these steps of the phase, with --profile")
@@ -178,6 +191,8 @@ def contradiction(args) -> str | None:
         return f"--learning_rate {args.learning_rate} is not a number above 0"
     if not 0.0 < args.log_freq < float("inf"):
         return f"--log_freq {args.log_freq} is not a number above 0"
+    if not 0.0 <= args.peak_tflops < float("inf"):
+        return f"--peak_tflops {args.peak_tflops} is not a number of at least 0"
     if args.seed < 0:
         return f"--seed {args.seed} is below 0"
     return None

@@ -2,18 +2,20 @@
 
 The step in a name counts over both phases (phase 2 goes on from --phase1_end_step).  A file holds: model (the names of
 modeling.py), optimizer (state and param_groups), step (of the phase), phase, rows (how many rows of the phase's endless
-sequence are used up), config (the architecture).  A folder that transformers loads is read as a checkpoint of weights.
+sequence are used up), data (its shards, and which are left out), skipped (counts of steps), scaler (of --fp16),
+config (the architecture).  A folder that transformers loads is read as a checkpoint of weights.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+import checkpoint_file
 import huggingface
 from cli import UserError
-from file_utils import local_file, replacing
+from file_utils import local_file
 
 KEPT = 3
 FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # no weight depends on it
@@ -30,10 +32,16 @@ def steps(folder) -> list[int]:
 
 
 def save(folder, step: int, state: dict, protected: int = -1) -> Path:
-    """Write ckpt_<step>.pt, then remove all but the newest three; `protected` is a step that is never removed."""
+    """Write ckpt_<step>.pt, and only when it is safe remove all but the newest three.
+
+    `protected` is a step that is never removed.  A run that goes on from an older checkpoint finds newer ones, damaged
+    or rewound: they become ckpt_<step>.pt.set_aside, so that no later run takes them for its newest.
+    """
     path = path_of(folder, step)
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    checkpoint_file.write(path, state)
+    for newer in steps(folder):
+        if newer > step:
+            path_of(folder, newer).replace(f"{path_of(folder, newer)}.set_aside")
     rotate(folder, protected)
     return path
 
@@ -47,29 +55,24 @@ def load(path) -> dict:
     """The contents of a checkpoint, on the host.  Nothing in it is executed: tensors and plain values only."""
     if Path(path).is_dir():
         return huggingface.load(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch.load raises whatever a damaged zip or pickle happens to cause
-        raise UserError(f"{path}: not a readable checkpoint: {first_line(error)}") from None
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+    state = checkpoint_file.read(path)
+    if not isinstance(state.get("model"), dict):
         raise UserError(f"{path}: not a checkpoint: it holds no model")
     return state
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def newest(folder, report) -> tuple[int, dict]:
+    """The newest checkpoint that can be read, as (step in its name, contents); damaged ones are reported and passed.
 
-
-def newest(folder, report) -> tuple[int, dict] | None:
-    """The newest checkpoint that can be read, as (step in its name, contents); damaged ones are reported and passed."""
+    UserError where none can be read: to start anew is for the user to decide.
+    """
     for step in reversed(steps(folder)):
         try:
             return step, load(path_of(folder, step))
         except UserError as error:
             report(f"passed over a damaged checkpoint: {error}")
-    return None
+    raise UserError(f"--output_dir {folder}: none of its {len(steps(folder))} checkpoints can be read; "
+                    f"move them away to start anew")
 
 
 def load_into(model, path) -> dict:
@@ -82,46 +85,98 @@ def load_into(model, path) -> dict:
 
 def check_architecture(config, state: dict, path) -> None:
     """Shapes do not tell all (heads, activation): refuse a checkpoint that says it is of another architecture."""
-    for key, value in (state.get("config") or {}).items():
-        own = getattr(config, key, value)
-        if own != value and key not in FREE_TO_DIFFER:
+    saved = state.get("config")
+    for key, own in vars(config).items():
+        value = saved.get(key, own) if isinstance(saved, dict) else own
+        if isinstance(value, int | float | str) and value != own and key not in FREE_TO_DIFFER:
             raise UserError(f"{path}: {key} is {value!r} in it, {own!r} in the config")
 
 
 def load_model(model, state_dict: dict, path) -> None:
     """Load weights by name.  Word embeddings of the unpadded vocabulary are padded with zeros first."""
     expected = model.state_dict()
-    given = {name.removeprefix("_orig_mod.").removeprefix("module."): value for name, value in state_dict.items()}
+    given = {str(name).removeprefix("_orig_mod.").removeprefix("module."): value for name, value in state_dict.items()}
     given = {name: padded_to(value, expected[name]) for name, value in given.items() if name in expected}
     missing = sorted(set(expected) - set(given))
     if missing:
         raise UserError(f"{path}: no weight {missing[0]} in it ({len(missing)} of {len(expected)} missing)")
     for name, value in given.items():
-        if value.shape != expected[name].shape:
-            raise UserError(f"{path}: {name} has shape {tuple(value.shape)}, "
-                            f"the config makes it {tuple(expected[name].shape)}")
+        check_tensor(value, expected[name].shape, f"{path}: {name}")
     model.load_state_dict(given, strict=True)
 
 
-def padded_to(value: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+def padded_to(value, expected: torch.Tensor):
     """`value` with zero rows added where only the padding of the vocabulary (less than 8 rows) is missing."""
-    missing = expected.shape[0] - value.shape[0] if value.dim() == expected.dim() > 0 else 0
+    if not is_plain(value) or value.dim() != expected.dim() or value.dim() == 0:
+        return value
+    missing = expected.shape[0] - value.shape[0]
     if 0 < missing < 8 and value.shape[1:] == expected.shape[1:]:
         return torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
     return value
 
 
+def is_plain(value) -> bool:
+    """Whether a value from a file is a tensor that weights and moments can be copied from."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" \
+        and value.is_floating_point()
+
+
+def check_tensor(value, shape, what: str) -> None:
+    """UserError where a value from a file is not a plain tensor of this shape."""
+    if not is_plain(value):
+        raise UserError(f"{what} is no plain tensor of floating-point numbers")
+    if value.shape != shape:
+        raise UserError(f"{what} has shape {tuple(value.shape)}, the config makes it {tuple(shape)}")
+
+
 def load_optimizer(optimizer, state: dict, path) -> None:
-    """Load moments and step count; the rate, decay and betas stay those of this run."""
-    groups = [{key: value for key, value in group.items() if key not in ("params", "step")}
-              for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: its optimizer state does not fit this model: {first_line(error)}") from None
-    for group, own in zip(optimizer.param_groups, groups, strict=True):
-        group.update(own)
-        group["step"] = int(group.get("step", 0))
+    """Load moments and step count; the rate, decay and betas stay those of this run.
+
+    `state` is laid out as NVLAMB's state_dict: moments by the number of the parameter, `step` in each group.
+    """
+    groups = state.get("param_groups")
+    moments = state.get("state")
+    if not isinstance(groups, list) or not isinstance(moments, dict) or len(groups) != len(optimizer.param_groups):
+        raise UserError(f"{path}: its optimizer does not hold state and {len(optimizer.param_groups)} param_groups")
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        numbers = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(numbers, list) or [type(number) for number in numbers] != [int] * len(own["params"]):
+            raise UserError(f"{path}: its optimizer has another group than the {len(own['params'])} parameters "
+                            f"with weight decay {own['weight_decay']}")
+        for number, parameter in zip(numbers, own["params"], strict=True):
+            optimizer.state[parameter] = moments_for(parameter, moments.get(number), f"{path}: optimizer, {number}")
+        own["step"] = whole_number(group, "step", f"{path}: optimizer")
+
+
+def moments_for(parameter, given, what: str) -> dict[str, torch.Tensor]:
+    """Both moments of a parameter, checked, on its device and in its type; none where none were saved."""
+    if given is None:
+        return {}
+    moments = {key: given.get(key) if isinstance(given, dict) else None for key in ("exp_avg", "exp_avg_sq")}
+    for key, value in moments.items():
+        moments[key] = padded_to(value, parameter)
+        check_tensor(moments[key], parameter.shape, f"{what}, {key},")
+    return {key: torch.empty_like(parameter).copy_(value) for key, value in moments.items()}
+
+
+def whole_number(values: dict, key: str, what: str, default: int = 0) -> int:
+    """A count from a file; UserError where it is none."""
+    value = values.get(key, default)
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and is_plain(value):
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise UserError(f"{what}: {key} is {str(value)[:50]}, not a whole number of at least 0")
+    return value
+
+
+def dictionary(state: dict, key: str, path) -> dict:
+    """A dictionary in a file, empty where it is not there; UserError where it is something else."""
+    value = state.get(key, {})
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {key} is no dictionary")
+    return value
 
 
 @dataclass(frozen=True)
@@ -132,6 +187,9 @@ class Start:
     rows: int = 0
     path: Path | None = None
     state: dict | None = None  # its "optimizer" may be None: weights alone
+    data: dict | None = None  # of the stream that goes on (dataset.BatchStream.state)
+    skipped: dict = field(default_factory=dict)  # counts of skipped steps (optimizers.SKIP_COUNTS)
+    scaler: dict = field(default_factory=dict)  # loss scale (mixed_precision.Precision.state)
 
 
 def find_start(args, report) -> Start:
@@ -144,44 +202,69 @@ def find_start(args, report) -> Start:
     if present and not args.resume_from_checkpoint:
         raise UserError(f"--output_dir {args.output_dir}: holds ckpt_{present[-1]}.pt already; "
                         f"go on from it with --resume_from_checkpoint, or name another folder")
-    found = resumed_checkpoint(args, report) if present else None
-    if found:
-        return start_from(args, *found)
+    if present:
+        return start_from(args, *resumed_checkpoint(args, report), report)
     if args.phase2:
-        raise UserError(f"--output_dir {args.output_dir}: no checkpoint in it that can be read; "
+        raise UserError(f"--output_dir {args.output_dir}: no checkpoint in it; "
                         f"--phase2 goes on from ckpt_{args.phase1_end_step}.pt")
     if args.init_checkpoint:
         state = load(local_file(args.init_checkpoint))
-        state["optimizer"] = with_step_zero(state.get("optimizer")) if args.resume_from_checkpoint else None
+        state["optimizer"] = with_step_zero(state, args.init_checkpoint) if args.resume_from_checkpoint else None
         return Start(path=args.init_checkpoint, state=state)
     if args.resume_from_checkpoint:
         report(f"no checkpoint in {args.output_dir} to resume from: starting at step 0")
     return Start()
 
 
-def resumed_checkpoint(args, report) -> tuple[int, dict] | None:
+def resumed_checkpoint(args, report) -> tuple[int, dict]:
     if args.resume_step == -1:
         return newest(args.output_dir, report)
     return args.resume_step, load(path_of(args.output_dir, args.resume_step))
 
 
-def start_from(args, number: int, state: dict) -> Start:
+def start_from(args, number: int, state: dict, report) -> Start:
     """The start that ckpt_<number>.pt gives in the phase of this run."""
     path = path_of(args.output_dir, number)
     if args.phase2 and number < args.phase1_end_step:
         raise UserError(f"{path}: below --phase1_end_step {args.phase1_end_step}: phase 1 is not finished")
     if args.phase2 and number == args.phase1_end_step:
-        state["optimizer"] = with_step_zero(state.get("optimizer"))
+        state["optimizer"] = with_step_zero(state, path)
         return Start(path=path, state=state)
     phase = 2 if args.phase2 else 1
-    if state.get("phase", phase) != phase:
+    if whole_number(state, "phase", path, phase) != phase:
         raise UserError(f"{path}: was written in phase {state['phase']}, this run is phase {phase} (--phase2)")
     step = number - args.phase1_end_step if args.phase2 else number
-    return Start(step=step, rows=int(state.get("rows", 0)), path=path, state=state)
+    if whole_number(state, "step", path, step) != step:
+        raise UserError(f"{path}: holds step {state['step']} of its phase, but its name says {step}")
+    if "rows" not in state:
+        report(f"{path} does not say how far it got in the data: from the first row on")
+    skipped, scaler = (dictionary(state, key, path) for key in ("skipped", "scaler"))
+    return Start(step=step, rows=whole_number(state, "rows", path), path=path, state=state,
+                 data=stream_state(state, path), scaler=scaler,
+                 skipped={name: whole_number(skipped, name, path) for name in skipped})
 
 
-def with_step_zero(optimizer: dict | None) -> dict | None:
-    """The moments kept, the steps counted anew: how phase 2 starts."""
+def stream_state(state: dict, path) -> dict | None:
+    """What the stream left in a checkpoint, checked: {"shards": {name: rows}, "left_out": {name: [epoch, rows]}}."""
+    if "data" not in state:
+        return None
+    what = f"{path}: what it says about the shards"
+    try:
+        shards, left_out = dict(state["data"]["shards"]), dict(state["data"]["left_out"])
+        places = {name: {"epoch": epoch, "rows": rows} for name, (epoch, rows) in left_out.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{what} cannot be read: {error!r}") from None
+    return {"shards": {str(name): whole_number(shards, name, what) for name in shards},
+            "left_out": {str(name): [whole_number(place, key, what) for key in ("epoch", "rows")]
+                         for name, place in places.items() if name in shards}}
+
+
+def with_step_zero(state: dict, path) -> dict | None:
+    """The optimizer of a checkpoint, its moments kept, its steps counted anew: how phase 2 starts."""
+    optimizer = state.get("optimizer")
     if optimizer is None:
         return None
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("param_groups"), list) \
+            or not all(isinstance(group, dict) for group in optimizer["param_groups"]):
+        raise UserError(f"{path}: its optimizer does not hold param_groups")
     return {**optimizer, "param_groups": [{**group, "step": 0} for group in optimizer["param_groups"]]}

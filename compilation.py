@@ -18,14 +18,14 @@ def compile_training(device, model: torch.nn.Module, optimizer: torch.optim.Opti
     if problem:
         return f"--use_torch_compile: not compiled: {problem}"
     model.compile(backend=device.compiler)  # in place: the names in its state dict stay the same
-    update = optimizer.compile(device.compiler) if isinstance(optimizer, NVLAMB) else "FusedLamb is one kernel already"
+    update = optimizer.compile(device.compiler) if isinstance(optimizer, NVLAMB) else "FusedLamb is fused already"
     return f"--use_torch_compile: the model is compiled by {device.compiler}; {update}"
 
 
 def compiler_problem(device) -> str | None:
     """Why the device's compiler does not work, found out by compiling next to nothing, or None."""
-    twice = torch.compile(lambda value: value * 2.0, backend=device.compiler)
     try:
+        twice = torch.compile(lambda value: value * 2.0, backend=device.compiler)
         twice(torch.ones(2).to(device.torch_device))
     except Exception as error:  # whatever a compiler that is not there, or half there, happens to raise
         return f"{device.compiler} on {device.kind}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

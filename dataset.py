@@ -11,12 +11,14 @@ next_sentence_positions, next_sentence_labels, next_sentence_weights (B, C).
 
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 import shards as shard_files
 from cli import UserError
+from shard_reader import ShardReader
 from shards import Shard
 
 ROWS_CHECKED_FIRST = 50_000  # read and checked before anything is built; the others when their shard's turn comes
@@ -32,25 +34,54 @@ def row_order(seed: int, epoch: int, shard: int, rows: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, shard]).permutation(rows)
 
 
-def pieces(seed: int, rows_per_shard: list[int], first: int, count: int) -> list[tuple[int, int, int, int]]:
+def rows_of_epoch(rows_per_shard: list[int], left_out: dict[int, tuple[int, int]], epoch: int) -> list[int]:
+    """How many rows each shard gives to an epoch: all, until it is left out.
+
+    `left_out` is {shard: (epoch, rows)}: from that epoch on it gives none, and in that epoch itself only so many.
+
+        >>> [rows_of_epoch([7, 5], {1: (2, 3)}, epoch) for epoch in (1, 2, 3)]
+        [[7, 5], [7, 3], [7, 0]]
+    """
+    rows = list(rows_per_shard)
+    for shard, (last_epoch, last_rows) in left_out.items():
+        if epoch >= last_epoch:
+            rows[shard] = last_rows if epoch == last_epoch else 0
+    return rows
+
+
+def locate(rows_per_shard: list[int], left_out: dict[int, tuple[int, int]], row: int) -> tuple[int, int]:
+    """The epoch of a row of the endless sequence, and its place in that epoch."""
+    epoch = 0
+    for change in sorted({epoch + more for epoch, _ in left_out.values() for more in (0, 1)}):
+        size = sum(rows_of_epoch(rows_per_shard, left_out, epoch))  # the same for all epochs before the change
+        if row < (change - epoch) * size:
+            break
+        row -= (change - epoch) * size
+        epoch = change
+    more, place = divmod(row, sum(rows_of_epoch(rows_per_shard, left_out, epoch)))
+    return epoch + more, place
+
+
+def pieces(seed: int, rows_per_shard: list[int], first: int, count: int,
+           left_out: dict[int, tuple[int, int]] | None = None) -> list[tuple[int, int, int, int]]:
     """Where rows first … first+count−1 of the endless sequence lie: (epoch, shard, start, stop) in turn, start and stop
-    counting in the shard's row_order.
+    counting in the shard's row_order.  For `left_out` see rows_of_epoch: what is left out moves no other row.
 
         >>> pieces(seed=1, rows_per_shard=[3], first=2, count=5)
         [(0, 0, 2, 3), (1, 0, 0, 3), (2, 0, 0, 1)]
     """
-    total = sum(rows_per_shard)
+    left_out = left_out or {}
+    epoch, offset = locate(rows_per_shard, left_out, first)
     found = []
     while count:
-        epoch, offset = divmod(first, total)
-        for shard in shard_order(seed, epoch, len(rows_per_shard)).tolist():
-            rows = rows_per_shard[shard]
-            if offset < rows and count:
-                taken = min(rows - offset, count)
+        rows = rows_of_epoch(rows_per_shard, left_out, epoch)
+        for shard in shard_order(seed, epoch, len(rows)).tolist():
+            taken = min(max(0, rows[shard] - offset), count)
+            if taken:
                 found.append((epoch, shard, offset, offset + taken))
-                first, count, offset = first + taken, count - taken, 0
-            else:
-                offset = max(0, offset - rows)
+            offset = max(0, offset - rows[shard])
+            count -= taken
+        epoch += 1
     return found
 
 
@@ -64,73 +95,144 @@ def micro_batch_rows(seed: int, rows_per_shard: list[int], size: int, number: in
 class BatchStream:
     """The micro-batches of one rank, for ever.
 
-    `first_row` is how many rows of the endless sequence all ranks have used up: the whole state of a stream.
-    The next shard is read in the background while one is in use.
+    `first_row` is how many rows of the endless sequence all ranks have used up, `left_out` what of it is left out
+    (rows_of_epoch): the whole state of a stream.  The next shard is read in the background while one is in use.
+
+    Where a shard cannot be read, the stream ends with a UserError that names it; with `report`, it says so there and
+    goes on without the shard.  All ranks leave it out at the same place, wherever the fault was met: `gather` collects
+    a value from each.
     """
 
     def __init__(self, shards: list[Shard], batch_size: int, seed: int, vocab_size: int, rank: int = 0,
-                 world_size: int = 1, first_row: int = 0):
-        self.shards = [shard for shard in shards if shard.rows]
+                 world_size: int = 1, first_row: int = 0, left_out: dict[int, tuple[int, int]] | None = None,
+                 reader: ShardReader | None = None, report=None, gather=lambda value: [value]):
+        self.shards = shards
         self.rows_per_shard = [shard.rows for shard in self.shards]
         self.batch_size = batch_size
         self.seed = seed
         self.vocab_size = vocab_size
+        self.rank = rank
         self.stride = batch_size * world_size
-        self.next_row = first_row + rank * batch_size
-        self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-reader")
+        self.next_row = first_row  # of the next round, in which each rank takes a micro-batch
+        self.left_out = dict(left_out or {})
+        self.reader = reader or ShardReader()
+        self.report = report
+        self.gather = gather
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-reader")
         self.open_shards: dict[tuple[int, int], Future] = {}
+        self.settled: set[tuple[int, int]] = set()  # (epoch, shard) that every rank can read
 
     def __iter__(self):
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        wanted = pieces(self.seed, self.rows_per_shard, self.next_row, self.batch_size)
-        parts = [self.part(*piece) for piece in wanted]
+        if self.report:
+            self.settle()
+        parts = [self.part(*piece) for piece in self.pieces(self.next_row + self.rank * self.batch_size,
+                                                            self.batch_size)]
+        self.read_ahead(*self.pieces(self.next_row, self.stride)[-1])
         self.next_row += self.stride
-        self.read_ahead(wanted)
         return as_batch({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
 
+    def pieces(self, first: int, count: int) -> list[tuple[int, int, int, int]]:
+        return pieces(self.seed, self.rows_per_shard, first, count, self.left_out)
+
+    def epoch(self, row: int) -> int:
+        """The epoch of a row of the endless sequence."""
+        return locate(self.rows_per_shard, self.left_out, row)[0]
+
     def part(self, epoch: int, shard: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        self.open(epoch, shard)
-        rows, order = self.open_shards[epoch, shard].result()
+        rows, order = self.open(epoch, shard).result()
         return {key: values[order[start:stop]] for key, values in rows.items()}
 
-    def open(self, epoch: int, shard: int) -> None:
+    def open(self, epoch: int, shard: int) -> Future:
         if (epoch, shard) not in self.open_shards:
-            self.open_shards[epoch, shard] = self.reader.submit(self.read_shuffled, epoch, shard)
+            self.open_shards[epoch, shard] = self.thread.submit(self.read_shuffled, epoch, shard)
+        return self.open_shards[epoch, shard]
 
     def read_shuffled(self, epoch: int, shard: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        rows = read_checked(self.shards[shard], self.vocab_size)
+        rows = self.reader.call(shard_files.read_checked, self.shards[shard], self.vocab_size)
         return rows, row_order(self.seed, epoch, shard, self.rows_per_shard[shard])
 
-    def read_ahead(self, used: list[tuple[int, int, int, int]]) -> None:
+    def settle(self) -> None:
+        """Leave out the shards of the next round that a rank cannot read.
+
+        All ranks see the same shards in the same order, so all ask each other about the same ones.
+        """
+        while True:
+            unsettled = [piece for piece in self.pieces(self.next_row, self.stride) if piece[:2] not in self.settled]
+            if not unsettled:
+                return
+            epoch, shard, start, _ = unsettled[0]
+            faults = self.gather(self.fault(epoch, shard))
+            if any(faults):
+                self.leave_out(epoch, shard, start, next(filter(None, faults)))
+            else:
+                self.settled.add((epoch, shard))
+
+    def fault(self, epoch: int, shard: int) -> str | None:
+        try:
+            self.open(epoch, shard).result()
+        except UserError as error:
+            return str(error)
+        return None
+
+    def leave_out(self, epoch: int, shard: int, start: int, fault: str) -> None:
+        """Go on without a shard, of which `start` rows were used in this epoch before it became unreadable."""
+        self.left_out[shard] = (epoch, start)
+        if not any(rows_of_epoch(self.rows_per_shard, self.left_out, epoch + 1)):
+            raise UserError(f"no shard is left: the last one was {fault}")
+        self.report(f"left out from row {self.next_row} of the run on: {fault}")
+
+    def read_ahead(self, epoch: int, shard: int, _, stop: int) -> None:
         """Forget the shards that are used up, and start on the one after the shard in use."""
-        epoch, shard, _, stop = used[-1]
-        order = shard_order(self.seed, epoch, len(self.shards)).tolist()
-        place = order.index(shard)
-        following = ((epoch, order[place + 1]) if place + 1 < len(order)
-                     else (epoch + 1, int(shard_order(self.seed, epoch + 1, len(self.shards))[0])))
-        self.open_shards = {key: future for key, future in self.open_shards.items()
-                            if key in ((epoch, shard), following)}
-        self.open(*following)
+        rest = rows_of_epoch(self.rows_per_shard, self.left_out, epoch)[shard] - stop
+        following = self.pieces(self.next_row + self.stride + rest, 1)[0][:2]
+        wanted = ((epoch, shard), following)
+        self.open_shards = {key: future for key, future in self.open_shards.items() if key in wanted}
+        self.settled.intersection_update(wanted)
+        for key in wanted:
+            self.open(*key)
+
+    def state(self) -> dict:
+        """What the order of the rows depends on beside the seed, in plain values, for a checkpoint."""
+        names = [shard.path.name for shard in self.shards]
+        return {"shards": dict(zip(names, self.rows_per_shard, strict=True)),
+                "left_out": {names[shard]: list(place) for shard, place in self.left_out.items()}}
+
+    def close(self) -> None:
+        self.thread.shutdown(cancel_futures=True)
 
 
-def read_checked(shard: Shard, vocab_size: int) -> dict[str, np.ndarray]:
-    """All rows of a shard; UserError naming file, row and value where the model could not take one."""
-    rows = shard_files.read(shard)
-    fault = shard_files.first_fault(shard, rows, vocab_size)
-    if fault:
-        raise UserError(f"{shard.path}: {fault}")
-    return rows
+def as_before(found: list[Shard], state: dict, skip_bad_shards: bool,
+              report) -> tuple[list[Shard], dict[int, tuple[int, int]]]:
+    """The shards of a run that goes on, and those of them that are left out, by the `state` of its stream.
+
+    A shard that is not found any more keeps its place in the order; its turn will show whether it can be read.
+    UserError where one is gone and the run may not go on without it.
+    """
+    found_now = {shard.path.name: shard for shard in found}
+    if any(state["shards"].get(name) != shard.rows for name, shard in found_now.items()):
+        report("the shards are not those that the run began with: rows of this epoch may be used twice, or not at all")
+        return found, {}
+    folder = found[0].path.parent
+    gone = sorted(set(state["shards"]) - set(found_now) - set(state["left_out"]))
+    if gone and not skip_bad_shards:
+        raise UserError(f"{folder / gone[0]}: the run began with this shard, and now it is gone ({len(gone)} are); "
+                        f"put it back, or go on without it by --skip_bad_shards")
+    names = list(state["shards"])
+    shards = [found_now.get(name) or replace(found[0], path=folder / name, rows=rows)
+              for name, rows in state["shards"].items()]
+    return shards, {names.index(name): tuple(place) for name, place in state["left_out"].items()}
 
 
-def check_first_rows(shards: list[Shard], vocab_size: int) -> None:
+def check_first_rows(shards: list[Shard], vocab_size: int, reader: ShardReader) -> None:
     """Check the values of the first shards, so that most mistakes are found before a model is built."""
     checked = 0
     for shard in shards:
         if checked >= ROWS_CHECKED_FIRST:
             return
-        read_checked(shard, vocab_size)
+        reader.call(shard_files.read_checked, shard, vocab_size)
         checked += shard.rows
 
 
@@ -154,12 +256,13 @@ def sequences_in(batch: dict[str, torch.Tensor]) -> int:
 def batches_once(shards: list[Shard], batch_size: int, vocab_size: int):
     """Every row once, in order, in batches of one size: the last is filled up with empty rows, which count nowhere."""
     pending: dict[str, torch.Tensor] | None = None
-    for shard in shards:
-        batch = as_batch(read_checked(shard, vocab_size))
-        pending = batch if pending is None else {key: torch.cat([pending[key], batch[key]]) for key in batch}
-        while len(pending["input_ids"]) >= batch_size:
-            yield {key: values[:batch_size] for key, values in pending.items()}
-            pending = {key: values[batch_size:] for key, values in pending.items()}
+    with ShardReader() as reader:
+        for shard in shards:
+            batch = as_batch(reader.call(shard_files.read_checked, shard, vocab_size))
+            pending = batch if pending is None else {key: torch.cat([pending[key], batch[key]]) for key in batch}
+            while len(pending["input_ids"]) >= batch_size:
+                yield {key: values[:batch_size] for key, values in pending.items()}
+                pending = {key: values[batch_size:] for key, values in pending.items()}
     if pending is not None and len(pending["input_ids"]):
         yield {key: with_empty_rows(values, batch_size) for key, values in pending.items()}
 
@@ -168,7 +271,7 @@ def with_empty_rows(values: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([values, values.new_zeros(rows - len(values), *values.shape[1:])])
 
 
-def average_sequences_per_row(shards: list[Shard]) -> float:
+def average_sequences_per_row(shards: list[Shard], reader: ShardReader, skip_bad_shards: bool = False) -> float:
     """How many sequences a row holds on average: 1 where unpacked, else from the packer's metadata, else counted."""
     if not shards[0].packed:
         return 1.0
@@ -177,8 +280,8 @@ def average_sequences_per_row(shards: list[Shard]) -> float:
     try:
         average = json.loads(metadata.read_text(encoding="utf-8"))["avg_seq_per_sample"]
     except FileNotFoundError:
-        return counted_sequences_per_row(shards)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return counted_sequences_per_row(shards, reader, skip_bad_shards)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{metadata}: no avg_seq_per_sample can be read from it ({error!r})") from None
     if not isinstance(average, int | float) or not 1.0 <= average <= shards[0].max_sequences:
         raise UserError(f"{metadata}: avg_seq_per_sample is {average!r}, "
@@ -186,7 +289,13 @@ def average_sequences_per_row(shards: list[Shard]) -> float:
     return float(average)
 
 
-def counted_sequences_per_row(shards: list[Shard]) -> float:
-    key = "next_sentence_weights"
-    sequences = sum(int(np.count_nonzero(shard_files.read(shard, [key])[key])) for shard in shards)
-    return sequences / sum(shard.rows for shard in shards)
+def counted_sequences_per_row(shards: list[Shard], reader: ShardReader, skip_bad_shards: bool) -> float:
+    sequences, rows = 0, 0
+    for shard in shards:
+        try:
+            sequences += reader.call(shard_files.count_sequences, shard)
+            rows += shard.rows
+        except UserError:
+            if not skip_bad_shards:
+                raise
+    return sequences / max(rows, 1)

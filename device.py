@@ -26,6 +26,7 @@ class Device:
     has_autocast = True  # torch.autocast casts its tensors
     reads_op_lists = False  # and does so by the op lists that the environment names
     mixed_layer_norm = True  # layer_norm takes a bf16 input beside fp32 weights
+    pins_memory = False  # copies between host and device are faster in page-locked memory
     hmp = None  # Gaudi's first mixed-precision package
 
     def __init__(self, name: str = "cpu"):
@@ -37,6 +38,12 @@ class Device:
     def put(self, batch: dict) -> dict:
         """A batch of host tensors on this device."""
         return {key: tensor.to(self.torch_device, non_blocking=True) for key, tensor in batch.items()}
+
+    def host_copy(self, tensor: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy in host memory, in that of an earlier copy where one is given; it is there after synchronize()."""
+        if memory is None:
+            memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.pins_memory)
+        return memory.copy_(tensor.detach(), non_blocking=True)
 
     def autocast(self, dtype: torch.dtype, enabled: bool = True):
         return torch.autocast(self.torch_device.type, dtype=dtype, enabled=enabled)
@@ -75,6 +82,7 @@ class CudaDevice(Device):
     attention = "sdpa"
     backend = "nccl"
     mixed_layer_norm = False
+    pins_memory = True
 
     def __init__(self, local_rank: int):
         super().__init__(f"cuda:{local_rank}")
@@ -121,6 +129,9 @@ class HpuDevice(Device):
 
     def describe(self) -> str:
         return f"hpu ({'lazy' if self.lazy else 'eager'} mode, Gaudi software {software_release()})"
+
+    def host_copy(self, tensor: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+        return tensor.detach().cpu()
 
     def mark_step(self) -> None:
         if self.lazy:
@@ -181,6 +192,9 @@ class LazyDevice(Device):
 
     def describe(self) -> str:
         return "lazy (TorchScript backend)"
+
+    def host_copy(self, tensor: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+        return tensor.detach().cpu()
 
     def mark_step(self) -> None:
         torch._lazy.mark_step()

@@ -6,10 +6,17 @@
 import json
 
 import cli
+import gaudi_environment
+from arguments import add_device_choice
 
 
 def main(argv=None):
     args = parse_arguments(argv)
+    with gaudi_environment.prepared(args):
+        print_figures(args)
+
+
+def print_figures(args) -> None:
     import torch
 
     import checkpoint
@@ -38,10 +45,9 @@ def parse_arguments(argv):
     parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="rows at a time")
     parser.add_argument("--seed", type=int, default=42, help="of the fresh weights, where no checkpoint is given")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--use_habana", action="store_true", help="run on HPU")
-    parser.add_argument("--use_torch_lazy", action="store_true", help="run on PyTorch's lazy tensors")
-    parser.add_argument("--no_cuda", action="store_true", help="CPU even where a GPU is present")
     parser.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
+    add_device_choice(parser)
+    parser.set_defaults(use_torch_compile=False, hmp=False)  # of the flags that settle Gaudi's mode, those of training
     return parser.parse_args(argv)
 
 

@@ -10,7 +10,9 @@ says that the file has changed.
 
 import fcntl
 import hashlib
+import io
 import json
+import math
 import os
 import random
 import time
@@ -51,6 +53,21 @@ def replacing(path):
             temporary.unlink()
 
 
+class PatientFile(io.FileIO):
+    """A file that keeps the first failure of a write to itself, and lets what comes after it go nowhere."""
+
+    failure: OSError | None = None
+
+    def write(self, data) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            while view and not self.failure:
+                view = view[super().write(view):]
+        except OSError as error:
+            self.failure = error
+        return len(data)
+
+
 @contextmanager
 def replacing_files(folder, names):
     """Yield temporary paths for files that belong together; when the block ends well, all of them take their names.
@@ -76,11 +93,17 @@ def replacing_files(folder, names):
             temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(*folders) -> None:
-    """Delete the temporary files that a killed run left in these folders and the folders in them."""
+def remove_leftovers(*folders, before: float = math.inf) -> None:
+    """Delete the temporary files that a killed run left in these folders and the folders in them.
+
+    Where another run may still be writing there, `before` is the time at which this one started: what was written to
+    since then stays.
+    """
     for folder in folders:
         for path in Path(folder).rglob(".*.tmp"):
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if path.is_file() and path.stat().st_mtime < before:
+                    path.unlink()
 
 
 def sync_folder(folder) -> None:

@@ -20,8 +20,13 @@ class NVLAMB(torch.optim.Optimizer):
 
     The step count t lives in param_groups (`step`), the moments in the state (`exp_avg`, `exp_avg_sq`).
     `gradient_norm` is the norm before clipping at the last step, `skipped_steps` the number of steps that were not
-    taken because that norm was not finite, both scalar tensors on the device.
+    taken because that norm was not finite, `skipped_in_a_row` the number of those since the last one that was taken,
+    `most_skipped_in_a_row` the most there ever were: scalar tensors on the device.
+
+    Under a GradScaler it divides by the scale itself, so that the scaler need not look at the gradients on the host.
     """
+
+    _step_supports_amp_scaling = True
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_grad_norm=1.0):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
@@ -29,23 +34,36 @@ class NVLAMB(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.gradient_norm = torch.zeros((), device=device)
         self.skipped_steps = torch.zeros((), device=device)
+        self.skipped_in_a_row = torch.zeros((), device=device)
+        self.most_skipped_in_a_row = torch.zeros((), device=device)
         self.update = self.update_in_slices if device.type == "cpu" else self.update_by_the_paper
         self.paper_update = paper_update
+        self.norm = norm
 
     @torch.no_grad()
     def step(self, closure=None):
         """One step over all parameters that have a gradient.  On a CPU the clipped gradients stay in .grad."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        self.gradient_norm = norm([param.grad for group in self.param_groups for param in with_gradient(group)])
+        scale = getattr(self, "grad_scale", None)  # a GradScaler's
+        scale = 1.0 if scale is None else scale
+        gradients = [param.grad for group in self.param_groups for param in with_gradient(group)]
+        self.gradient_norm = self.norm(gradients) / scale
         finite = torch.isfinite(self.gradient_norm).float()
-        self.skipped_steps = self.skipped_steps + (1.0 - finite)
-        divisor = (self.gradient_norm / self.max_grad_norm).clamp(min=1.0)
+        self.count_skips(1.0 - finite)
+        divisor = (self.gradient_norm / self.max_grad_norm).clamp(min=1.0) * scale
         for group in self.param_groups:
             group["step"] += 1
             params = with_gradient(group)
             self.create_missing_moments(params)
             self.update(group, params, divisor, finite)
         return loss
+
+    def count_skips(self, skipped: torch.Tensor) -> None:
+        """Count a step that was skipped (1.0), or was not (0.0)."""
+        self.skipped_steps = self.skipped_steps + skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1.0) * skipped
+        more = (self.skipped_in_a_row - self.most_skipped_in_a_row).clamp(min=0.0)
+        self.most_skipped_in_a_row = self.most_skipped_in_a_row + more
 
     def create_missing_moments(self, params) -> None:
         for param in params:

@@ -8,6 +8,7 @@ P slots for masked tokens in a row, C slots for sequences in a row.
 """
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,12 +18,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import cpu_layers
 from cli import UserError
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 LAYER_NORM_EPS = 1e-12
 MASKED_SCORE = -10000.0  # finite, and exp() of it is 0 in fp32 and bf16; infinities become NaN under bf16 op lists
 IGNORED_LABEL = -1
+MOST_LAYERS = 10_000  # beyond any BERT; building them would take minutes
 INTEGER_KEYS = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
                 "num_hidden_layers", "type_vocab_size", "vocab_size")
 
@@ -50,7 +53,7 @@ class BertConfig:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"--config_file {path}: {error.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # no JSON, no text, numbers or nesting without end
             raise UserError(f"--config_file {path}: not JSON: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"--config_file {path}: holds no JSON object")
@@ -62,7 +65,21 @@ class BertConfig:
         problem = config_problem(values)
         if problem:
             raise UserError(f"--config_file {path}: {problem}")
-        return cls(**values)
+        config = cls(**values)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if 4 * config.parameters > memory:
+            raise UserError(f"--config_file {path}: its {config.parameters / 1e9:.1f} billion parameters take "
+                            f"{4 * config.parameters / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB")
+        return config
+
+    @property
+    def parameters(self) -> int:
+        """How many weights a BertForPreTraining of this architecture has."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        embeddings = (self.padded_vocab_size + self.max_position_embeddings + self.type_vocab_size + 2) * hidden
+        layer = 4 * (hidden + 1) * hidden + (hidden + 1) * inner + (inner + 1) * hidden + 4 * hidden
+        heads = 2 * (hidden + 1) * hidden + 2 * hidden + self.padded_vocab_size + 2 * (hidden + 1)
+        return embeddings + self.num_hidden_layers * layer + heads
 
     @property
     def padded_vocab_size(self) -> int:
@@ -73,14 +90,15 @@ class BertConfig:
 def config_problem(values: dict) -> str | None:
     """What is impossible in the values of a config, or None."""
     for key in INTEGER_KEYS:
-        if type(values[key]) is not int or not 1 <= values[key] < 2**31:
-            return f"{key} is {values[key]!r}, not a whole number from 1 to {2**31 - 1}"
+        most = MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+        if type(values[key]) is not int or not 1 <= values[key] <= most:
+            return f"{key} is {str(values[key])[:50]}, not a whole number from 1 to {most}"
     for key in ("attention_probs_dropout_prob", "hidden_dropout_prob"):
         if type(values[key]) not in (int, float) or not 0.0 <= values[key] < 1.0:
             return f"{key} is {values[key]!r}, not a number from 0 to below 1"
     if type(values["initializer_range"]) not in (int, float) or not 0.0 < values["initializer_range"] < 1e3:
         return f"initializer_range is {values['initializer_range']!r}, not a number above 0 and below 1000"
-    if values["hidden_act"] not in ACTIVATIONS:
+    if not isinstance(values["hidden_act"], str) or values["hidden_act"] not in ACTIVATIONS:
         return f"hidden_act is {values['hidden_act']!r}, not one of {', '.join(ACTIVATIONS)}"
     if values["hidden_size"] % values["num_attention_heads"]:
         return (f"hidden_size {values['hidden_size']} is not divisible by "
@@ -102,13 +120,19 @@ def sdpa_attention(query, key, value, mask, dropout_prob):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype), dropout_p=dropout_prob)
 
 
-ATTENTIONS = {"plain": plain_attention, "sdpa": sdpa_attention}
+KERNELS = "kernels"  # whole layers in kernels compiled for this CPU
+ATTENTIONS = {"plain": plain_attention, "sdpa": sdpa_attention, KERNELS: None}
 
 
 def attention_mask(input_mask):
     """Scores to add so that a token sees only its own sequence, by the numbers in input_mask.  (B, S) → (B, 1, S, S)"""
     same = input_mask[:, :, None] == input_mask[:, None, :]
     return ((1.0 - same.float()) * MASKED_SCORE)[:, None]
+
+
+def sequence_numbers(input_mask):
+    """The mask as the kernels take it: the numbers themselves.  (B, S)"""
+    return input_mask.int()
 
 
 def gather_positions(hidden, positions):
@@ -198,10 +222,18 @@ class Layer(nn.Module):
         return self.output(self.intermediate(hidden), hidden)  # (B, S, D)
 
 
+class KernelLayer(Layer):
+    """The same through kernels compiled for this CPU: fp32 and GELU only, and the mask is input_mask itself."""
+
+    def forward(self, hidden, mask):
+        return cpu_layers.layer(self, hidden, mask)
+
+
 class Encoder(nn.Module):
-    def __init__(self, config: BertConfig, attention, checkpoint_activations: bool, autocast):
+    def __init__(self, config: BertConfig, attention: str, checkpoint_activations: bool, autocast):
         super().__init__()
-        self.layer = nn.ModuleList(Layer(config, attention) for _ in range(config.num_hidden_layers))
+        make = KernelLayer if attention == KERNELS else Layer
+        self.layer = nn.ModuleList(make(config, ATTENTIONS[attention]) for _ in range(config.num_hidden_layers))
         self.checkpoint_activations = checkpoint_activations
         self.autocast = autocast
 
@@ -221,8 +253,9 @@ class Encoder(nn.Module):
 class BertModel(nn.Module):
     """Embeddings, encoder, and the pooler over every [CLS]."""
 
-    def __init__(self, config: BertConfig, attention, checkpoint_activations: bool, autocast):
+    def __init__(self, config: BertConfig, attention: str, checkpoint_activations: bool, autocast):
         super().__init__()
+        self.mask = sequence_numbers if attention == KERNELS else attention_mask
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, attention, checkpoint_activations, autocast)
         self.pooler = DenseActivation(config.hidden_size, config.hidden_size, torch.tanh)
@@ -230,7 +263,7 @@ class BertModel(nn.Module):
     def forward(self, input_ids, input_mask, segment_ids, positions, next_sentence_positions):
         """All inputs (B, S), next_sentence_positions (B, C) → hidden states (B, S, D), pooled [CLS] (B, C, D)."""
         hidden = self.embeddings(input_ids, segment_ids, positions)
-        hidden = self.encoder(hidden, attention_mask(input_mask))
+        hidden = self.encoder(hidden, self.mask(input_mask))
         return hidden, self.pooler(gather_positions(hidden, next_sentence_positions))
 
 
@@ -246,8 +279,14 @@ class MaskedLMHead(nn.Module):
         self.decoder.weight = word_embeddings
 
     def forward(self, hidden):
-        hidden = self.transform.LayerNorm(self.transform(hidden))
-        return F.linear(hidden, self.decoder.weight, self.bias)  # (…, V)
+        return F.linear(self.transformed(hidden), self.decoder.weight, self.bias)  # (…, V)
+
+    def transformed(self, hidden):
+        return self.transform.LayerNorm(self.transform(hidden))  # (…, D)
+
+    def kernel_loss(self, hidden, labels):
+        """Mean cross entropy of the scores, by a kernel that never shows them."""
+        return cpu_layers.mean_cross_entropy(self.transformed(hidden), self.decoder.weight, self.bias, labels)
 
 
 class PreTrainingHeads(nn.Module):
@@ -260,9 +299,9 @@ class PreTrainingHeads(nn.Module):
 class BertForPreTraining(nn.Module):
     """BERT with the masked-LM and the next-sentence head.
 
-    `attention` names the implementation ("sdpa" or "plain"); `checkpoint_activations` recomputes each layer in the
-    backward pass, for memory against time, under `autocast()`; the losses are computed under `casts_off()` (both of
-    mixed_precision.Precision).
+    `attention` names the implementation ("sdpa", "plain", or "kernels" on CPUs); `checkpoint_activations` recomputes
+    each layer in the backward pass, for memory against time, under `autocast()`; the losses are computed under
+    `casts_off()` (both of mixed_precision.Precision).
     """
 
     def __init__(self, config: BertConfig, attention: str = "sdpa", checkpoint_activations: bool = False,
@@ -270,7 +309,8 @@ class BertForPreTraining(nn.Module):
         super().__init__()
         self.config = config
         self.casts_off = casts_off
-        self.bert = BertModel(config, ATTENTIONS[attention], checkpoint_activations, autocast)
+        self.use_kernels = attention == KERNELS
+        self.bert = BertModel(config, attention, checkpoint_activations, autocast)
         self.cls = PreTrainingHeads(config, self.bert.embeddings.word_embeddings.weight)
         self.apply(self.initialize)
 
@@ -289,13 +329,21 @@ class BertForPreTraining(nn.Module):
 
     def logits(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch in the packed form of shards.SCHEMA → MLM scores (B, P, V) of the masked slots, NSP (B, C, 2)."""
+        masked, nsp_logits = self.encode(batch)
+        return self.cls.predictions(masked), nsp_logits
+
+    def encode(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch → hidden states of the masked slots (B, P, D), NSP scores (B, C, 2)."""
         hidden, pooled = self.bert(batch["input_ids"], batch["input_mask"], batch["segment_ids"], batch["positions"],
                                    batch["next_sentence_positions"])
-        masked = gather_positions(hidden, batch["masked_lm_positions"])  # (B, P, D)
-        return self.cls.predictions(masked), self.cls.seq_relationship(pooled)
+        return gather_positions(hidden, batch["masked_lm_positions"]), self.cls.seq_relationship(pooled)
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """The losses of a batch as fp32 scalars: loss = mlm_loss + nsp_loss."""
+        if self.use_kernels:
+            masked, nsp_logits = self.encode(batch)
+            return summed(self.cls.predictions.kernel_loss(masked, mlm_labels(batch)),
+                          mean_cross_entropy(nsp_logits, nsp_labels(batch)))
         logits = self.logits(batch)
         with self.casts_off():
             return losses(*logits, batch)
@@ -315,8 +363,10 @@ def nsp_labels(batch: dict) -> torch.Tensor:
 
 def losses(mlm_logits, nsp_logits, batch: dict) -> dict[str, torch.Tensor]:
     """Mean cross entropy over the masked tokens, and over the sequences, and their sum, in fp32."""
-    mlm_loss = mean_cross_entropy(mlm_logits, mlm_labels(batch))
-    nsp_loss = mean_cross_entropy(nsp_logits, nsp_labels(batch))
+    return summed(mean_cross_entropy(mlm_logits, mlm_labels(batch)), mean_cross_entropy(nsp_logits, nsp_labels(batch)))
+
+
+def summed(mlm_loss, nsp_loss) -> dict[str, torch.Tensor]:
     return {"loss": mlm_loss + nsp_loss, "mlm_loss": mlm_loss, "nsp_loss": nsp_loss}
 
 

@@ -2,24 +2,50 @@
 
 import torch
 
+import cpu_kernels
+from fused_lamb import CpuFusedNVLAMB
 from lamb import NVLAMB
+
+SKIP_COUNTS = ("skipped_steps", "skipped_in_a_row", "most_skipped_in_a_row")
 
 
 def build_optimizer(args, model: torch.nn.Module, device) -> tuple[torch.optim.Optimizer, str]:
     """The optimizer that the flags and the device lead to, and the choice in words, with its reason."""
     groups = parameter_groups(model)
     counts = " + ".join(f"{len(group['params'])} tensors with weight decay {group['weight_decay']}" for group in groups)
-    fused_lamb = device.fused_lamb() if args.use_fused_lamb else None
+    fused_lamb, reason = choose_fused_lamb(args, device)
     if fused_lamb:
         optimizer = fused_lamb(groups, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-6, max_grad_norm=1.0)
-        return optimizer, f"optimizer: FusedLamb over {counts}"
-    reason = f"{device.kind} has no FusedLamb" if args.use_fused_lamb else "no --use_fused_lamb"
+        return optimizer, f"optimizer: {reason} over {counts}"
     return NVLAMB(groups, lr=args.learning_rate), f"optimizer: NVLAMB ({reason}) over {counts}"
+
+
+def choose_fused_lamb(args, device) -> tuple[type | None, str]:
+    """The class of a fused LAMB and its name, or None and why there is none."""
+    if not args.use_fused_lamb:
+        return None, "no --use_fused_lamb"
+    if device.fused_lamb():
+        return device.fused_lamb(), "FusedLamb"
+    if device.kind != "cpu":
+        return None, f"{device.kind} has no FusedLamb"
+    problem = cpu_kernels.problem()
+    return (None, problem) if problem else (CpuFusedNVLAMB, "NVLAMB in one kernel compiled for this CPU")
 
 
 def figures(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """What an optimizer tells about its last step, as scalar tensors on the device; FusedLamb tells nothing."""
-    return {name: getattr(optimizer, name) for name in ("gradient_norm", "skipped_steps") if hasattr(optimizer, name)}
+    return {name: getattr(optimizer, name) for name in ("gradient_norm", *SKIP_COUNTS) if hasattr(optimizer, name)}
+
+
+def can_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer leaves out, and counts, a step whose gradient norm is not finite."""
+    return hasattr(optimizer, "skipped_steps")
+
+
+def restore_skip_counts(optimizer: torch.optim.Optimizer, counts: dict[str, int]) -> None:
+    for name in SKIP_COUNTS:
+        if hasattr(optimizer, name):
+            getattr(optimizer, name).fill_(counts.get(name, 0))
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float = 0.01) -> list[dict]:

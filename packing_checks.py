@@ -6,10 +6,12 @@ n rows, S tokens a row, N sequences at most in a row, P + N prediction slots a r
 from collections.abc import Iterator
 
 import numpy as np
+from scipy.stats import binom
 
 from packing_placement import scrambled
 
-MANY_PREDICTIONS = 12  # of so many masked tokens at least one shows [MASK] or itself, but for a chance of 1e-12
+SHOWN_AS_EXPECTED = 0.9  # of the masked tokens show [MASK] or themselves, the others a random word
+ACCIDENT = 1e-12  # so rare must it be that so few of a sequence do, before the sequence is called faulty
 
 
 # --- the rows of a packed shard ---
@@ -79,22 +81,23 @@ def prediction_faults(rows: dict[str, np.ndarray]) -> Iterator[tuple[str, np.nda
     inside = np.where(outside, 0, positions)
     yield "a masked_lm_position is that of a [CLS] or [SEP]", (
         used & np.take_along_axis(special_places(mask, rows["segment_ids"]), inside, axis=1)).any(axis=1)
-    yield "no masked_lm_position of a sequence points at [MASK] or at its own label", misplaced_rows(
+    yield "the masked_lm_positions of a sequence do not point at [MASK] or at their own labels", misplaced_rows(
         rows, used & ~outside, inside)
 
 
 def misplaced_rows(rows: dict[str, np.ndarray], used: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Which rows, (n,), hold a sequence with many masked tokens of which none looks masked: its offset is wrong."""
+    """Which rows, (n,), hold a sequence whose masked tokens do not look masked, as when its offset is wrong."""
     tokens = np.take_along_axis(rows["input_ids"], positions, axis=1)
-    numbers = np.take_along_axis(rows["input_mask"], positions, axis=1)
-    if not used.any():
-        return np.zeros(len(tokens), bool)
-    mask_token = np.bincount(tokens[used].clip(min=0)).argmax()
-    plausible = used & ((tokens == mask_token) | (tokens == rows["masked_lm_ids"]))
+    numbers = np.where(used, np.take_along_axis(rows["input_mask"], positions, axis=1), 0)
     bad = np.zeros(len(tokens), bool)
+    if not used.any():
+        return bad
+    mask_token = np.bincount(tokens[used].clip(min=0)).argmax()
+    plausible = (tokens == mask_token) | (tokens == rows["masked_lm_ids"])
+    fewest = binom.ppf(ACCIDENT, np.arange(positions.shape[1] + 1), SHOWN_AS_EXPECTED)  # for each number of predictions
     for number in range(1, int(numbers.max()) + 1):
-        here = used & (numbers == number)
-        bad |= (np.count_nonzero(here, axis=1) >= MANY_PREDICTIONS) & ~(here & plausible).any(axis=1)
+        here = numbers == number
+        bad |= np.count_nonzero(here & plausible, axis=1) < fewest[np.count_nonzero(here, axis=1)]
     return bad
 
 

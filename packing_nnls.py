@@ -25,13 +25,18 @@ def nnls(histogram: np.ndarray, depth: int) -> Recipe:
     """The recipe of NNLSHP in whole rows.  Where those have a slot too many, a shorter sequence takes it; sequences
     without a slot are packed longest first (as published, both become padding).
     """
-    weights = np.where(np.arange(len(histogram)) <= SHORT_LENGTHS, SHORT_WEIGHT, 1.0)
+    weights = published_weights(len(histogram) - 1)
     strategies = full_strategies(len(histogram) - 1, depth)
     with threadpool_limits(1, user_api="blas"):  # threads cost more than they bring here, far more on a busy machine
         counts = nearest_counts(strategies, histogram, weights)
     strategies, counts = few_strategies(strategies, counts)
     rows = fill_rows(strategies, np.rint(counts), histogram, depth)
     return Recipe(rows, elementary_bound(histogram, depth))
+
+
+def published_weights(row_length: int) -> np.ndarray:
+    """What the residual of each length from 0 to the row length counts."""
+    return np.where(np.arange(row_length + 1) <= SHORT_LENGTHS, SHORT_WEIGHT, 1.0)
 
 
 def full_strategies(row_length: int, depth: int) -> np.ndarray:

@@ -7,29 +7,32 @@ training.py holds the loop.  torch is imported after the flags are read: Gaudi's
 """
 
 import sys
+from functools import partial
 
 import cli
 import gaudi_environment
 from arguments import parse_arguments
 from cli import UserError
+from shard_reader import ShardReader
 
 
 def main(argv=None) -> None:
     args = parse_arguments(argv)
-    with gaudi_environment.prepared(args):
-        pretrain(args)
+    with gaudi_environment.prepared(args), ShardReader() as reader:
+        pretrain(args, reader)
 
 
-def pretrain(args) -> dict:
+def pretrain(args, reader) -> dict:
     """Train as the flags say; the figures of the summary.  Nothing is written before everything has been checked."""
     import checkpoint
+    import cpu_layers
     import dataset
     import device as devices
     import distributed
     from compilation import compile_training
     from mixed_precision import Precision
     from modeling import BertConfig, BertForPreTraining
-    from optimizers import build_optimizer
+    from optimizers import build_optimizer, restore_skip_counts
     from training import BatchPlan, Trainer
     from training_log import TrainingLog
 
@@ -38,13 +41,15 @@ def pretrain(args) -> dict:
     precision = Precision(args, device)
 
     config = BertConfig.from_json_file(args.config_file)
-    shards = training_shards(args, config)
-    held_out = held_out_shards(args, config)
-    plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(shards))
+    shards = training_shards(args, config, reader)
+    held_out = held_out_shards(args, config, reader)
+    plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(shards, reader, args.skip_bad_shards))
     start = checkpoint.find_start(args, report=warn)
+    shards, left_out = dataset.as_before(shards, start.data, args.skip_bad_shards, warn) if start.data else (shards, {})
 
     device.seed(args.seed)
-    model = BertForPreTraining(config, device.attention, args.checkpoint_activations, precision.autocast,
+    attention, layers_choice = cpu_layers.choose(args, device, config)
+    model = BertForPreTraining(config, attention, args.checkpoint_activations, precision.autocast,
                                precision.casts_off)
     if start.state:
         checkpoint.check_architecture(config, start.state, start.path)
@@ -53,29 +58,38 @@ def pretrain(args) -> dict:
     optimizer, choice = build_optimizer(args, model, device)
     if start.state and start.state.get("optimizer"):
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
-    choices = [choice, compile_training(device, model, optimizer)] if args.use_torch_compile else [choice]
-    stream = dataset.BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, process.rank,
-                                 process.world_size, start.rows)
+    restore_skip_counts(optimizer, start.skipped)
+    precision.restore(start.scaler)
+    choices = [layers_choice, choice]
+    if args.use_torch_compile:
+        choices.append(compile_training(device, model, optimizer))
 
     log = TrainingLog(args.json_summary, active=process.first, append=args.resume_from_checkpoint)
     log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})
     for line in [*opening(args, device, precision, shards, model, plan, start), *choices]:
         log.say(line)
+    stream = dataset.BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, process.rank,
+                                 process.world_size, start.rows, left_out, reader,
+                                 report=log.warn if args.skip_bad_shards else None)
     try:
         trainer = Trainer(args, process, device, precision, model, optimizer, stream, plan, start, held_out, log)
         summary = trainer.train()
         log.say(closing(args, summary))
         return summary
     finally:
+        stream.close()
         log.close()
 
 
-def training_shards(args, config) -> list:
+def training_shards(args, config, reader) -> list:
     """The shards of --input_dir, checked against the flags and the config."""
     import dataset
     import shards as shard_files
 
-    found = shard_files.find(args.input_dir)
+    unreadable = [] if args.skip_bad_shards else None
+    found = shard_files.find(args.input_dir, inspect=partial(reader.call, shard_files.inspect), unreadable=unreadable)
+    for fault in unreadable or ():
+        warn(f"left out from the start: {fault}")
     first = found[0]
     if first.sequence_length != args.max_seq_length:
         raise UserError(f"{first.path}: its rows have {first.sequence_length} tokens, "
@@ -92,16 +106,17 @@ def training_shards(args, config) -> list:
     if args.avg_seq_per_pack is not None:
         warn("--avg_seq_per_pack is deprecated and has no effect: the data decides")
     check_length("--max_seq_length", args.max_seq_length, config)
-    dataset.check_first_rows(found, config.vocab_size)
+    if not args.skip_bad_shards:
+        dataset.check_first_rows(found, config.vocab_size, reader)
     return found
 
 
-def held_out_shards(args, config) -> list | None:
+def held_out_shards(args, config, reader) -> list | None:
     import shards as shard_files
 
     if not args.eval_dir:
         return None
-    found = shard_files.find(args.eval_dir, "test", "--eval_dir")
+    found = shard_files.find(args.eval_dir, "test", "--eval_dir", partial(reader.call, shard_files.inspect))
     check_length(f"{found[0].path}: the row length", found[0].sequence_length, config)
     return found
 

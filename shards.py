@@ -5,7 +5,6 @@ An unpacked row holds one sequence; a packed one holds up to N, numbered 1, 2, â
 needed here: the stages that make data run where there is no torch.
 """
 
-import io
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,11 @@ import h5py
 import numpy as np
 
 from cli import UserError
-from file_utils import local_folder, replacing
+from file_utils import PatientFile, local_folder, replacing
 
 ROWS_PER_CHUNK = 1024  # of the shards written here: HDF5 compresses and reads this many rows at a time
+MOST_COMPRESSED = 5000  # times that rows can be larger than their file (gzip: about 1000, zstd: more)
+DAMAGE = (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,12 @@ def inspect(path) -> Shard:
             raise UserError(f"{path}: no data set {', '.join(missing)} (a shard holds {', '.join(keys)})")
         shapes = {key: file[key].shape for key in keys}
         kinds = {key: file[key].dtype.kind for key in keys}
+        size = sum(file[key].nbytes for key in keys)
     for key in keys:
         if kinds[key] not in "iu":
             raise UserError(f"{path}: {key} holds no integers")
+    if size > MOST_COMPRESSED * path.stat().st_size:
+        raise UserError(f"{path}: cannot hold the {size} bytes of rows that it says it holds")
     shard = Shard(
         path=path,
         rows=shapes["input_ids"][0] if shapes["input_ids"] else 0,
@@ -102,17 +106,18 @@ def expected_shape(shard: Shard, key: str) -> tuple:
     return (shard.rows,) if width == "1" else (shard.rows, sizes[width])
 
 
-def find(folder, split: str = "training", flag: str = "--input_dir") -> list[Shard]:
+def find(folder, split: str = "training", flag: str = "--input_dir", inspect=inspect, unreadable=None) -> list[Shard]:
     """The shards of a folder, in the order of their names: every packed .hdf5 file, and the unpacked ones whose names
     hold `split` ("training" or "test").  Other files do no harm.
 
-    Raises UserError, naming `flag`, where the folder is missing or no shard is in it, where its shards are
-    not all of one form.
+    `inspect` reads a header, here or in another process; a list `unreadable` gets the errors of shards that it cannot
+    read, which are passed over.  Raises UserError, naming `flag`, where the folder is missing or no shard is in it,
+    where its shards are not all of one form, and, without that list, where one cannot be read.
     """
     folder = local_folder(folder)
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
-    shards = [inspect(path) for path in sorted(folder.glob("*.hdf5"))]
+    shards = [shard for path in sorted(folder.glob("*.hdf5")) if (shard := inspected(path, inspect, unreadable))]
     shards = [shard for shard in shards if shard.packed or split in shard.path.name]
     if not shards:
         raise UserError(f"{flag} {folder}: no shard in it "
@@ -126,6 +131,16 @@ def find(folder, split: str = "training", flag: str = "--input_dir") -> list[Sha
     return shards
 
 
+def inspected(path, inspect, unreadable: list | None) -> Shard | None:
+    try:
+        return inspect(path)
+    except UserError as error:
+        if unreadable is None:
+            raise
+        unreadable.append(str(error))
+        return None
+
+
 def description(shard: Shard) -> str:
     """The form of a shard in words; shards of one set share it."""
     packed = f"packed to {shard.max_sequences} sequences a row" if shard.packed else "unpacked"
@@ -135,10 +150,25 @@ def description(shard: Shard) -> str:
 def read(shard: Shard, keys=None, rows=...) -> dict[str, np.ndarray]:
     """All rows of a shard, or those of the slice `rows`, each key as one array in the dtype of the file."""
     with opened(shard.path) as file:
-        try:
-            return {key: file[key][rows] for key in keys or (PACKED_KEYS if shard.packed else UNPACKED_KEYS)}
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{shard.path}: cannot be read: {error}") from None
+        return {key: file[key][rows] for key in keys or (PACKED_KEYS if shard.packed else UNPACKED_KEYS)}
+
+
+def read_checked(shard: Shard, vocab_size: int) -> dict[str, np.ndarray]:
+    """All rows of a shard; UserError naming file, row and value where the model could not take one."""
+    rows = read(shard)
+    for key, values in rows.items():
+        if values.shape != expected_shape(shard, key) or values.dtype.kind not in "iu":
+            raise UserError(f"{shard.path}: changed since the run began: {key} is now {values.shape}, {values.dtype}")
+    fault = first_fault(shard, rows, vocab_size)
+    if fault:
+        raise UserError(f"{shard.path}: {fault}")
+    return rows
+
+
+def count_sequences(shard: Shard) -> int:
+    """How many sequences the rows of a packed shard hold."""
+    key = "next_sentence_weights"
+    return int(np.count_nonzero(read(shard, [key])[key]))
 
 
 def write(path, rows: dict[str, np.ndarray]) -> None:
@@ -203,29 +233,18 @@ def created(path):
                 raise OSError(raw.failure.errno, raw.failure.strerror, str(path)) from None
 
 
-class PatientFile(io.FileIO):
-    """A file that keeps the first failure of a write to itself, and lets what comes after it go nowhere."""
-
-    failure: OSError | None = None
-
-    def write(self, data) -> int:
-        view = memoryview(data).cast("B")
-        try:
-            while view and not self.failure:
-                view = view[super().write(view):]
-        except OSError as error:
-            self.failure = error
-        return len(data)
-
-
+@contextmanager
 def opened(path):
-    """An h5py.File for reading; UserError where there is none or it is no HDF5."""
+    """A block with the h5py.File of a shard.  UserError where there is none, and where the block meets a damage."""
     try:
-        return h5py.File(path, "r")
+        with h5py.File(path, "r") as file:
+            yield file
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: not a readable HDF5 file ({error})") from None
+    except DAMAGE as error:
+        raise UserError(f"{path}: not a readable HDF5 file ({type(error).__name__}: {error})") from None
 
 
 def first_fault(shard: Shard, rows: dict[str, np.ndarray], vocab_size: int) -> str | None:
@@ -240,4 +259,7 @@ def first_fault(shard: Shard, rows: dict[str, np.ndarray], vocab_size: int) -> s
         if bad.any():
             where = np.argwhere(bad)[0]
             return f"{key} of row {where[0]} holds {values[tuple(where)]}, not from 0 to {limits[key] - 1}"
+    empty = ~rows["input_mask"].any(axis=1)
+    if empty.any():
+        return f"row {empty.argmax()} holds no token"
     return None

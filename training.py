@@ -1,5 +1,6 @@
 """The training loop: one iteration is one optimizer step."""
 
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,13 +9,17 @@ import numpy as np
 import torch
 
 import checkpoint
+import lamb
 import optimizers
+from checkpoint_writer import CheckpointWriter
+from cli import UserError
 from compilation import GraphWatch
 from dataset import sequences_in
 from evaluation import describe, evaluate
 from profiling import StepProfiler
 from schedulers import learning_rate
 from training_log import Throughput
+from utilization import NeededFlops, peak_flops
 
 LOSSES = ("loss", "mlm_loss", "nsp_loss")
 
@@ -63,17 +68,27 @@ class Trainer:
         self.log = log
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
         self.log_every = max(1, round(args.log_freq))
-        self.throughput = Throughput()
+        self.needed_flops = NeededFlops(model.config)
+        self.throughput = Throughput(peak_flops(args, device))
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, process.rank, log.say)
         self.batch = None
         self.final_loss = None
-        self.loss_sums = self.zero_losses()  # over the steps since the last log line
+        self.loss_sums = self.zero_losses(1)  # over the steps since the last log line, and how many were added
+        self.phase1_end = args.phase1_end_step if args.phase2 else 0
+        self.checkpoints = CheckpointWriter(args.output_dir, device, log.say, log.warn, self.phase1_end)
 
     def train(self) -> dict:
         """Run from the start to the last step of this run; the figures of its summary."""
         began = time.perf_counter()
         self.log.start_bar(self.start.step, self.last_step, self.args.disable_progress_bar)
+        try:
+            self.run_steps()
+        finally:
+            self.checkpoints.close()
+        return self.summary(time.perf_counter() - began)
+
+    def run_steps(self) -> None:
         for step in range(self.start.step + 1, self.last_step + 1):
             with self.profiler.around(step):
                 losses = self.train_step(step)
@@ -83,8 +98,8 @@ class Trainer:
                 self.save(step)
             if self.held_out and self.is_due(step, self.args.eval_freq):
                 self.evaluate(step)
+            self.checkpoints.report_when_written()
             self.log.advance()
-        return self.summary(time.perf_counter() - began)
 
     def train_step(self, step: int) -> torch.Tensor:
         """One optimizer step; the mean LOSSES of its micro-batches, on the device.  (3,)
@@ -100,27 +115,29 @@ class Trainer:
         for _ in range(self.plan.accumulation_steps):
             with self.precision.autocast():
                 outputs = self.model(batch)
-            self.precision.backward(outputs["loss"] / self.plan.accumulation_steps)
+            self.precision.backward(poisoned_unless_finite(outputs["loss"]) / self.plan.accumulation_steps)
             losses += torch.stack([outputs[name].detach() for name in LOSSES])
             self.device.mark_step()
             batch = self.next_batch()  # while the device works
         self.batch = batch
         losses /= self.plan.accumulation_steps
-        self.loss_sums += losses
+        self.loss_sums += with_count(losses)
         self.precision.step(self.optimizer)
         self.optimizer.zero_grad()
         self.device.mark_step()
         self.throughput.add_step()
         return losses
 
-    def zero_losses(self) -> torch.Tensor:
-        return torch.zeros(len(LOSSES)).to(self.device.torch_device)
+    def zero_losses(self, more: int = 0) -> torch.Tensor:
+        return torch.zeros(len(LOSSES) + more).to(self.device.torch_device)
 
     def next_batch(self) -> dict[str, torch.Tensor]:
         """The next micro-batch, on its way to the device."""
         began = time.perf_counter()
         batch = next(self.stream)
-        self.throughput.add_micro_batch(sequences_in(batch) * self.process.world_size, time.perf_counter() - began)
+        waiting = time.perf_counter() - began
+        self.throughput.add_micro_batch(sequences_in(batch) * self.process.world_size, waiting,
+                                        self.needed_flops.of_batch(batch))
         return self.device.put(batch)
 
     def is_due(self, step: int, every: int) -> bool:
@@ -132,19 +149,26 @@ class Trainer:
         return self.start.rows + (step - self.start.step) * self.plan.rows * self.process.world_size
 
     def epoch(self, step: int) -> int:
-        return self.rows_used(step) // sum(self.stream.rows_per_shard)
+        return self.stream.epoch(self.rows_used(step))
 
     def log_step(self, step: int, losses: torch.Tensor) -> None:
-        """Log the steps since the last time: the only place in the loop where values reach the host."""
+        """Log the steps since the last time: the only place in the loop where values reach the host.
+
+        The average is over the steps whose loss is finite.
+        """
         told = optimizers.figures(self.optimizer)
         values = torch.cat([self.loss_sums, losses, *(value.reshape(1) for value in told.values())]).tolist()
-        self.final_loss = values[0] / self.throughput.steps
-        self.loss_sums = self.zero_losses()
+        told = dict(zip(told, values[7:], strict=True))
+        self.final_loss = values[0] / values[3] if values[3] else math.nan
+        self.loss_sums = self.zero_losses(1)
         new_graphs = self.graph_watch.new_graphs(step - self.start.step)
         self.log.step(self.epoch(step), step, {
-            "average_loss": self.final_loss, "step_loss": values[3], "mlm_loss": values[4], "nsp_loss": values[5],
-            "learning_rate": self.optimizer.param_groups[0]["lr"], **dict(zip(told, values[6:], strict=True)),
+            "average_loss": self.final_loss, "step_loss": values[4], "mlm_loss": values[5], "nsp_loss": values[6],
+            "learning_rate": self.optimizer.param_groups[0]["lr"], **told, "skipped_shards": len(self.stream.left_out),
             **self.throughput.read(), **self.device.memory(), **self.device.graphs()})
+        self.stop_where_lost(step, told)
+        if not optimizers.can_skip(self.optimizer) and not math.isfinite(values[4]):
+            raise self.lost(step, f"the loss is {values[4]}, and {type(self.optimizer).__name__} cannot skip a step")
         if new_graphs:
             self.log.say(f"warning: {new_graphs} graphs compiled since the last line, though the warm-up is over: "
                          f"something changes shape or value from step to step (docs/graphs.md)")
@@ -156,15 +180,31 @@ class Trainer:
             yield
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of everything that the next step depends on."""
-        phase1_end = self.args.phase1_end_step if self.args.phase2 else 0
+        """Begin to write a checkpoint of everything that the next step depends on."""
         with self.paused():
-            self.device.synchronize()
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step,
-                     "phase": 2 if self.args.phase2 else 1, "rows": self.rows_used(step),
-                     "config": vars(self.model.config)}
-            path = checkpoint.save(self.args.output_dir, phase1_end + step, to_host(state), protected=phase1_end)
-        self.log.say(f"saved {path}")
+            told = {name: value.item() for name, value in optimizers.figures(self.optimizer).items()}
+            self.stop_where_lost(step, told)
+            if not torch.isfinite(lamb.norm(list(self.model.parameters()))).item():
+                raise self.lost(step, "there are weights that are not finite")
+            # With keep_vars a tied weight is one tensor, not two that share their memory: it is copied once.
+            state = {"model": self.model.state_dict(keep_vars=True), "optimizer": self.optimizer.state_dict(),
+                     "step": step, "phase": 2 if self.args.phase2 else 1, "rows": self.rows_used(step),
+                     "config": vars(self.model.config), "data": self.stream.state(), "scaler": self.precision.state(),
+                     "skipped": {name: int(told[name]) for name in optimizers.SKIP_COUNTS if name in told}}
+            self.checkpoints.save(self.phase1_end + step, state)
+
+    def stop_where_lost(self, step: int, told: dict[str, float]) -> None:
+        """UserError where so many steps in a row were skipped that there is no hope left."""
+        skipped = int(told.get("most_skipped_in_a_row", 0))
+        if skipped >= self.args.max_skipped_steps:
+            raise self.lost(step, f"{skipped} steps in a row were skipped, since the loss or the gradient norm was not "
+                                  f"finite (--max_skipped_steps {self.args.max_skipped_steps})")
+
+    def lost(self, step: int, reason: str) -> UserError:
+        kept = checkpoint.steps(self.args.output_dir)
+        newest = checkpoint.path_of(self.args.output_dir, kept[-1]) if kept else "none"
+        return UserError(f"step {step}: {reason}; the last good checkpoint, {newest}, is as it was: "
+                         f"look at the data, or go on from there with a lower --learning_rate")
 
     def evaluate(self, step: int) -> None:
         with self.paused():
@@ -185,15 +225,15 @@ def step_seed(args, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([args.seed, args.phase2, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def to_host(state):
-    """Nested dicts and lists with every tensor on the host; a tensor that occurs twice is copied once."""
-    copies = {}
+def poisoned_unless_finite(loss: torch.Tensor) -> torch.Tensor:
+    """The same loss, but one that is not finite gives gradients that are not, on whatever path it came about.
 
-    def copied(value):
-        if isinstance(value, torch.Tensor):
-            return copies.setdefault(id(value), value.detach().cpu())
-        if isinstance(value, dict):
-            return {key: copied(item) for key, item in value.items()}
-        return [copied(item) for item in value] if isinstance(value, list) else value
+    So a single test, that of the gradient norm, is enough, and where ranks add up their gradients, all find the same.
+    """
+    return loss / torch.isfinite(loss.detach()).float()  # by 1, or by 0
 
-    return copied(state)
+
+def with_count(losses: torch.Tensor) -> torch.Tensor:
+    """The losses and a 1 behind them; zeros where they are not finite.  (3,) → (4,)"""
+    finite = torch.isfinite(losses.sum()).float()
+    return torch.cat([losses.masked_fill(finite == 0.0, 0.0), finite.reshape(1)])

@@ -3,6 +3,7 @@
     python benchmarks/lamb_step.py [--json]
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -45,19 +46,23 @@ def optimizer_steps() -> tuple[dict, int]:
     """A step function for each optimizer, each with parameters and gradients of its own."""
     import torch
 
+    from fused_lamb import CpuFusedNVLAMB
     from lamb import NVLAMB
     from modeling import BertConfig, BertForPreTraining
     from optimizers import parameter_groups
 
-    makers = {"lamb": lambda groups: NVLAMB(groups, lr=1e-3),
+    makers = {"lamb": lambda groups: CpuFusedNVLAMB(groups, lr=1e-3),
+              "lamb_in_slices": lambda groups: NVLAMB(groups, lr=1e-3),
               "foreach_adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-3, foreach=True),
               "fused_adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True)}
+    model = BertForPreTraining(BertConfig(**BERT_BASE))
+    gradients = [torch.randn_like(parameter) * 1e-4 for parameter in model.parameters()]
     steps = {}
     for name, make in makers.items():
-        model = BertForPreTraining(BertConfig(**BERT_BASE))
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter) * 1e-4
-        steps[name] = make(parameter_groups(model)).step
+        own = copy.deepcopy(model)
+        for parameter, gradient in zip(own.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        steps[name] = make(parameter_groups(own)).step
     return steps, sum(parameter.numel() for parameter in model.parameters())
 
 

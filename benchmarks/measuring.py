@@ -42,15 +42,6 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def matrix_peak(device=None, size: int = 2048, repeats: int = 5) -> float:
-    """The most FLOP/s seen in products of two square fp32 matrices."""
-    import torch
-
-    one, other = torch.randn(2, size, size, device=device)
-    seconds = alternate({"product": lambda: (one @ other).sum().item()}, repeats)["product"]
-    return 2 * size**3 / min(seconds)
-
-
 def report(figures: dict, as_json: bool, lines: list[str]) -> None:
     """Print the figures as one JSON object, or as lines for people."""
     print(json.dumps(figures, indent=2) if as_json else "\n".join(lines))

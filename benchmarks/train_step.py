@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
-from benchmarks.measuring import alternate, machine, matrix_peak, report, spread
+from benchmarks.measuring import alternate, machine, report, spread
 
 SHAPES = {  # layers, hidden size, heads, rows, tokens
     "mini": (4, 256, 4, 32, 128),
@@ -32,6 +32,8 @@ def main(argv=None) -> None:
 
     import torch
 
+    from utilization import NeededFlops, matrix_peak
+
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     layers, hidden, heads, rows, tokens = SHAPES[args.model]
@@ -39,7 +41,7 @@ def main(argv=None) -> None:
     batch = random_batch(rows, tokens)
     steps = {"ours": ours_step(ours, batch), "transformers": transformers_step(theirs, batch)}
     ours_seconds, their_seconds = map(spread, alternate(steps, args.repeats).values())
-    flops, peak = needed_flops(layers, hidden, rows, tokens), matrix_peak()
+    flops, peak = NeededFlops(ours.config).of_batch(batch), matrix_peak("cpu", torch.float32, 2048, 5)
     figures = {
         "model": args.model, "batch": f"{rows} x {tokens}",
         "seconds": ours_seconds, "transformers_seconds": their_seconds,
@@ -54,7 +56,7 @@ def main(argv=None) -> None:
         f"{peak / 1e9:.0f} GFLOP/s"])
 
 
-def models(layers: int, hidden: int, heads: int):
+def models(layers: int, hidden: int, heads: int, attention="kernels"):
     """Our model and transformers' with the same weights, both in train mode."""
     import transformers
 
@@ -64,7 +66,7 @@ def models(layers: int, hidden: int, heads: int):
               "hidden_size": hidden, "initializer_range": 0.02, "intermediate_size": 4 * hidden,
               "max_position_embeddings": 512, "num_attention_heads": heads, "num_hidden_layers": layers,
               "type_vocab_size": 2, "vocab_size": VOCABULARY}
-    ours = BertForPreTraining(BertConfig(**values), "plain").train()
+    ours = BertForPreTraining(BertConfig(**values), attention).train()
     theirs = transformers.BertForPreTraining(transformers.BertConfig(**values, attn_implementation="sdpa")).train()
     weights = {name.replace("dense_act", "dense"): value for name, value in ours.state_dict().items()}
     weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
@@ -107,14 +109,6 @@ def transformers_step(model, batch: dict):
         model.zero_grad()
         model(**inputs).loss.backward()
     return step
-
-
-def needed_flops(layers: int, hidden: int, rows: int, tokens: int) -> float:
-    """Forward + backward of full rows: 6 per weight and token, attention, and the MLM head on masked tokens."""
-    encoder_weights = layers * 12 * hidden**2
-    per_token = 6 * encoder_weights + 12 * layers * hidden * tokens
-    per_masked_token = 6 * (hidden**2 + hidden * VOCABULARY)
-    return rows * (tokens * per_token + PREDICTIONS[tokens] * per_masked_token)
 
 
 if __name__ == "__main__":

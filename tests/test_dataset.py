@@ -14,6 +14,7 @@ import shards
 import synthetic
 from cli import UserError
 from dataset import BatchStream, batches_once, micro_batch_rows, pieces, row_order, shard_order
+from shard_reader import ShardReader
 
 ROWS_OF_SHARDS = {1: [29], 3: [7, 13, 5], 7: [1, 9, 4, 2, 11, 3, 6]}
 
@@ -67,6 +68,12 @@ def test_pieces_span_shards_and_epochs():
 @pytest.fixture
 def folder(tmp_path):
     return samples.write_dataset(tmp_path)
+
+
+@pytest.fixture
+def reader():
+    with ShardReader() as reader:
+        yield reader
 
 
 def stored_rows(found) -> list[bytes]:
@@ -134,17 +141,17 @@ def packed_rows():
     return {key: value.numpy() for key, value in samples.packed_batch(batch, [[0, 1], [2], [3]], 24).items()}
 
 
-def test_sequences_per_row_come_from_metadata_else_from_the_shards(tmp_path):
+def test_sequences_per_row_come_from_metadata_else_from_the_shards(tmp_path, reader):
     folder = tmp_path / "packed"
     shards.write(folder / "part.hdf5", packed_rows())
     found = shards.find(folder)
-    assert dataset.average_sequences_per_row(found) == pytest.approx(4 / 3)
+    assert dataset.average_sequences_per_row(found, reader) == pytest.approx(4 / 3)
     (tmp_path / "packed_metadata.json").write_text('{"avg_seq_per_sample": 1.5}')
-    assert dataset.average_sequences_per_row(found) == 1.5
+    assert dataset.average_sequences_per_row(found, reader) == 1.5
     for bad in ("{}", "[1]", '{"avg_seq_per_sample": "many"}', '{"avg_seq_per_sample": 99}', "{"):
         (tmp_path / "packed_metadata.json").write_text(bad)
         with pytest.raises(UserError, match="packed_metadata.json"):
-            dataset.average_sequences_per_row(found)
+            dataset.average_sequences_per_row(found, reader)
 
 
 def test_unpacked_rows_become_packed_rows_of_one_sequence(folder):

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import lamb
 import samples
+from fused_lamb import CpuFusedNVLAMB
 from lamb import NVLAMB
 from modeling import BertForPreTraining
 from optimizers import parameter_groups
@@ -36,8 +37,9 @@ def by_hand(weights, gradients_of_steps, rate, decays):
 
 def lamb_steps(weights, gradients_of_steps, rate, decays, way):
     parameters = [torch.nn.Parameter(torch.tensor(weight)) for weight in weights]
-    optimizer = NVLAMB([{"params": [parameter], "weight_decay": decay}
-                        for parameter, decay in zip(parameters, decays, strict=True)], lr=rate)
+    make = CpuFusedNVLAMB if way == "update_by_kernel" else NVLAMB
+    optimizer = make([{"params": [parameter], "weight_decay": decay}
+                      for parameter, decay in zip(parameters, decays, strict=True)], lr=rate)
     optimizer.update = getattr(optimizer, way)
     for gradients in gradients_of_steps:
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -46,7 +48,7 @@ def lamb_steps(weights, gradients_of_steps, rate, decays, way):
     return parameters, optimizer
 
 
-WAYS = ["update_by_the_paper", "update_in_slices"]
+WAYS = ["update_by_the_paper", "update_in_slices", "update_by_kernel"]
 WEIGHTS = [[0.5, -1.0, 2.0], [0.3, 0.0], [0.0, 0.0]]
 DECAYS = [0.01, 0.0, 0.01]
 GRADIENTS = [[[3.0, 0.1, -2.0], [0.7, 1.0], [0.2, 0.1]],  # norm 3.8: clipped
@@ -66,6 +68,36 @@ def test_lamb_first_step_by_hand_in_one_line():
     """One weight 2, gradient 0.5: u = 0.5/(0.5 + 1e-6) + 0.01·2 = 1.02, trust 2/1.02, w = 2 − 0.1·2 = 1.8."""
     (parameter,), _ = lamb_steps([[2.0]], [[[0.5]]], 0.1, [0.01], "update_in_slices")
     assert parameter.item() == pytest.approx(1.8, abs=1e-6)
+
+
+def test_the_kernel_gives_the_same_steps_at_any_length():
+    """Lengths around the block of the kernel, one parameter beside another, in one group."""
+    lengths, results = (1, 4095, 4096, 4097, 20_001, 3), []
+    for make in (NVLAMB, CpuFusedNVLAMB):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(length)) for length in lengths]
+        optimizer = make([{"params": parameters[:5], "weight_decay": 0.01},
+                          {"params": parameters[5:], "weight_decay": 0.0}], lr=0.1)
+        optimizer.update = getattr(optimizer, "update_by_the_paper" if make is NVLAMB else "update_by_kernel")
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape)
+            optimizer.step()
+        results.append(parameters)
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, atol=5e-6, rtol=1e-5)
+
+
+def test_states_of_the_kernel_and_of_the_slices_are_exchanged():
+    parameters, optimizer = lamb_steps(WEIGHTS, GRADIENTS[:1], 0.1, DECAYS, "update_by_kernel")
+    others, other = lamb_steps([parameter.tolist() for parameter in parameters], [], 0.1, DECAYS, "update_in_slices")
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group, own in ((parameters, optimizer), (others, other)):
+        for parameter, gradient in zip(group, GRADIENTS[1], strict=True):
+            parameter.grad = torch.tensor(gradient)
+        own.step()
+    for one, two in zip(parameters, others, strict=True):
+        assert_close(one, two, atol=1e-6, rtol=1e-5)
 
 
 def test_slices_of_any_length_give_the_same_step(monkeypatch):

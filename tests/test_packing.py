@@ -103,7 +103,8 @@ def test_knapsack_finds_the_most_valuable_row(values, depth):
 @pytest.mark.parametrize(("depth", "seed"), [(1, 0), (2, 1), (3, 2), (3, 3)])
 def test_nnls_reaches_the_objective_of_scipy(depth, seed):
     histogram = np.append(0, (np.random.default_rng(seed).random(33)**3 * 1000).astype(np.int64))
-    weights = np.where(np.arange(34) <= 8, 0.09, 1.0)
+    weights = packing_nnls.published_weights(33)
+    assert weights.tolist() == [0.09] * 9 + [1.0] * 25
     strategies = packing_nnls.full_strategies(33, depth)
     matrix = packing_nnls.weighted_counts(strategies, weights).toarray()
     counts, distance = scipy.optimize.nnls(matrix, weights * histogram)
@@ -179,3 +180,16 @@ def test_placement_gives_every_slot_of_every_row_to_one_sequence(histogram, dept
     strategies = [tuple(row[slot] for slot in range(len(row))) for row in packed.values()]
     assert sorted(packed) == list(range(recipe.row_count))
     assert sorted(strategies) == sorted(recipe.rows.elements())
+
+
+def test_seed_decides_which_sequences_meet():
+    histogram = np.zeros(101, np.int64)
+    histogram[50] = 1000
+    pairs = []
+    for seed in (1, 1, 2):
+        placement = packing_placement.Placement(METHODS["lpfhp"](histogram, 2), histogram, seed)
+        rows, _ = placement.rows_and_slots(np.full(1000, 50), np.arange(1000))
+        pairs.append({tuple(pair) for pair in np.argsort(rows, kind="stable").reshape(500, 2).tolist()})
+    assert pairs[0] == pairs[1]
+    assert len(pairs[0] & pairs[2]) < 10
+    assert 200 < np.mean([second - first for first, second in pairs[0]]) < 470  # a third of 1000 where all is chance

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 import packing_shards
 import shards
 from cli import UserError
+from data.pool import open_pool, ordered_map
 from pack_pretraining_data_pytorch import main
 from synthetic import write_unpacked_shard
 
@@ -253,6 +255,24 @@ def test_interrupted_run_leaves_no_output(tmp_path, stop):
     assert process.returncode == 130
     assert "interrupted" in errors and "Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["unpacked"]
+
+
+def write_late(path, fail):
+    """A task that fails at once, or writes a file after a while."""
+    if fail:
+        raise UserError("failed")
+    time.sleep(0.5)
+    Path(path).write_text("late")
+
+
+def test_no_task_goes_on_writing_after_another_failed(tmp_path):
+    tasks = [(tmp_path / "0", True), (tmp_path / "1", False), (tmp_path / "2", False)]
+    with open_pool(2) as pool:
+        with pytest.raises(UserError, match="failed"), closing(ordered_map(pool, write_late, tasks)) as results:
+            list(results)
+        before = contents(tmp_path)
+        time.sleep(1)
+        assert contents(tmp_path) == before
 
 
 # --- bad input ---

@@ -10,6 +10,7 @@ import h5py
 import pytest
 import torch
 
+import cpu_kernels
 import evaluate
 import run_pretraining
 import samples
@@ -74,6 +75,14 @@ def test_log_has_the_lines_that_its_readers_expect(workspace):
     assert [line["step"][1] for line in lines if "eval_mlm_loss" in line["data"]] == [3, 6]
     assert lines[-1]["step"] == []
     assert {"e2e_train_time", "training_sequences_per_second", "final_loss", "raw_train_time"} <= set(lines[-1]["data"])
+
+
+def test_log_shows_utilization_of_a_given_or_measured_peak(workspace):
+    train(max_steps=1, skip_checkpoint=True, peak_tflops=1000.0)
+    train(max_steps=1, skip_checkpoint=True, json_summary="measured.json")
+    given, measured = (samples.log_lines(workspace / path)[1]["data"]["model_flops_utilization"]
+                       for path in ("out/log.json", "measured.json"))
+    assert 0 < given < 1e-3 and given < measured < 1
 
 
 def test_average_loss_is_the_mean_of_the_steps_since_the_last_line(workspace):
@@ -159,10 +168,29 @@ def test_lazy_device_has_the_losses_of_the_cpu(workspace):
     found = []
     for device in ("no_cuda", "use_torch_lazy"):
         folder = f"out_{device}"
-        changes = {"no_cuda": None, "output_dir": folder, "json_summary": f"{folder}.json", device: True}
+        changes = {"no_cuda": None, "output_dir": folder, "json_summary": f"{folder}.json", device: True,
+                   "use_cpu_kernels": "no"}  # they have a dropout of their own
         run_script("run_pretraining.py", *flags(**changes))
         found.append(samples.losses(workspace / f"{folder}.json"))
     assert found[1] == pytest.approx(found[0], abs=1e-5)
+
+
+def test_fused_lamb_has_the_losses_of_lamb(workspace, capsys):
+    train(skip_checkpoint=True)
+    train(skip_checkpoint=True, use_fused_lamb=True, json_summary="fused.json")
+    assert "optimizer: NVLAMB in one kernel compiled for this CPU over" in capsys.readouterr().out
+    assert samples.losses(workspace / "fused.json") == pytest.approx(samples.losses(workspace / "out/log.json"),
+                                                                     rel=1e-5)
+
+
+def test_without_a_compiler_a_run_says_so_and_goes_on(workspace, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cpu_kernels.load.cache_clear()
+    train(skip_checkpoint=True, use_fused_lamb=True, max_steps=2)
+    cpu_kernels.load.cache_clear()
+    printed = capsys.readouterr().out
+    assert printed.count("no C++ compiler no-such-compiler") == 2
+    assert set(samples.losses(workspace / "out/log.json")) == {1, 2}
 
 
 def test_bf16_run_is_near_fp32(workspace):
@@ -222,12 +250,13 @@ def refused(workspace, capsys, **changes) -> str:
     ({"fp16": True, "hmp": True}, "--fp16 and --hmp exclude each other"),
     ({"fp16": True}, "--fp16 needs CUDA, but the device is cpu"),
     ({"phase2": True}, "--phase2 needs --resume_from_checkpoint"),
-    ({"phase2": True, "resume_from_checkpoint": True}, "no checkpoint in it that can be read"),
+    ({"phase2": True, "resume_from_checkpoint": True}, "no checkpoint in it; --phase2 goes on from ckpt_6.pt"),
     ({"do_train": None}, "--do_train is not given"),
     ({"train_batch_sise": 8}, "unrecognized arguments: --train_batch_sise=8"),
     ({"train_batch_size": "eight"}, "'eight' is not a whole number"),
     ({"use_zero_optimizer": "perhaps"}, "'perhaps' is neither true nor false"),
     ({"steps_this_run": 7}, "--steps_this_run 7 is neither -1 nor from 1 to --max_steps 6"),
+    ({"peak_tflops": -1}, "--peak_tflops -1.0 is not a number of at least 0"),
     ({"warmup_proportion": 1.5}, "'1.5' is not a number from 0 to 1"),
     ({"eval_dir": "data"}, "--eval_dir data: no shard in it"),
     ({"init_checkpoint": "config.json"}, "config.json: not a readable checkpoint"),

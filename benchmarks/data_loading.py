@@ -1,0 +1,98 @@
+"""Rows a second that one process reads from shards into ready batches: unpacked at 128 tokens, packed at 512.
+
+Shards of random words in the schema, gzip-compressed as the data preparation writes them, are made in a temporary
+folder; then whole epochs are read, each by a fresh stream, waiting for every batch as a device of no cost would.
+
+    python benchmarks/data_loading.py [--json]
+"""
+
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # synthetic.py
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli
+from benchmarks.measuring import machine, report, spread
+from shard_reader import ShardReader
+
+VOCABULARY = 30522
+
+
+def main(argv=None) -> None:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=cli.positive_int, default=20_000, help="unpacked rows a shard")
+    parser.add_argument("--shards", type=cli.positive_int, default=3, help="shards")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=64, help="rows a batch")
+    parser.add_argument("--repeats", type=cli.positive_int, default=5, help="epochs read")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_unpacked(Path(folder) / "unpacked", args.shards, args.rows)
+        write_packed(Path(folder) / "packed", args.shards, args.rows // 4)
+        with ShardReader() as reader:
+            rates = {form: [epoch_rate(Path(folder) / form, args.batch_size, reader) for _ in range(args.repeats)]
+                     for form in ("unpacked", "packed")}
+    unpacked, packed = map(spread, rates.values())
+    figures = {"rows_per_second": unpacked["median"], "unpacked_128": unpacked, "packed_512": packed,
+               "batch_size": args.batch_size, "machine": machine("h5py", "numpy")}
+    report(figures, args.json, [
+        f"rows into batches of {args.batch_size}, one process, gzip-compressed shards",
+        *(f"  {name}  {rate['median']:,.0f} rows/s ({rate['min']:,.0f} to {rate['max']:,.0f})"
+          for name, rate in (("unpacked, 128 tokens", unpacked), ("packed, 512 tokens  ", packed)))])
+
+
+def write_unpacked(folder: Path, count: int, rows: int) -> None:
+    import numpy as np
+
+    import synthetic
+
+    for number in range(count):
+        lengths = np.random.default_rng(number).integers(20, 129, rows)
+        synthetic.write_unpacked_shard(folder / f"part_training_{number}.hdf5", lengths, number)
+
+
+def write_packed(folder: Path, count: int, rows: int) -> None:
+    """Rows of two sequences of 256 tokens each."""
+    import numpy as np
+
+    import shards
+    import synthetic
+
+    for number in range(count):
+        one, other = (synthetic.unpacked_rows(np.full(rows, 256), np.random.default_rng([number, half]), 256, 40)
+                      for half in (0, 1))
+        join = {key: np.concatenate([one[key], other[key]], axis=1) for key in ("input_ids", "segment_ids")}
+        shifted = np.where(other["masked_lm_positions"] > 0, other["masked_lm_positions"] + 256, 0)
+        halves = np.arange(512) // 256
+        shards.write(folder / f"part_{number}.hdf5", {
+            **join, "input_mask": np.tile(halves + 1, (rows, 1)), "positions": np.tile(np.arange(512) % 256, (rows, 1)),
+            "masked_lm_positions": np.concatenate([one["masked_lm_positions"], shifted], axis=1),
+            "masked_lm_ids": np.concatenate([one["masked_lm_ids"], other["masked_lm_ids"]], axis=1),
+            "next_sentence_positions": np.tile([0, 256], (rows, 1)),
+            "next_sentence_labels": np.stack([one["next_sentence_labels"], other["next_sentence_labels"]], axis=1),
+            "next_sentence_weights": np.ones((rows, 2), np.int32)})
+
+
+def epoch_rate(folder: Path, batch_size: int, reader) -> float:
+    """Rows a second of one epoch read by a new stream."""
+    import dataset
+    import shards
+
+    found = shards.find(folder, inspect=partial(reader.call, shards.inspect))
+    batches = sum(shard.rows for shard in found) // batch_size
+    stream = dataset.BatchStream(found, batch_size, seed=1, vocab_size=VOCABULARY, reader=reader)
+    began = time.perf_counter()
+    for _ in range(batches):
+        next(stream)
+    seconds = time.perf_counter() - began
+    stream.close()
+    return batches * batch_size / seconds
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,23 @@
+"""hmp, found up to 1.12.  It casts nothing here."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+from habana_frameworks import standin
+
+
+def convert(*, opt_level="O1", bf16_file_path="", fp32_file_path="", isVerbose=False) -> None:
+    assert opt_level in ("O1", "O2")
+    standin.record("hmp.convert", opt_level=opt_level, bf16=ops(bf16_file_path), fp32=ops(fp32_file_path),
+                   verbose=isVerbose)
+
+
+def ops(path: str) -> list[str]:
+    return Path(path).read_text().split() if path else []
+
+
+@contextmanager
+def disable_casts():
+    standin.record("hmp.disable_casts", entered=True)
+    yield
+    standin.record("hmp.disable_casts", entered=False)

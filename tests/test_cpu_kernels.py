@@ -1,0 +1,203 @@
+"""The kernels for CPUs against PyTorch's operations.  Without dropout, test_modeling.py compares whole models too."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import cpu_kernels
+import cpu_layers
+import samples
+from modeling import BertForPreTraining
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return cpu_kernels.load()
+
+
+def pair(seed: int = 0, **config) -> tuple[BertForPreTraining, BertForPreTraining]:
+    """The same model twice: through the kernels, and through plain operations."""
+    torch.manual_seed(seed)
+    fast = BertForPreTraining(samples.config(initializer_range=0.2, **config), "kernels").train()
+    plain = BertForPreTraining(fast.config, "plain").train()
+    plain.load_state_dict(fast.state_dict())
+    return fast, plain
+
+
+def dropped_share(seed: int, p: float, kernels, shape=(300, 100)) -> torch.Tensor:
+    """Dropout of ones, out of the kernel that adds a residual (here 0)."""
+    ones, zeros = torch.ones(shape), torch.zeros(shape)
+    nothing = torch.zeros(shape[1])
+    kernels.residual_norm(ones, nothing, zeros, nothing, nothing, torch.empty(shape), torch.empty(shape[0], 2), *shape,
+                          1e-12, p, seed)
+    return ones
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_everywhere_and_scales_the_rest(kernels, p):
+    found = dropped_share(12345, p, kernels)
+    assert set(found.unique().tolist()) == {0.0, (1 / (1 - torch.tensor(p))).item()}
+    dropped = (found == 0).double()
+    deviation = (p * (1 - p)) ** 0.5
+    assert abs(dropped.mean().item() - p) < 4.5 * deviation / 30000**0.5
+    assert (dropped.mean(0) - p).abs().max() < 5 * deviation / 300**0.5
+    assert (dropped.mean(1) - p).abs().max() < 5 * deviation / 100**0.5
+
+
+def test_dropout_of_different_seeds_and_of_neighbours_is_unrelated(kernels):
+    seeds = [7, 8, 7 + 2**32, 2**62 + 7]
+    masks = torch.stack([dropped_share(seed, 0.5, kernels).flatten().bool() for seed in seeds]).double() - 0.5
+    shifted = torch.stack([masks[0].roll(shift) for shift in (1, 2, 16, 100)])
+    correlations = 4 * torch.cat([masks, shifted]) @ masks.T / masks.shape[1]
+    assert (correlations[:4].diagonal() == 1).all()
+    correlations[:4].fill_diagonal_(0)
+    assert correlations.abs().max() < 5 / masks.shape[1]**0.5
+
+
+def test_dropout_is_a_function_of_torchs_seed():
+    fast, _ = pair()
+    batch = samples.unpacked_batch([24, 5, 11])
+    losses = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        losses.append(fast(batch)["loss"].item())
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_gradients_under_dropout_are_those_of_the_loss():
+    """Along random directions, against differences of the loss with the same seed."""
+    fast, _ = pair(num_hidden_layers=2)
+    batch = samples.unpacked_batch([24, 5, 11])
+
+    def loss():
+        torch.manual_seed(4)
+        return fast(batch)["loss"]
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in fast.named_parameters():
+        direction = torch.randn(parameter.shape, generator=generator)
+        direction *= parameter.grad.abs() > 0  # a weight without effect has none along any direction
+        direction += 10 * parameter.grad / parameter.grad.norm().clamp(min=1e-9)  # so that there is much to see
+        step = 2e-3 / direction.norm().clamp(min=1e-9)
+        with torch.no_grad():
+            parameter.add_(direction * step)
+            above = loss().double()
+            parameter.sub_(2 * step * direction)
+            below = loss().double()
+            parameter.add_(direction * step)
+        measured, told = ((above - below) / (2 * step)).item(), (parameter.grad * direction).sum().item()
+        assert measured == pytest.approx(told, rel=0.03, abs=0.01 * direction.norm().item()), name
+
+
+@pytest.mark.parametrize("form", ["unpacked", "packed"])
+def test_twenty_steps_have_the_losses_of_plain_operations(form):
+    models = pair(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    lengths = [24, 5, 11, 17, 8, 9]
+    found = []
+    for model in models:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        losses = []
+        for step in range(20):
+            batch = samples.unpacked_batch(lengths, seed=step)
+            if form == "packed":
+                batch = samples.packed_batch(batch, [[0], [1, 3], [2, 4]], 26)
+            optimizer.zero_grad()
+            loss = model(batch)["loss"]
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert len(set(found[0])) == 20
+
+
+@pytest.mark.parametrize("values", [(), (0.0,), (-12.0, -5.0, -1e-3, 1e-3, 0.7, 5.0, 12.0, 40.0, -40.0)])
+def test_gelu_and_its_gradient_are_pytorchs(kernels, values):
+    inner = torch.tensor([values], requires_grad=True)
+    expected = F.gelu(inner)
+    expected.sum().backward()
+    product, out = inner.detach().clone(), torch.empty(1, len(values))
+    nothing, gradient = torch.zeros(len(values)), torch.ones(1, len(values))
+    kernels.bias_gelu(product, nothing, out, 1, len(values))
+    kernels.bias_gelu_backward(gradient, product, nothing, 1, len(values))
+    assert_close(out, expected.detach(), atol=3e-7, rtol=1e-6)
+    assert_close(gradient, inner.grad, atol=5e-7, rtol=1e-6)
+
+
+def test_loss_of_extreme_scores_is_finite_and_pytorchs():
+    hidden = torch.tensor([[1.0], [-1.0], [30.0], [0.5]], requires_grad=True)
+    weight = torch.tensor([[100.0], [-100.0], [3.0], [0.0], [1.0]], requires_grad=True)
+    bias = torch.tensor([0.5, -0.5, 0.0, 0.0, 2.0], requires_grad=True)
+    labels = torch.tensor([0, 0, 2, -1])
+    results = []
+    for loss in (cpu_layers.mean_cross_entropy(hidden, weight, bias, labels),
+                 F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=-1)):
+        results.append([loss.detach(), *torch.autograd.grad(3.0 * loss, [hidden, weight, bias])])
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_nan_in_the_weights_is_a_nan_in_the_loss():
+    fast, _ = pair()
+    with torch.no_grad():
+        fast.bert.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
+    assert fast(samples.unpacked_batch([9, 7]))["loss"].isnan()
+
+
+def test_a_copied_model_and_one_in_evaluation_use_the_kernels_alike():
+    fast, plain = (model.eval() for model in pair())
+    batch = samples.unpacked_batch([24, 5, 11])
+    with torch.no_grad():
+        expected = plain(batch)["loss"]
+        assert_close(fast(batch)["loss"], expected, rtol=1e-5, atol=1e-5)
+        assert_close(copy.deepcopy(fast)(batch)["loss"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tensors_that_a_kernel_cannot_read_are_refused(kernels):
+    wide = torch.zeros(4, 6)
+    with pytest.raises(AssertionError, match="bias_gelu"):
+        kernels.bias_gelu(wide.bfloat16(), torch.zeros(6), wide, 4, 6)
+    with pytest.raises(AssertionError, match="bias_gelu"):
+        kernels.bias_gelu(torch.zeros(6, 4).t(), torch.zeros(6), wide, 4, 6)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Kernels that have to be compiled anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_kernels.load.cache_clear()
+    yield tmp_path
+    cpu_kernels.load.cache_clear()
+
+
+def test_without_a_compiler_the_reason_is_named(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert cpu_kernels.problem() == "no C++ compiler no-such-compiler (CXX names another)"
+
+
+def test_a_compiler_that_fails_leaves_nothing_and_is_named(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    assert "false: exit code 1" in cpu_kernels.problem()
+    assert not [path for path in fresh.rglob("*") if path.is_file()]
+
+
+def test_kernels_are_compiled_once(fresh):
+    cpu_kernels.load()
+    (path,) = fresh.rglob("*.so")
+    before = path.stat().st_mtime_ns
+    cpu_kernels.load.cache_clear()
+    cpu_kernels.load()
+    assert [path] == list(fresh.rglob("*.so")) and path.stat().st_mtime_ns == before
+
+
+def test_a_damaged_library_is_named(fresh):
+    cpu_kernels.load()
+    (path,) = fresh.rglob("*.so")
+    damaged = path.with_name("damaged.so")
+    damaged.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(cpu_kernels.KernelsMissing, match="damaged.so"):
+        cpu_kernels.Kernels(damaged)
