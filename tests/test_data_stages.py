@@ -273,6 +273,7 @@ def test_empty_broken_and_one_sentence_documents_are_counted(folder, tmp_path, c
     assert "3 documents, 1 documents not utf8, 1 empty documents, 4 sentences" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_document_of_50_mb_on_one_line_goes_through_all_stages(folder, tmp_path):
     line = " ".join(some_sentences(50)) + " "
     path = tmp_path / "long.txt"
