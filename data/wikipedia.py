@@ -23,7 +23,6 @@ BATCH_BYTES = 1 << 20  # XML handed to a worker at a time
 LONGEST_PAGE = 1 << 28  # more than this without the end of a page is no dump
 STREAM_BYTES = 1 << 18  # compressed streams handed to a worker at a time
 LOOKAHEAD = 1 << 24  # a second stream starts within this, or the file is one stream
-DAMAGED = (EOFError, OSError, ValueError, lzma.LZMAError)  # what bz2 and lzma raise
 
 STREAM_START = re.compile(rb"BZh[1-9]1AY&SY")
 
@@ -80,7 +79,7 @@ def page_batches(path, progress, end: bytes):
                     rest = rest[cut:]
                 if len(rest) > LONGEST_PAGE:
                     raise UserError(f"{path}: no {end.decode()} in {len(rest)} bytes; is this what it should be?")
-    except DAMAGED as error:
+    except (EOFError, OSError, lzma.LZMAError) as error:
         raise UserError(f"{path}: damaged or cut short ({error})") from None
     if not found:
         raise UserError(f"{path}: no {end.decode()} in it; is this what it should be?")
@@ -122,7 +121,7 @@ def extract_articles(xml: bytes, compressed: bool) -> tuple[list[str], dict, lis
 def decompress(streams: bytes) -> bytes:
     try:
         return bz2.decompress(streams)
-    except DAMAGED as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"the dump is damaged or cut short ({error})") from None
 
 

@@ -121,6 +121,7 @@ def test_two_processes_make_the_bytes_of_one(sample, tmp_path):
     assert stages_only(folder) == stages_only(sample)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MPIRUN, reason="no mpirun")
 def test_two_ranks_under_mpirun_make_the_bytes_of_one_process(sample, tmp_path):
     folder = copy_of_download(sample, tmp_path)

@@ -127,8 +127,10 @@ def test_a_smaller_dump_leaves_no_part_of_the_larger_one(folder, tmp_path, monke
     (bz2.compress(page("A", "Text. " * 5000))[:-20], "damaged or cut short"),
     (b"this is no bz2", "damaged or cut short"),
     (bz2.compress(b"<html>no dump</html>"), "no </page> in it"),
+    (bz2.compress(b"<page>" + b"x" * 90_000), "xml.bz2: no </page> in 9"),
 ])
-def test_a_bad_dump_is_named_and_what_was_there_stays(folder, tmp_path, content, message):
+def test_a_bad_dump_is_named_and_what_was_there_stays(folder, tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(wikipedia, "LONGEST_PAGE", 50_000)
     good = write_dump(tmp_path / "x-pages-articles.xml.bz2", [page("A", "Good text.")])
     stage("text_formatting", "--input_files", good)
     (tmp_path / "bad.xml.bz2").write_bytes(content)
@@ -273,6 +275,7 @@ def test_empty_broken_and_one_sentence_documents_are_counted(folder, tmp_path, c
     assert "3 documents, 1 documents not utf8, 1 empty documents, 4 sentences" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_document_of_50_mb_on_one_line_goes_through_all_stages(folder, tmp_path):
     line = " ".join(some_sentences(50)) + " "
     path = tmp_path / "long.txt"
