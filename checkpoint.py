@@ -156,7 +156,7 @@ def moments_for(parameter, given, what: str) -> dict[str, torch.Tensor]:
     for key, value in moments.items():
         moments[key] = padded_to(value, parameter)
         check_tensor(moments[key], parameter.shape, f"{what}, {key},")
-    return {key: torch.empty_like(parameter).copy_(value) for key, value in moments.items()}
+    return {key: value.to(parameter.device, parameter.dtype, copy=True).contiguous() for key, value in moments.items()}
 
 
 def whole_number(values: dict, key: str, what: str, default: int = 0) -> int:
