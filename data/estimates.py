@@ -1,7 +1,8 @@
-"""What the stages will take, from the rates that benchmarks/data_preparation.py measures.
+"""What the stages will take, estimated from the size of what they read.
 
-The rates are those of one core of a 2-core AVX-512 cloud machine; they scale with the number of processes as long as
-the one process that reads and writes keeps up, which MAIN_RATES bounds.
+The rates are cautious: below what one core of a cloud machine reached, at the time that benchmarks/README.md tells of.
+They scale with the number of processes as long as the one process that reads and writes keeps up, which MAIN_RATES
+bounds.
 """
 
 import shutil
