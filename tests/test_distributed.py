@@ -23,7 +23,8 @@ MODES = {
     "flat, 16 bits": {"allreduce_post_accumulation": True, "allreduce_post_accumulation_fp16": True},
     "zero": {"allreduce_post_accumulation": True, "use_zero_optimizer": "True"},
 }
-TOLERANCE = {mode: 1e-3 if "16 bits" in mode else 1e-4 for mode in MODES}
+# In 16 bits a gradient keeps 8 bits of mantissa, and so the norm of all differs by up to 2⁻⁹ of itself.
+TOLERANCE = {mode: 3e-3 if "16 bits" in mode else 1e-4 for mode in MODES}
 
 
 @pytest.fixture(scope="module")

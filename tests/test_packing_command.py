@@ -246,7 +246,9 @@ def test_interrupted_run_leaves_no_output(tmp_path, stop):
     rng = np.random.default_rng(0)
     write_unpacked_shard(tmp_path / "unpacked" / "a_training.hdf5", rng.integers(5, 129, 20_000))
     command = [sys.executable, SCRIPT, *flags(tmp_path / "unpacked", tmp_path / "packed", "--n_processes", "2")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background has them ignore Ctrl-C; the command must not inherit that.
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not (tmp_path / "packed" / "packing_in_progress").exists():
         assert process.poll() is None
         time.sleep(0.005)
