@@ -54,7 +54,7 @@ def parse_arguments(argv):
                              "possible; nnls: NNLSHP as published, at most 3 sequences a row; lpfhp: the longest "
                              "sequence first, into the fullest row that takes it")
     parser.add_argument("--seed", type=int, default=42, help="of the order of the rows, and of which sequences meet")
-    parser.add_argument("--n_processes", type=cli.positive_int, default=len(os.sched_getaffinity(0)),
+    parser.add_argument("--n_processes", type=cli.positive_int, default=min(4, os.cpu_count() or 1),
                         help="processes, each below 1 GB of memory; the result is the same for any number")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace the packed data of --output_dir, once the new is complete")

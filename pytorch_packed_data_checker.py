@@ -58,7 +58,7 @@ def main(argv=None) -> int:
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--input_dir", required=True, help="folder of packed shards")
     parser.add_argument("--unpacked_dir", help="folder of the unpacked shards that they hold")
-    parser.add_argument("--n_processes", type=cli.positive_int, default=len(os.sched_getaffinity(0)),
+    parser.add_argument("--n_processes", type=cli.positive_int, default=min(4, os.cpu_count() or 1),
                         help="processes, each below 1 GB of memory")
     parser.add_argument("--disable_progress_bar", action="store_true", help="print no progress bars")
     args = parser.parse_args(argv)
