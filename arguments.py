@@ -111,6 +111,8 @@ def add_many_cards(parser) -> None:
                        help="that all-reduce in 16 bits on the wire")
     group.add_argument("--use_zero_optimizer", type=boolean, default=False, metavar="BOOL",
                        help="shard the optimizer's state over the cards")
+    group.add_argument("--collective_timeout", type=positive_int, default=600, metavar="SECONDS",
+                       help="longest that a rank waits for another before the run ends with an error")
 
 
 def add_checkpoints(parser) -> None:
@@ -174,6 +176,8 @@ def contradiction(args) -> str | None:
         return f"--steps_this_run {args.steps_this_run} is neither -1 nor from 1 to --max_steps {args.max_steps}"
     if args.fp16 and args.hmp:
         return "--fp16 and --hmp exclude each other"
+    if args.allreduce_post_accumulation_fp16 and not args.allreduce_post_accumulation:
+        return "--allreduce_post_accumulation_fp16 is a form of --allreduce_post_accumulation, which is not given"
     if args.use_lazy_mode and args.use_torch_compile:
         return "--use_lazy_mode True and --use_torch_compile exclude each other"
     if args.use_torch_lazy and (args.use_habana or args.use_torch_compile or args.checkpoint_activations):

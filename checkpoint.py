@@ -1,9 +1,10 @@
 """Checkpoints: ckpt_<step>.pt files of plain tensors, written whole or not at all, the newest three kept.
 
 The step in a name counts over both phases (phase 2 goes on from --phase1_end_step).  A file holds: model (the names of
-modeling.py), optimizer (state and param_groups), step (of the phase), phase, rows (how many rows of the phase's endless
-sequence are used up), data (its shards, and which are left out), skipped (counts of steps), scaler (of --fp16),
-config (the architecture).  A folder that transformers loads is read as a checkpoint of weights.
+modeling.py), optimizer (state and param_groups; optimizer_state.py where it is sharded), step (of the phase), phase,
+rows (how many rows of the phase's endless sequence are used up), data (its shards, and which are left out), skipped
+(counts of steps), scaler (of --fp16), config (the architecture).  A folder that transformers loads is read as a
+checkpoint of weights.
 """
 
 import re
@@ -14,8 +15,10 @@ import torch
 
 import checkpoint_file
 import huggingface
+import optimizer_state
 from cli import UserError
 from file_utils import local_file
+from optimizers import local_part
 
 KEPT = 3
 FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # no weight depends on it
@@ -41,14 +44,14 @@ def save(folder, step: int, state: dict, protected: int = -1) -> Path:
     checkpoint_file.write(path, state)
     for newer in steps(folder):
         if newer > step:
-            path_of(folder, newer).replace(f"{path_of(folder, newer)}.set_aside")
+            optimizer_state.set_aside(path_of(folder, newer))
     rotate(folder, protected)
     return path
 
 
 def rotate(folder, protected: int = -1) -> None:
     for step in [step for step in steps(folder) if step != protected][:-KEPT]:
-        path_of(folder, step).unlink()
+        optimizer_state.remove(path_of(folder, step))
 
 
 def load(path) -> dict:
@@ -61,6 +64,13 @@ def load(path) -> dict:
     return state
 
 
+def load_whole(path) -> dict:
+    """The same, for a run that goes on from it: with sharded optimizer state, the folder beside it must be whole."""
+    state = load(path)
+    optimizer_state.check(path, state.get("optimizer"))
+    return state
+
+
 def newest(folder, report) -> tuple[int, dict]:
     """The newest checkpoint that can be read, as (step in its name, contents); damaged ones are reported and passed.
 
@@ -68,7 +78,7 @@ def newest(folder, report) -> tuple[int, dict]:
     """
     for step in reversed(steps(folder)):
         try:
-            return step, load(path_of(folder, step))
+            return step, load_whole(path_of(folder, step))
         except UserError as error:
             report(f"passed over a damaged checkpoint: {error}")
     raise UserError(f"--output_dir {folder}: none of its {len(steps(folder))} checkpoints can be read; "
@@ -132,20 +142,27 @@ def check_tensor(value, shape, what: str) -> None:
 def load_optimizer(optimizer, state: dict, path) -> None:
     """Load moments and step count; the rate, decay and betas stay those of this run.
 
-    `state` is laid out as NVLAMB's state_dict: moments by the number of the parameter, `step` in each group.
+    `state` is laid out as NVLAMB's state_dict: moments by the number of the parameter, `step` in each group; or it
+    names the folder of sharded moments in place of them.  In either case each rank loads those of its own share.
     """
     groups = state.get("param_groups")
-    moments = state.get("state")
-    if not isinstance(groups, list) or not isinstance(moments, dict) or len(groups) != len(optimizer.param_groups):
+    if not isinstance(groups, list) or len(groups) != len(optimizer.param_groups):
         raise UserError(f"{path}: its optimizer does not hold state and {len(optimizer.param_groups)} param_groups")
+    local = local_part(optimizer)
+    share = {parameter for group in local.param_groups for parameter in group["params"]}
+    numbered = []
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         numbers = group.get("params") if isinstance(group, dict) else None
         if not isinstance(numbers, list) or [type(number) for number in numbers] != [int] * len(own["params"]):
             raise UserError(f"{path}: its optimizer has another group than the {len(own['params'])} parameters "
                             f"with weight decay {own['weight_decay']}")
-        for number, parameter in zip(numbers, own["params"], strict=True):
-            optimizer.state[parameter] = moments_for(parameter, moments.get(number), f"{path}: optimizer, {number}")
+        numbered += [pair for pair in zip(numbers, own["params"], strict=True) if pair[1] in share]
         own["step"] = whole_number(group, "step", f"{path}: optimizer")
+    for own, local_group in zip(optimizer.param_groups, local.param_groups, strict=True):
+        local_group["step"] = own["step"]
+    moments = optimizer_state.moments(path, state, [number for number, _ in numbered])
+    for number, parameter in numbered:
+        local.state[parameter] = moments_for(parameter, moments.get(number), f"{path}: optimizer, {number}")
 
 
 def moments_for(parameter, given, what: str) -> dict[str, torch.Tensor]:
@@ -156,7 +173,7 @@ def moments_for(parameter, given, what: str) -> dict[str, torch.Tensor]:
     for key, value in moments.items():
         moments[key] = padded_to(value, parameter)
         check_tensor(moments[key], parameter.shape, f"{what}, {key},")
-    return {key: torch.empty_like(parameter).copy_(value) for key, value in moments.items()}
+    return {key: value.to(parameter.device, parameter.dtype, copy=True).contiguous() for key, value in moments.items()}
 
 
 def whole_number(values: dict, key: str, what: str, default: int = 0) -> int:
@@ -219,7 +236,7 @@ def find_start(args, report) -> Start:
 def resumed_checkpoint(args, report) -> tuple[int, dict]:
     if args.resume_step == -1:
         return newest(args.output_dir, report)
-    return args.resume_step, load(path_of(args.output_dir, args.resume_step))
+    return args.resume_step, load_whole(path_of(args.output_dir, args.resume_step))
 
 
 def start_from(args, number: int, state: dict, report) -> Start:

@@ -128,14 +128,21 @@ class BatchStream:
     def __next__(self) -> dict[str, torch.Tensor]:
         if self.report:
             self.settle()
-        parts = [self.part(*piece) for piece in self.pieces(self.next_row + self.rank * self.batch_size,
-                                                            self.batch_size)]
-        self.read_ahead(*self.pieces(self.next_row, self.stride)[-1])
+        parts = [self.part(*piece) for piece in self.own_pieces(self.next_row)]
+        self.read_ahead()
         self.next_row += self.stride
         return as_batch({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
 
     def pieces(self, first: int, count: int) -> list[tuple[int, int, int, int]]:
         return pieces(self.seed, self.rows_per_shard, first, count, self.left_out)
+
+    def own_pieces(self, row: int) -> list[tuple[int, int, int, int]]:
+        """What this rank takes of the round that begins at `row`."""
+        return self.pieces(row + self.rank * self.batch_size, self.batch_size)
+
+    def read_pieces(self, row: int) -> list[tuple[int, int, int, int]]:
+        """What this rank reads for it: its own; of a round that the ranks settle, all."""
+        return self.pieces(row, self.stride) if self.report else self.own_pieces(row)
 
     def epoch(self, row: int) -> int:
         """The epoch of a row of the endless sequence."""
@@ -184,11 +191,16 @@ class BatchStream:
             raise UserError(f"no shard is left: the last one was {fault}")
         self.report(f"left out from row {self.next_row} of the run on: {fault}")
 
-    def read_ahead(self, epoch: int, shard: int, _, stop: int) -> None:
-        """Forget the shards that are used up, and start on the one after the shard in use."""
+    def read_ahead(self) -> None:
+        """Forget the shards that are used up, and start on the next ones that this rank will read.
+
+        Those are the shards of the next round, and of the first one that reaches beyond the shard in use: with many
+        ranks or small shards, that need not be the shard that follows.
+        """
+        epoch, shard, _, stop = self.read_pieces(self.next_row)[-1]
         rest = rows_of_epoch(self.rows_per_shard, self.left_out, epoch)[shard] - stop
-        following = self.pieces(self.next_row + self.stride + rest, 1)[0][:2]
-        wanted = ((epoch, shard), following)
+        rounds = (self.next_row + self.stride, self.next_row + self.stride + rest // self.stride * self.stride)
+        wanted = [(epoch, shard), *(piece[:2] for row in rounds for piece in self.read_pieces(row))]
         self.open_shards = {key: future for key, future in self.open_shards.items() if key in wanted}
         self.settled.intersection_update(wanted)
         for key in wanted:

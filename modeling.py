@@ -92,7 +92,7 @@ def config_problem(values: dict) -> str | None:
     for key in INTEGER_KEYS:
         most = MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
         if type(values[key]) is not int or not 1 <= values[key] <= most:
-            return f"{key} is {str(values[key])[:50]}, not a whole number from 1 to {most}"
+            return f"{key} is {repr(values[key])[:50]}, not a whole number from 1 to {most}"
     for key in ("attention_probs_dropout_prob", "hidden_dropout_prob"):
         if type(values[key]) not in (int, float) or not 0.0 <= values[key] < 1.0:
             return f"{key} is {values[key]!r}, not a number from 0 to below 1"

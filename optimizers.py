@@ -3,21 +3,40 @@
 import torch
 
 import cpu_kernels
+from cli import UserError
 from fused_lamb import CpuFusedNVLAMB
 from lamb import NVLAMB
 
 SKIP_COUNTS = ("skipped_steps", "skipped_in_a_row", "most_skipped_in_a_row")
 
 
-def build_optimizer(args, model: torch.nn.Module, device) -> tuple[torch.optim.Optimizer, str]:
+def build_optimizer(args, model: torch.nn.Module, device, world_size: int = 1) -> tuple[torch.optim.Optimizer, str]:
     """The optimizer that the flags and the device lead to, and the choice in words, with its reason."""
     groups = parameter_groups(model)
     counts = " + ".join(f"{len(group['params'])} tensors with weight decay {group['weight_decay']}" for group in groups)
     fused_lamb, reason = choose_fused_lamb(args, device)
-    if fused_lamb:
-        optimizer = fused_lamb(groups, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-6, max_grad_norm=1.0)
-        return optimizer, f"optimizer: {reason} over {counts}"
-    return NVLAMB(groups, lr=args.learning_rate), f"optimizer: NVLAMB ({reason}) over {counts}"
+    words = f"optimizer: {reason if fused_lamb else f'NVLAMB ({reason})'} over {counts}"
+    optimizer_class = fused_lamb or NVLAMB
+    options = {"lr": args.learning_rate, "betas": (0.9, 0.999), "eps": 1e-6, "max_grad_norm": 1.0}
+    if world_size > 1 and args.use_zero_optimizer:
+        return (sharded(groups, optimizer_class, world_size, options),
+                f"{words}, its state sharded over {world_size} ranks")
+    return optimizer_class(groups, **options), words
+
+
+def sharded(groups: list[dict], optimizer_class: type, world_size: int, options: dict) -> torch.optim.Optimizer:
+    """Optimizers of one class, each over its rank's share.  UserError where there are too few weights to share out."""
+    from zero import ShardedOptimizer  # what it builds on takes seconds to import
+
+    if world_size > len(groups[0]["params"]):
+        raise UserError(f"--use_zero_optimizer: weights are shared out whole, and {len(groups[0]['params'])} of them "
+                        f"(without biases and LayerNorms) are not enough for {world_size} ranks")
+    return ShardedOptimizer(groups, optimizer_class, **options)
+
+
+def local_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds this rank's state: the local one of zero.ShardedOptimizer, else the optimizer itself."""
+    return getattr(optimizer, "optim", optimizer)
 
 
 def choose_fused_lamb(args, device) -> tuple[type | None, str]:

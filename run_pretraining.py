@@ -6,7 +6,6 @@ README.md has the recipes.  This file reads the flags, checks everything that ca
 training.py holds the loop.  torch is imported after the flags are read: Gaudi's software reads its environment then.
 """
 
-import sys
 from functools import partial
 
 import cli
@@ -23,32 +22,43 @@ def main(argv=None) -> None:
 
 
 def pretrain(args, reader) -> dict:
-    """Train as the flags say; the figures of the summary.  Nothing is written before everything has been checked."""
+    """Train as the flags say; the figures of the summary."""
+    import distributed
+
+    with distributed.join(args) as process:
+        return run(args, process, reader)
+
+
+def run(args, process, reader) -> dict:
+    """The part of one rank in the training.  Nothing is written before everything has been checked."""
     import checkpoint
     import cpu_layers
     import dataset
     import device as devices
-    import distributed
     from compilation import compile_training
+    from gradient_reduction import build_reduction, share_weights
     from mixed_precision import Precision
     from modeling import BertConfig, BertForPreTraining
-    from optimizers import build_optimizer, restore_skip_counts
+    from optimizers import build_optimizer, local_part, restore_skip_counts
     from tensorboard_log import summary_writer
     from training import BatchPlan, Trainer
     from training_log import TrainingLog
 
-    process = distributed.join(args)
     device = devices.select(args, process.local_rank)
     precision = Precision(args, device)
     if args.tensorboard_logdir:
         summary_writer()
 
     config = BertConfig.from_json_file(args.config_file)
-    shards = training_shards(args, config, reader)
+    shards = training_shards(args, config, reader, process.warn)
     held_out = held_out_shards(args, config, reader)
     plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(shards, reader, args.skip_bad_shards))
-    start = checkpoint.find_start(args, report=warn)
-    shards, left_out = dataset.as_before(shards, start.data, args.skip_bad_shards, warn) if start.data else (shards, {})
+    start = checkpoint.find_start(args, report=process.warn)
+    process.connect(device)
+    process.check_same(facts(args, config, shards, device, start))
+    left_out = {}
+    if start.data:
+        shards, left_out = dataset.as_before(shards, start.data, args.skip_bad_shards, process.warn)
 
     device.seed(args.seed)
     attention, layers_choice = cpu_layers.choose(args, device, config)
@@ -58,14 +68,16 @@ def pretrain(args, reader) -> dict:
         checkpoint.check_architecture(config, start.state, start.path)
         checkpoint.load_model(model, start.state["model"], start.path)
     model.to_device(device.torch_device).train()
-    optimizer, choice = build_optimizer(args, model, device)
+    share_weights(process, model)
+    reduction = build_reduction(args, process, model)
+    optimizer, choice = build_optimizer(args, model, device, process.world_size)
     if start.state and start.state.get("optimizer"):
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
     restore_skip_counts(optimizer, start.skipped)
     precision.restore(start.scaler)
-    choices = [layers_choice, choice]
+    choices = [layers_choice, choice, f"ranks: {process.world_size}; reduction of gradients: {reduction.describe()}"]
     if args.use_torch_compile:
-        choices.append(compile_training(device, model, optimizer))
+        choices.append(compile_training(device, model, local_part(optimizer)))
 
     log = TrainingLog(args.json_summary, process.first, args.resume_from_checkpoint,
                       tensorboard_log(args, start) if process.first else None)
@@ -74,9 +86,10 @@ def pretrain(args, reader) -> dict:
         log.say(line)
     stream = dataset.BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, process.rank,
                                  process.world_size, start.rows, left_out, reader,
-                                 report=log.warn if args.skip_bad_shards else None)
+                                 report=log.warn if args.skip_bad_shards else None, gather=process.gather)
     try:
-        trainer = Trainer(args, process, device, precision, model, optimizer, stream, plan, start, held_out, log)
+        trainer = Trainer(args, process, device, precision, model, reduction, optimizer, stream, plan, start, held_out,
+                          log)
         summary = trainer.train()
         log.say(closing(args, summary))
         return summary
@@ -85,7 +98,23 @@ def pretrain(args, reader) -> dict:
         log.close()
 
 
-def training_shards(args, config, reader) -> list:
+def facts(args, config, shards, device, start) -> dict[str, str]:
+    """What must be the same on all ranks, by name: flags, config, data, software, and where to start."""
+    import torch
+
+    return {
+        **{f"--{flag}": str(value) for flag, value in vars(args).items() if flag != "local_rank"},
+        **{f"{args.config_file}: {key}": str(value) for key, value in vars(config).items()},
+        **{f"{args.input_dir}/{shard.path.name}": f"{shard.rows} rows, {shard.path.stat().st_size} bytes"
+           for shard in shards},
+        "the device": device.kind,
+        "PyTorch": torch.__version__,
+        "the start (is --output_dir a folder that all servers share?)":
+            f"step {start.step}, {start.rows} rows used, {start.path or 'no checkpoint'}",
+    }
+
+
+def training_shards(args, config, reader, report) -> list:
     """The shards of --input_dir, checked against the flags and the config."""
     import dataset
     import shards as shard_files
@@ -93,7 +122,7 @@ def training_shards(args, config, reader) -> list:
     unreadable = [] if args.skip_bad_shards else None
     found = shard_files.find(args.input_dir, inspect=partial(reader.call, shard_files.inspect), unreadable=unreadable)
     for fault in unreadable or ():
-        warn(f"left out from the start: {fault}")
+        report(f"left out from the start: {fault}")
     first = found[0]
     if first.sequence_length != args.max_seq_length:
         raise UserError(f"{first.path}: its rows have {first.sequence_length} tokens, "
@@ -103,12 +132,12 @@ def training_shards(args, config, reader) -> list:
         raise UserError(f"{first.path}: made with {predictions} predictions a sequence, "
                         f"but --max_predictions_per_seq is {args.max_predictions_per_seq}")
     if args.enable_packed_data_mode is not None:
-        warn("--enable_packed_data_mode is deprecated: the shards decide")
+        report("--enable_packed_data_mode is deprecated: the shards decide")
         if args.enable_packed_data_mode != first.packed:
             raise UserError(f"--enable_packed_data_mode {args.enable_packed_data_mode}, but the shards in "
                             f"{args.input_dir} are {'packed' if first.packed else 'not packed'}")
     if args.avg_seq_per_pack is not None:
-        warn("--avg_seq_per_pack is deprecated and has no effect: the data decides")
+        report("--avg_seq_per_pack is deprecated and has no effect: the data decides")
     check_length("--max_seq_length", args.max_seq_length, config)
     if not args.skip_bad_shards:
         dataset.check_first_rows(found, config.vocab_size, reader)
@@ -158,10 +187,6 @@ def closing(args, summary: dict) -> str:
     speed = summary["training_sequences_per_second"]
     return (f"final loss {summary['final_loss']:.4f}, {summary['e2e_train_time']:.1f} s"
             + (f", {speed:.1f} sequences/s" if speed else "") + f"; log: {args.json_summary}")
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

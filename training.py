@@ -10,7 +10,9 @@ import torch
 
 import checkpoint
 import lamb
+import optimizer_state
 import optimizers
+from agreement import Agreement, StopSignals
 from checkpoint_writer import CheckpointWriter
 from cli import UserError
 from compilation import GraphWatch
@@ -54,12 +56,14 @@ class BatchPlan:
 class Trainer:
     """Everything a run consists of, put together by run_pretraining.py."""
 
-    def __init__(self, args, process, device, precision, model, optimizer, stream, plan, start, held_out, log):
+    def __init__(self, args, process, device, precision, model, reduction, optimizer, stream, plan, start, held_out,
+                 log):
         self.args = args
         self.process = process
         self.device = device
         self.precision = precision
         self.model = model
+        self.reduction = reduction
         self.optimizer = optimizer
         self.stream = stream
         self.plan = plan
@@ -72,6 +76,8 @@ class Trainer:
         self.throughput = Throughput(peak_flops(args, device))
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, process.rank, log.say)
+        self.signals = StopSignals()
+        self.agreement = Agreement(process, ("stop",))
         self.batch = None
         self.final_loss = None
         self.loss_sums = self.zero_losses(1)  # over the steps since the last log line, and how many were added
@@ -82,24 +88,31 @@ class Trainer:
         """Run from the start to the last step of this run; the figures of its summary."""
         began = time.perf_counter()
         self.log.start_bar(self.start.step, self.last_step, self.args.disable_progress_bar)
-        try:
-            self.run_steps()
-        finally:
-            self.checkpoints.close()
+        with self.signals.listening():
+            try:
+                self.run_steps()
+            finally:
+                self.checkpoints.close()
         return self.summary(time.perf_counter() - began)
 
     def run_steps(self) -> None:
         for step in range(self.start.step + 1, self.last_step + 1):
             with self.profiler.around(step):
                 losses = self.train_step(step)
+            stopping = self.agreement.answers()["stop"]
+            if stopping:
+                self.log.say(f"stopping after step {step}: {self.signals.name or 'a signal'} asked for it")
+                self.last_step = step
             if self.is_due(step, self.log_every):
                 self.log_step(step, losses)
             if self.is_due(step, self.args.num_steps_per_checkpoint) and not self.args.skip_checkpoint:
                 self.save(step)
-            if self.held_out and self.is_due(step, self.args.eval_freq):
+            if self.held_out and self.is_due(step, self.args.eval_freq) and not stopping:
                 self.evaluate(step)
             self.checkpoints.report_when_written()
             self.log.advance()
+            if stopping:
+                return
 
     def train_step(self, step: int) -> torch.Tensor:
         """One optimizer step; the mean LOSSES of its micro-batches, on the device.  (3,)
@@ -112,16 +125,21 @@ class Trainer:
             group["lr"] = learning_rate(step, self.args.learning_rate, self.args.warmup_proportion, self.args.max_steps)
         losses = self.zero_losses()
         batch = self.batch or self.next_batch()
-        for _ in range(self.plan.accumulation_steps):
-            with self.precision.autocast():
-                outputs = self.model(batch)
-            self.precision.backward(poisoned_unless_finite(outputs["loss"]) / self.plan.accumulation_steps)
+        for micro_step in range(1, self.plan.accumulation_steps + 1):
+            last = micro_step == self.plan.accumulation_steps
+            if last:  # late, since a step can take a minute; not later, since the answers come while the device works
+                self.agreement.ask(stop=self.signals.received)
+            with self.reduction.micro_step(last):
+                with self.precision.autocast():
+                    outputs = self.reduction.model(batch)
+                self.precision.backward(poisoned_unless_finite(outputs["loss"]) / self.plan.accumulation_steps)
             losses += torch.stack([outputs[name].detach() for name in LOSSES])
             self.device.mark_step()
             batch = self.next_batch()  # while the device works
         self.batch = batch
         losses /= self.plan.accumulation_steps
         self.loss_sums += with_count(losses)
+        self.reduction.finish()
         self.precision.step(self.optimizer)
         self.optimizer.zero_grad()
         self.device.mark_step()
@@ -154,10 +172,11 @@ class Trainer:
     def log_step(self, step: int, losses: torch.Tensor) -> None:
         """Log the steps since the last time: the only place in the loop where values reach the host.
 
-        The average is over the steps whose loss is finite.
+        The average is over the steps whose loss is finite, and over all ranks.
         """
         told = optimizers.figures(self.optimizer)
-        values = torch.cat([self.loss_sums, losses, *(value.reshape(1) for value in told.values())]).tolist()
+        values = torch.cat([self.loss_sums, losses, *(value.reshape(1) for value in told.values())]).cpu()
+        values = self.process.mean(values).tolist()
         told = dict(zip(told, values[7:], strict=True))
         self.final_loss = values[0] / values[3] if values[3] else math.nan
         self.loss_sums = self.zero_losses(1)
@@ -180,18 +199,29 @@ class Trainer:
             yield
 
     def save(self, step: int) -> None:
-        """Begin to write a checkpoint of everything that the next step depends on."""
+        """Begin to write a checkpoint of everything that the next step depends on: rank 0 does, and for sharded state,
+        which is written at once, every rank."""
         with self.paused():
             told = {name: value.item() for name, value in optimizers.figures(self.optimizer).items()}
             self.stop_where_lost(step, told)
             if not torch.isfinite(lamb.norm(list(self.model.parameters()))).item():
                 raise self.lost(step, "there are weights that are not finite")
+            number = self.phase1_end + step
+            path = checkpoint.path_of(self.args.output_dir, number)
+            try:
+                optimizer = optimizer_state.save(path, self.optimizer, self.process)
+            except OSError as error:  # on all ranks alike
+                if step == self.last_step:
+                    raise UserError(f"{path.name}, the last of this run, could not be written: {error}") from None
+                self.log.warn(f"{path.name} could not be written ({error}), and the training goes on")
+                return
             # With keep_vars a tied weight is one tensor, not two that share their memory: it is copied once.
-            state = {"model": self.model.state_dict(keep_vars=True), "optimizer": self.optimizer.state_dict(),
+            state = {"model": self.model.state_dict(keep_vars=True), "optimizer": optimizer,
                      "step": step, "phase": 2 if self.args.phase2 else 1, "rows": self.rows_used(step),
                      "config": vars(self.model.config), "data": self.stream.state(), "scaler": self.precision.state(),
                      "skipped": {name: int(told[name]) for name in optimizers.SKIP_COUNTS if name in told}}
-            self.checkpoints.save(self.phase1_end + step, state)
+            if self.process.first:
+                self.checkpoints.save(number, state)
 
     def stop_where_lost(self, step: int, told: dict[str, float]) -> None:
         """UserError where so many steps in a row were skipped that there is no hope left."""
@@ -208,7 +238,8 @@ class Trainer:
 
     def evaluate(self, step: int) -> None:
         with self.paused():
-            figures = evaluate(self.model, self.held_out, self.device, self.plan.micro_batch_size, self.precision)
+            figures = evaluate(self.model, self.held_out, self.device, self.plan.micro_batch_size, self.precision,
+                               process=self.process)
         self.log.write([self.epoch(step), step], {f"eval_{name}": value for name, value in figures.items()})
         self.log.say(f"held out after step {step}: {describe(figures)}")
 

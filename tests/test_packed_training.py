@@ -10,6 +10,7 @@ import samples
 import shards
 from modeling import BertForPreTraining
 from pack_pretraining_data_pytorch import main as pack
+from shard_reader import ShardReader
 from synthetic import VOCAB_SIZE, write_unpacked_shard
 
 LENGTH, PREDICTIONS = 60, 9
@@ -69,6 +70,7 @@ def test_metadata_and_shards_agree_on_the_sequences_a_row(unpacked, tmp_path, de
           "--max_predictions_per_sequence", str(PREDICTIONS), "--max_sequences_per_pack", str(depth),
           "--n_processes", "1", "--disable_progress_bar"])
     found = shards.find(tmp_path / "packed")
-    named = dataset.average_sequences_per_row(found)
-    (tmp_path / "packed_metadata.json").unlink()
-    assert dataset.average_sequences_per_row(found) == pytest.approx(named)
+    with ShardReader() as reader:
+        named = dataset.average_sequences_per_row(found, reader)
+        (tmp_path / "packed_metadata.json").unlink()
+        assert dataset.average_sequences_per_row(found, reader) == pytest.approx(named)

@@ -1,0 +1,54 @@
+"""ZeRO: the optimizer's state sharded over the ranks (Rajbhandari et al. 2020, arXiv 1910.02054, stage 1).
+
+Each rank keeps the moments of its share of the weights only, updates those weights, and sends them to the others.
+Weights are shared out whole, so that each keeps its own trust ratio, also in a fused optimizer of the device's.
+"""
+
+import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+import lamb
+
+
+class ShardedOptimizer(ZeroRedundancyOptimizer):
+    """`optimizer_class` over this rank's share of the parameters; `optim` is that local optimizer.
+
+    It clips by the norm of its share alone, which would differ from rank to rank.  So the share is clipped by the norm
+    of all the model's gradients first, which every rank has: then no share's norm is above max_grad_norm, and the local
+    clip does nothing.  `gradient_norm` is the model's; the counts of skipped steps are the local optimizer's, the same
+    on all ranks, where it has them.  A GradScaler's scale is divided out here, as NVLAMB does.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, groups: list[dict], optimizer_class, max_grad_norm: float = 1.0, **options):
+        super().__init__(groups, optimizer_class, max_grad_norm=max_grad_norm, **options)
+        self.max_grad_norm = max_grad_norm
+        self.gradient_norm = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+
+    @torch.no_grad()
+    def step(self, closure=None, **options):
+        scale = getattr(self, "grad_scale", None)
+        scale = 1.0 if scale is None else scale
+        self.gradient_norm = lamb.norm([parameter.grad for parameter in parameters(self)]) / scale
+        divisor = (self.gradient_norm / self.max_grad_norm).clamp(min=1.0) * scale
+        divisor = divisor + (self.gradient_norm - self.gradient_norm)  # NaN where not finite: then every rank skips
+        for parameter in parameters(self.optim):
+            parameter.grad.div_(divisor)
+        return super().step(closure, **options)
+
+    @property
+    def skipped_steps(self) -> torch.Tensor:
+        return self.optim.skipped_steps
+
+    @property
+    def skipped_in_a_row(self) -> torch.Tensor:
+        return self.optim.skipped_in_a_row
+
+    @property
+    def most_skipped_in_a_row(self) -> torch.Tensor:
+        return self.optim.most_skipped_in_a_row
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
