@@ -156,6 +156,10 @@ class HpuDevice(Device):
     def fused_lamb(self) -> type | None:
         return plugin_part("hpex.optimizers", "FusedLamb")
 
+    def cards(self) -> int:
+        """How many cards this server has."""
+        return torch.hpu.device_count()
+
     def register_backend(self) -> None:
         importlib.import_module("habana_frameworks.torch.distributed.hccl")
 

@@ -7,16 +7,20 @@ import torch._lazy.ts_backend
 from torch.overrides import TorchFunctionMode
 
 from habana_frameworks import standin
+from habana_frameworks.casts import DEFAULT_BF16, DEFAULT_FP32, casts
 
 
 class HpuDevice(TorchFunctionMode):
-    """Hands every "hpu" among an op's arguments on as the device that stands in for it; the name itself stays."""
+    """Hands every "hpu" among an op's arguments on as the device that stands in for it, and casts the others.
+
+    The name itself stays.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.device:
             return func(*args, **(kwargs or {}))
-        kwargs = {name: translated(value) for name, value in (kwargs or {}).items()}
-        return func(*map(translated, args), **kwargs)
+        args, kwargs = casts.of(func, args, kwargs or {})
+        return func(*map(translated, args), **{name: translated(value) for name, value in kwargs.items()})
 
 
 def translated(value):
@@ -28,10 +32,18 @@ def translated(value):
 class RecordedAutocast(torch.autocast):
     def __enter__(self):
         standin.record("torch.autocast", device=self.device, enabled=self._enabled, dtype=str(self.fast_dtype))
+        self.casting = casts.switched(self._enabled)
+        self.casting.__enter__()
         return super().__enter__()
 
+    def __exit__(self, *error):
+        self.casting.__exit__(*error)
+        return super().__exit__(*error)
 
-standin.record("import habana_frameworks.torch", **standin.environment())
+
+told = standin.environment()
+standin.record("import habana_frameworks.torch", **told)
+casts.use(told.get(standin.LISTS[0], DEFAULT_BF16), told.get(standin.LISTS[1], DEFAULT_FP32))
 if standin.lazy():
     torch._lazy.ts_backend.init()
 from habana_frameworks.torch import hpu  # noqa: E402
