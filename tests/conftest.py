@@ -7,6 +7,10 @@ import pytest
 from preparation import STAGES, prepare
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every_command", action="store_true", help="all commands for 8 cards, in minutes")
+
+
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> Path:
     """A working folder in which the sample went through all stages, on one process."""

@@ -1,63 +1,32 @@
 """The commands for one card, as users type them, on the stand-in for Gaudi's software."""
 
 import re
-import shlex
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import gaudi
-import pack_pretraining_data_pytorch
 import samples
-import synthetic
+import typed_commands
+from typed_commands import STEPS
 
-COMMANDS = dict(re.findall(r"^# (1 card, .*)\n\$PYTHON (.*)$",
-                           (gaudi.ROOT / "tests" / "one_card_commands.txt").read_text(), re.MULTILINE))
+COMMANDS = typed_commands.read("one_card_commands.txt")
 RELEASES = {"1 card, bf16, unpacked": "1.12", "1 card, fp32, unpacked": "1.20", "1 card, bf16, packed": "1.21",
             "1 card, Gaudi2, bf16, packed": "1.23"}
-STEPS = 2
-PREDICTIONS = {128: 20, 512: 80}
+ACCUMULATION = 6
 BF16_OPS = ["add", "addmm", "bmm", "dropout", "gelu", "layer_norm", "linear", "matmul", "mm", "rsub", "softmax"]
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Path:
-    """A small config, and a data set of each form for each phase."""
-    folder = tmp_path_factory.mktemp("one_card")
-    samples.write_config(folder / "config.json", max_position_embeddings=512, num_hidden_layers=1, hidden_size=16,
-                         num_attention_heads=2, intermediate_size=24)
-    for length, predictions in PREDICTIONS.items():
-        lengths = np.random.default_rng(length).integers(length // 4, length // 2, 12)
-        synthetic.write_unpacked_shard(folder / f"unpacked_{length}" / "books_training_0.hdf5", lengths, 0, length,
-                                       predictions)
-        pack_pretraining_data_pytorch.main([
-            f"--input_dir={folder}/unpacked_{length}", f"--output_dir={folder}/packed_{length}",
-            f"--max_sequence_length={length}", f"--max_predictions_per_sequence={predictions}"])
-    return folder
-
-
-def small(command: str, folder: Path, phase: str) -> list[str]:
-    """A command with its paths, batch sizes, config and steps made small; the other flags as they stand."""
-    length = re.search(r"--max_seq_length=(\d+)", command).group(1)
-    data = f"{'unpacked' if '--enable_packed_data_mode False' in command else 'packed'}_{length}"
-    changes = {"input_dir": folder / data, "output_dir": folder / "checkpoints", "config_file": folder / "config.json",
-               "json-summary": folder / f"{phase}.json", "train_batch_size": 12, "gradient_accumulation_steps": 6,
-               "max_steps": STEPS}
-    words = []
-    for word in shlex.split(command):
-        flag, equals, _ = word.partition("=")
-        changed = changes.pop(flag.removeprefix("--"), None) if equals else None
-        words.append(word if changed is None else f"{flag}={changed}")
-    assert not changes, "a flag that the command does not have"
-    return words
+    return typed_commands.write_workspace(tmp_path_factory.mktemp("one_card"))
 
 
 def test_there_are_eight_commands_in_pairs_of_phases():
     assert len(COMMANDS) == 8
-    assert {name.split(", phase")[0] for name in COMMANDS} == set(RELEASES)
+    assert typed_commands.kinds(COMMANDS) == list(RELEASES)
 
 
 @pytest.mark.parametrize("kind", RELEASES)
@@ -74,10 +43,11 @@ def run_recorded(kind: str, phase: str, folder: Path) -> None:
     """Run the command of a kind and phase, and check its record and its log."""
     name = next(name for name in COMMANDS if name.startswith(f"{kind}, {phase}"))
     record = folder / f"{phase}.record"
-    done = gaudi.run(small(COMMANDS[name], folder, phase), record=record, release=RELEASES[kind])
+    command = typed_commands.small(COMMANDS[name], folder, phase, ACCUMULATION)
+    done = gaudi.run(command, record=record, release=RELEASES[kind])
     assert done.returncode == 0, done.stderr[-2000:]
     accumulation = int(re.search(r"(\d+) accumulation steps", done.stdout).group(1))
-    assert accumulation == 6 if "unpacked" in kind else 2 <= accumulation < 6
+    assert accumulation == ACCUMULATION if "unpacked" in kind else 2 <= accumulation < ACCUMULATION
     check_record(gaudi.calls(record), kind, accumulation)
     line = next(line for line in samples.log_lines(folder / f"{phase}.json") if "step_loss" in line["data"])
     assert {"graph_compilation", "cpu_fallback", "memory_allocated", "max_memory_allocated"} <= set(line["data"])
@@ -120,7 +90,7 @@ def test_eager_and_compiled_mode_mark_no_steps(workspace, tmp_path, flag, compil
     command = COMMANDS["1 card, Gaudi2, bf16, packed, phase 1"].replace("--use_fused_lamb ", "")
     record = tmp_path / "record"
     shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
-    done = gaudi.run([*small(command, tmp_path, "run"), flag], record=record)
+    done = gaudi.run([*typed_commands.small(command, tmp_path, "run", ACCUMULATION), flag], record=record)
     assert done.returncode == 0, done.stderr[-2000:]
     calls = gaudi.calls(record)
     assert [call["PT_HPU_LAZY_MODE"] for call in calls[:2]] == ["0", "0"]

@@ -88,7 +88,8 @@ class HcclGroup(dist.ProcessGroup):
 
 
 def check(collective: str, options, tensors: list) -> None:
-    standin.record("hccl", collective=collective, elements=sum(tensor.numel() for tensor in tensors))
+    standin.record("hccl", collective=collective, elements=sum(tensor.numel() for tensor in tensors),
+                   dtype=str(tensors[0].dtype))
     if getattr(options, "reduceOp", None) == dist.ReduceOp.AVG:
         raise RuntimeError("HCCL has no ReduceOp.AVG")
 

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# BERT-Large on 32 cards of four servers: bash scripts/bert_large_32_cards.sh PHASE [FLAG…]; recipe.sh explains both, and
+# the variables; beside those
+#
+#     HOSTS              10.10.100.101:16,10.10.100.102:16,10.10.100.103:16,10.10.100.104:16
+#                        the servers as mpirun's -H names them: address:slots, at least a slot a card; rank 0 on the first
+#     CARDS_PER_SERVER   8, half of them at each of two sockets
+#     SSH_OPTIONS        "-p 3022": where sshd of the servers (or of their containers) listens; a key by -i, and so on
+#     NETWORK            10.10.100.101/16, the network between the servers that MPI itself uses: any address in it
+#     MPI_ROOT           where Open MPI lies on every server (default: where it lies here)
+#     NODE_RANK          torchrun: 0 on the first server, 1, 2 and 3 on the others
+#
+# mpirun is started on the first server, which must reach the others by ssh without a password; torchrun on every server.
+# Code, data and OUTPUT have the same paths everywhere.  32 × 2,048 and 32 × 1,024 sequences a step.
+HOSTS=${HOSTS:-10.10.100.101:16,10.10.100.102:16,10.10.100.103:16,10.10.100.104:16}
+MASTER_ADDR=${MASTER_ADDR:-${HOSTS%%[:,]*}}
+source "$(dirname "$0")/recipe.sh"
+
+case $PHASE in
+    1) batch=(--train_batch_size=2048 --gradient_accumulation_steps=32) ;;   # micro-batches of 64
+    2) batch=(--train_batch_size=1024 --gradient_accumulation_steps=128) ;;  # of 8
+esac
+cards=${CARDS_PER_SERVER:-8}
+IFS=, read -ra servers <<< "$HOSTS"
+
+over_mpirun() {
+    local root=${MPI_ROOT:-$(dirname "$(dirname "$(command -v mpirun)")")} ssh=plm_ssh_args name
+    [ "$(mpi_release)" = 4 ] && ssh=plm_rsh_args
+    launcher=(mpirun --allow-run-as-root --mca "$ssh" "${SSH_OPTIONS:--p 3022}" --prefix "$root"
+              -n $((cards * ${#servers[@]})) $(binding "ppr:$((cards / 2)):socket")
+              --mca btl_tcp_if_include "${NETWORK:-$MASTER_ADDR/16}" -H "$HOSTS")
+    for name in LD_LIBRARY_PATH HABANA_LOGS PYTHONPATH GC_KERNEL_PATH MASTER_ADDR MASTER_PORT; do
+        [ -n "${!name:-}" ] && launcher+=(-x "$name")  # mpirun complains about those that are not set
+    done
+    launcher+=("$interpreter")
+}
+
+over_torchrun() {
+    launcher=("$interpreter" -m torch.distributed.run --nnodes=${#servers[@]} --nproc_per_node="$cards"
+              --node_rank="${NODE_RANK:?is not set: 0 on $MASTER_ADDR, 1, 2 and so on, on the other servers}"
+              --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT")
+}
+
+over_"$LAUNCHER"
+pretrain "${launcher[@]}" -- --config_file=./bert_config.json "${batch[@]}" "$@"

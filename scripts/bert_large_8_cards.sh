@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# BERT-Large on the cards of one server: bash scripts/bert_large_8_cards.sh PHASE [FLAG…]; recipe.sh explains both, and the
+# variables; beside those
+#
+#     CARDS       8    ranks, one a card
+#
+# 8 × 8,192 and 8 × 4,096 sequences a step.  Gaudi2's memory takes micro-batches of 16 in phase 2:
+# --train_batch_size=8192.  In fp32 (PRECISION=fp32), phase 1 fits with --gradient_accumulation_steps=256.
+source "$(dirname "$0")/recipe.sh"
+
+case $PHASE in
+    1) batch=(--train_batch_size=8192 --gradient_accumulation_steps=128) ;;  # micro-batches of 64
+    2) batch=(--train_batch_size=4096 --gradient_accumulation_steps=512) ;;  # of 8
+esac
+one_server "${CARDS:-8}"
+pretrain "${launcher[@]}" -- --config_file=./bert_config.json "${batch[@]}" "$@"
