@@ -30,6 +30,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def add_files(parser) -> None:
     group = parser.add_argument_group("what to train on what")
     group.add_argument("--do_train", action="store_true", help="train; must be given")
+    group.add_argument("--dry_run", action="store_true", help="instead of training, check everything and tell what the "
+                       "run will take: steps, memory, disk, and time after two timed steps; writes nothing")
     group.add_argument("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
     group.add_argument("--config_file", required=True, help="model config, JSON")
     group.add_argument("--output_dir", required=True, help="folder of the checkpoints")
@@ -167,7 +169,7 @@ def step_range(text: str) -> tuple[int, int]:
 
 def contradiction(args) -> str | None:
     """What is wrong with the flags together, or None."""
-    if not args.do_train:
+    if not args.do_train and not args.dry_run:
         return "nothing to do: --do_train is not given"
     if args.train_batch_size % args.gradient_accumulation_steps:
         return (f"--train_batch_size {args.train_batch_size} is not divisible by "

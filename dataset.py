@@ -206,6 +206,11 @@ class BatchStream:
         for key in wanted:
             self.open(*key)
 
+    def finish_reading(self) -> None:
+        """Wait until the shards that are read ahead are there."""
+        for future in self.open_shards.values():
+            future.result()
+
     def state(self) -> dict:
         """What the order of the rows depends on beside the seed, in plain values, for a checkpoint."""
         names = [shard.path.name for shard in self.shards]

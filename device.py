@@ -8,6 +8,7 @@ import functools
 import importlib
 import os
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -20,6 +21,7 @@ class Device:
     """A CPU, and the defaults of the others."""
 
     kind = "cpu"
+    is_host = True  # what is copied to the host takes memory of the device
     attention = "plain"  # on CPUs faster than the fused call, which has no kernel with dropout
     backend = "gloo"
     compiler: str | None = "inductor"  # of torch.compile
@@ -61,6 +63,18 @@ class Device:
         """Bytes allocated on the device now and at most, by name; empty where the device does not tell."""
         return {}
 
+    def held_memory(self) -> int | None:
+        """Bytes that this process holds on the device; None where that is not known."""
+        return proc_bytes("/proc/self/status", "VmRSS")
+
+    def peak_memory(self) -> int | None:
+        """The most that it has held."""
+        return proc_bytes("/proc/self/status", "VmHWM")
+
+    def free_memory(self) -> int | None:
+        """Bytes that it could take beside those."""
+        return proc_bytes("/proc/meminfo", "MemAvailable")
+
     def graphs(self) -> dict:
         """How many graphs this process has compiled (graph_compilation) and how many ops ran on the host for want of a
         kernel (cpu_fallback; their names in cpu_fallback_ops); empty where there are no graphs to count."""
@@ -77,8 +91,18 @@ class Device:
         return [ProfilerActivity.CPU]
 
 
+def proc_bytes(path: str, key: str) -> int | None:
+    """A figure that Linux gives in kilobytes; None on other systems."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
 class CudaDevice(Device):
     kind = "cuda"
+    is_host = False
     attention = "sdpa"
     backend = "nccl"
     mixed_layer_norm = False
@@ -102,6 +126,15 @@ class CudaDevice(Device):
         return {"memory_allocated": torch.cuda.memory_allocated(self.torch_device),
                 "max_memory_allocated": torch.cuda.max_memory_allocated(self.torch_device)}
 
+    def held_memory(self) -> int:
+        return torch.cuda.memory_allocated(self.torch_device)
+
+    def peak_memory(self) -> int:
+        return torch.cuda.max_memory_allocated(self.torch_device)
+
+    def free_memory(self) -> int:
+        return torch.cuda.mem_get_info(self.torch_device)[0]
+
     def profiler_activities(self) -> list[ProfilerActivity]:
         return [ProfilerActivity.CPU, ProfilerActivity.CUDA]
 
@@ -110,6 +143,7 @@ class HpuDevice(Device):
     """A Gaudi card.  In lazy mode ops are recorded until mark_step, else each runs at once, or compiled."""
 
     kind = "hpu"
+    is_host = False
     attention = "plain"  # the ops that the op lists were made for
     backend = "hccl"
     compiler = "hpu_backend"
@@ -143,6 +177,12 @@ class HpuDevice(Device):
     def memory(self) -> dict[str, int]:
         return {"memory_allocated": torch.hpu.memory_allocated(),
                 "max_memory_allocated": torch.hpu.max_memory_allocated()}
+
+    def held_memory(self) -> None:
+        """Not told: in lazy mode nothing is allocated where it is asked for."""
+
+    def peak_memory(self) -> int:
+        return torch.hpu.max_memory_allocated()
 
     def graphs(self) -> dict:
         compilation, fallback = self.metric_values("graph_compilation"), self.metric_values("cpu_fallback")
@@ -199,6 +239,9 @@ class LazyDevice(Device):
 
     def host_copy(self, tensor: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
         return tensor.detach().cpu()
+
+    def held_memory(self) -> None:
+        """Not told: a lazy tensor has no storage."""
 
     def mark_step(self) -> None:
         torch._lazy.mark_step()

@@ -35,6 +35,7 @@ def run(args, process, reader) -> dict:
     import cpu_layers
     import dataset
     import device as devices
+    import dry_run
     from compilation import compile_training
     from gradient_reduction import build_reduction, share_weights
     from mixed_precision import Precision
@@ -79,8 +80,9 @@ def run(args, process, reader) -> dict:
     if args.use_torch_compile:
         choices.append(compile_training(device, model, local_part(optimizer)))
 
-    log = TrainingLog(args.json_summary, process.first, args.resume_from_checkpoint,
-                      tensorboard_log(args, start) if process.first else None)
+    writes = process.first and not args.dry_run
+    log = TrainingLog(args.json_summary if writes else None, process.first, args.resume_from_checkpoint,
+                      tensorboard_log(args, start) if writes else None)
     log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})
     for line in [*opening(args, device, precision, shards, model, plan, start), *choices]:
         log.say(line)
@@ -90,6 +92,8 @@ def run(args, process, reader) -> dict:
     try:
         trainer = Trainer(args, process, device, precision, model, reduction, optimizer, stream, plan, start, held_out,
                           log)
+        if args.dry_run:
+            return dry_run.rehearse(trainer)
         summary = trainer.train()
         log.say(closing(args, summary))
         return summary
