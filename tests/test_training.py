@@ -15,8 +15,10 @@ import evaluate
 import run_pretraining
 import samples
 import shards
+import small_run
 from cli import UserError
 from schedulers import learning_rate
+from small_run import flags, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,26 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def workspace(tmp_path, monkeypatch):
     """A folder with a config, training and held-out shards, in which the commands run."""
     monkeypatch.chdir(tmp_path)
-    samples.write_config(tmp_path / "config.json")
-    samples.write_dataset(tmp_path / "data")
-    samples.write_dataset(tmp_path / "held_out", (6,), "test", seed=50)
-    return tmp_path
-
-
-def flags(**changes) -> list[str]:
-    """The command line of a small run; a value of None leaves a flag out, True gives it without a value."""
-    values = {"do_train": True, "config_file": "config.json", "input_dir": "data", "output_dir": "out",
-              "max_seq_length": samples.SEQUENCE_LENGTH, "max_predictions_per_seq": samples.PREDICTIONS,
-              "train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 6, "warmup_proportion": 0.3,
-              "learning_rate": 0.01, "num_steps_per_checkpoint": 4, "phase1_end_step": 6,
-              "json_summary": "out/log.json", "no_cuda": True}
-    values.update(changes)
-    return [f"--{name}" if value is True else f"--{name}={value}"
-            for name, value in values.items() if value is not None and value is not False]
-
-
-def train(**changes) -> None:
-    run_pretraining.main(flags(**changes))
+    return small_run.write_workspace(tmp_path)
 
 
 def run_script(name, *words) -> None:
