@@ -7,6 +7,7 @@ what only it has (FusedLamb, hmp, HCCL); what means nothing on a device does not
 import functools
 import importlib
 import os
+import sys
 from importlib import metadata
 
 import torch
@@ -20,9 +21,10 @@ class Device:
     """A CPU, and the defaults of the others."""
 
     kind = "cpu"
-    attention = "plain"  # on CPUs faster than the fused call, which has no kernel with dropout
+    attentions: tuple[str, ...] = ("plain",)  # that a run chooses from (attention.py), the preferred one first
     backend = "gloo"
     compiler: str | None = "inductor"  # of torch.compile
+    compiles_in_parts = True  # what repeats is compiled once, since the compiler takes long for a large graph
     has_autocast = True  # torch.autocast casts its tensors
     reads_op_lists = False  # and does so by the op lists that the environment names
     mixed_layer_norm = True  # layer_norm takes a bf16 input beside fp32 weights
@@ -64,7 +66,8 @@ class Device:
     def graphs(self) -> dict:
         """How many graphs this process has compiled (graph_compilation) and how many ops ran on the host for want of a
         kernel (cpu_fallback; their names in cpu_fallback_ops); empty where there are no graphs to count."""
-        return {}
+        dynamo = sys.modules.get("torch._dynamo.utils")  # there once something was compiled
+        return {"graph_compilation": dynamo.counters["stats"]["unique_graphs"]} if dynamo else {}
 
     def fused_lamb(self) -> type | None:
         """The class of the device's own fused LAMB, if it has one."""
@@ -79,7 +82,7 @@ class Device:
 
 class CudaDevice(Device):
     kind = "cuda"
-    attention = "sdpa"
+    attentions = ("varlen", "sdpa")
     backend = "nccl"
     mixed_layer_norm = False
     pins_memory = True
@@ -110,9 +113,10 @@ class HpuDevice(Device):
     """A Gaudi card.  In lazy mode ops are recorded until mark_step, else each runs at once, or compiled."""
 
     kind = "hpu"
-    attention = "plain"  # the ops that the op lists were made for
+    attentions = ("plain",)  # the ops that the op lists were made for
     backend = "hccl"
     compiler = "hpu_backend"
+    compiles_in_parts = False
     reads_op_lists = True
 
     def __init__(self, lazy: bool):
@@ -186,7 +190,6 @@ class LazyDevice(Device):
     """PyTorch's own lazy tensors, run by TorchScript on the CPU: real lazy graphs for people without a Gaudi card."""
 
     kind = "lazy"
-    attention = "plain"
     compiler = None
     has_autocast = False
 
