@@ -7,6 +7,7 @@ what only it has (FusedLamb, hmp, HCCL); what means nothing on a device does not
 import functools
 import importlib
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -22,9 +23,10 @@ class Device:
 
     kind = "cpu"
     is_host = True  # what is copied to the host takes memory of the device
-    attention = "plain"  # on CPUs faster than the fused call, which has no kernel with dropout
+    attentions: tuple[str, ...] = ("plain",)  # that a run chooses from (attention.py), the preferred one first
     backend = "gloo"
     compiler: str | None = "inductor"  # of torch.compile
+    compiles_in_parts = True  # what repeats is compiled once, since the compiler takes long for a large graph
     has_autocast = True  # torch.autocast casts its tensors
     reads_op_lists = False  # and does so by the op lists that the environment names
     mixed_layer_norm = True  # layer_norm takes a bf16 input beside fp32 weights
@@ -78,7 +80,8 @@ class Device:
     def graphs(self) -> dict:
         """How many graphs this process has compiled (graph_compilation) and how many ops ran on the host for want of a
         kernel (cpu_fallback; their names in cpu_fallback_ops); empty where there are no graphs to count."""
-        return {}
+        dynamo = sys.modules.get("torch._dynamo.utils")  # there once something was compiled
+        return {"graph_compilation": dynamo.counters["stats"]["unique_graphs"]} if dynamo else {}
 
     def fused_lamb(self) -> type | None:
         """The class of the device's own fused LAMB, if it has one."""
@@ -103,7 +106,7 @@ def proc_bytes(path: str, key: str) -> int | None:
 class CudaDevice(Device):
     kind = "cuda"
     is_host = False
-    attention = "sdpa"
+    attentions = ("varlen", "sdpa")
     backend = "nccl"
     mixed_layer_norm = False
     pins_memory = True
@@ -144,9 +147,10 @@ class HpuDevice(Device):
 
     kind = "hpu"
     is_host = False
-    attention = "plain"  # the ops that the op lists were made for
+    attentions = ("plain",)  # the ops that the op lists were made for
     backend = "hccl"
     compiler = "hpu_backend"
+    compiles_in_parts = False
     reads_op_lists = True
 
     def __init__(self, lazy: bool):
@@ -226,7 +230,6 @@ class LazyDevice(Device):
     """PyTorch's own lazy tensors, run by TorchScript on the CPU: real lazy graphs for people without a Gaudi card."""
 
     kind = "lazy"
-    attention = "plain"
     compiler = None
     has_autocast = False
 

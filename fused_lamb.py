@@ -17,7 +17,7 @@ class CpuFusedNVLAMB(NVLAMB):
         self.norm = square_root_of_squares
         self.update = self.update_by_kernel
 
-    def compile(self, backend: str) -> str:
+    def compile(self, backend: str, in_parts: bool) -> str:
         return "LAMB is one kernel already"
 
     def update_by_kernel(self, group, params, divisor, finite) -> None:

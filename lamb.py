@@ -71,11 +71,11 @@ class NVLAMB(torch.optim.Optimizer):
                 self.state[param]["exp_avg"] = torch.zeros_like(param)
                 self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
 
-    def compile(self, backend: str) -> str:
-        """Compile what a step does to the weights; what was done, in words."""
-        if self.update == self.update_in_slices:
-            return "NVLAMB stays as it is: one pass in the CPU's cache"
-        self.paper_update = torch.compile(paper_update, backend=backend)
+    def compile(self, backend: str, in_parts: bool) -> str:
+        """Compile what a step does to the weights, all in one graph or weight by weight; what was done, in words."""
+        update = torch.compile(paper_update, backend=backend, dynamic=in_parts or None)
+        self.paper_update = one_at_a_time(update) if in_parts else update
+        self.update = self.update_by_the_paper
         return "NVLAMB's update too"
 
     def update_by_the_paper(self, group, params, divisor, finite) -> None:
@@ -129,6 +129,14 @@ def paper_update(tensors, scalars, betas, eps: float, weight_decay: float) -> No
         update = update + weight_decay * param
         ratio = trust_ratio((param * param).sum(), (update * update).sum(), weight_decay)
         param.sub_(update * (rate * finite * ratio))
+
+
+def one_at_a_time(update):
+    """`update` for each weight by itself, seen as a row of numbers: one graph serves weights of all sizes."""
+    def update_all(tensors, *settings) -> None:
+        for quadruple in tensors:
+            update([tuple(tensor.detach().view(-1) for tensor in quadruple)], *settings)
+    return update_all
 
 
 def with_gradient(group) -> list:

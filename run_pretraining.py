@@ -31,8 +31,8 @@ def pretrain(args, reader) -> dict:
 
 def run(args, process, reader) -> dict:
     """The part of one rank in the training.  Nothing is written before everything has been checked."""
+    import attention
     import checkpoint
-    import cpu_layers
     import dataset
     import device as devices
     import dry_run
@@ -62,9 +62,9 @@ def run(args, process, reader) -> dict:
         shards, left_out = dataset.as_before(shards, start.data, args.skip_bad_shards, process.warn)
 
     device.seed(args.seed)
-    attention, layers_choice = cpu_layers.choose(args, device, config)
-    model = BertForPreTraining(config, attention, args.checkpoint_activations, precision.autocast,
-                               precision.casts_off)
+    kind, layers_choice = process.gather(attention.choose(args, device, config, plan.micro_batch_size))[0]
+    model = BertForPreTraining(config, kind, args.checkpoint_activations, precision.autocast, precision.casts_off,
+                               args.mlm_loss_chunk)
     if start.state:
         checkpoint.check_architecture(config, start.state, start.path)
         checkpoint.load_model(model, start.state["model"], start.path)

@@ -176,6 +176,21 @@ def test_without_a_compiler_a_run_says_so_and_goes_on(workspace, capsys, monkeyp
     assert set(samples.losses(workspace / "out/log.json")) == {1, 2}
 
 
+@pytest.mark.slow
+def test_compiled_run_has_the_losses_of_a_plain_one_and_compiles_nothing_after_the_warm_up(workspace, capsys):
+    samples.write_config(workspace / "config.json", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                         num_hidden_layers=3)
+    train(skip_checkpoint=True, use_cpu_kernels="no", max_steps=20)
+    train(skip_checkpoint=True, use_torch_compile=True, max_steps=20, json_summary="compiled.json")
+    torch._dynamo.reset()
+    assert "the model is compiled by inductor; NVLAMB's update too" in capsys.readouterr().out
+    assert samples.losses(workspace / "compiled.json") == pytest.approx(samples.losses(workspace / "out/log.json"),
+                                                                        rel=1e-5)
+    counts = [line["data"]["graph_compilation"] for line in samples.log_lines(workspace / "compiled.json")
+              if "step_loss" in line["data"]]
+    assert counts[2:] == counts[2:3] * 18 and counts[2] >= 6  # four parts of the model, two groups of weights
+
+
 def test_bf16_run_is_near_fp32(workspace):
     train(skip_checkpoint=True)
     train(skip_checkpoint=True, hmp=True, json_summary="bf16.json")
