@@ -70,7 +70,7 @@ def inspect(path) -> Shard:
         missing = [key for key in keys if not isinstance(file.get(key), h5py.Dataset)]
         if missing:
             raise UserError(f"{path}: no data set {', '.join(missing)} (a shard holds {', '.join(keys)})")
-        shapes = {key: file[key].shape for key in keys}
+        shapes = {key: file[key].shape or () for key in keys}  # None where a data set is empty
         kinds = {key: file[key].dtype.kind for key in keys}
         size = sum(file[key].nbytes for key in keys)
     for key in keys:
