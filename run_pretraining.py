@@ -72,7 +72,7 @@ def run(args, process, reader) -> dict:
     share_weights(process, model)
     reduction = build_reduction(args, process, model)
     optimizer, choice = build_optimizer(args, model, device, process.world_size)
-    if start.state and start.state.get("optimizer"):
+    if start.state and start.state.get("optimizer") is not None:
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
     restore_skip_counts(optimizer, start.skipped)
     precision.restore(start.scaler)
