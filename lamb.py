@@ -88,8 +88,8 @@ class NVLAMB(torch.optim.Optimizer):
     def update_in_slices(self, group, params, divisor, finite) -> None:
         """The same on a CPU, limited by memory: each slice of a weight is finished while the cache holds it.
 
-        PyTorch's fused Adam kernel, run with rate 1 on a zeroed buffer, updates the moments and leaves −u there
-        without the decay; it divides the gradient by grad_scale and does nothing where found_inf is 1.
+        PyTorch's fused Adam kernel, run with rate 1 on −decay·w, updates the moments and leaves −u there; it divides
+        the gradient by grad_scale and does nothing where found_inf is 1.
         """
         beta1, beta2 = group["betas"]
         adam = {"lr": 1.0, "beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": 0.0, "amsgrad": False,
@@ -103,9 +103,8 @@ class NVLAMB(torch.optim.Optimizer):
             weight_square = update_square = torch.zeros(())
             for slices in zip(*(tensor.split(SLICE) for tensor in flat), strict=True):
                 weight, gradient, exp_avg, exp_avg_sq, update = slices
-                update.zero_()
+                torch.mul(weight, -group["weight_decay"], out=update)
                 torch._fused_adamw_([update], [gradient], [exp_avg], [exp_avg_sq], [], [step], **adam)
-                update.sub_(weight, alpha=group["weight_decay"])  # −u
                 weight_square = weight_square + weight.dot(weight)
                 update_square = update_square + update.dot(update)
             ratio = trust_ratio(weight_square, update_square, group["weight_decay"])
