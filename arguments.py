@@ -30,6 +30,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def add_files(parser) -> None:
     group = parser.add_argument_group("what to train on what")
     group.add_argument("--do_train", action="store_true", help="train; must be given")
+    group.add_argument("--dry_run", action="store_true", help="instead of training, check everything and tell what the "
+                       "run will take: steps, memory, disk, and time after two timed steps; writes nothing")
     group.add_argument("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
     group.add_argument("--config_file", required=True, help="model config, JSON")
     group.add_argument("--output_dir", required=True, help="folder of the checkpoints")
@@ -76,6 +78,9 @@ def add_precision(parser) -> None:
     group.add_argument("--init_loss_scale", type=float, default=2.0**20, help="first value of a dynamic loss scale")
     group.add_argument("--checkpoint_activations", action="store_true",
                        help="recompute the layers in the backward pass: less memory, more time")
+    group.add_argument("--mlm_loss_chunk", type=positive_int, default=0, metavar="SLOTS",
+                       help="compute the masked-LM loss for so many masked tokens at a time, and its scores again in "
+                       "the backward pass: less memory, slightly more time (default: for all at once)")
 
 
 def add_device(parser) -> None:
@@ -84,6 +89,9 @@ def add_device(parser) -> None:
     group.add_argument("--use_torch_compile", action="store_true",
                        help="compile the model and the optimizer step (HPU: hpu_backend); where that does not work, "
                        "the run says why and goes on without")
+    group.add_argument("--attention", choices=("plain", "sdpa", "varlen"),
+                       help="elementary operations; fused kernels with a mask; fused kernels for sequences of many "
+                       "lengths (default: what is fastest on the device; CUDA measures the last two at the start)")
     group.add_argument("--use_cpu_kernels", type=boolean, default=True, metavar="BOOL",
                        help="CPU, fp32: layers in kernels that a C++ compiler makes as the run starts (default: True; "
                        "where that does not work, the run says why and uses PyTorch's own operations)")
@@ -167,7 +175,7 @@ def step_range(text: str) -> tuple[int, int]:
 
 def contradiction(args) -> str | None:
     """What is wrong with the flags together, or None."""
-    if not args.do_train:
+    if not args.do_train and not args.dry_run:
         return "nothing to do: --do_train is not given"
     if args.train_batch_size % args.gradient_accumulation_steps:
         return (f"--train_batch_size {args.train_batch_size} is not divisible by "
@@ -182,6 +190,8 @@ def contradiction(args) -> str | None:
         return "--use_lazy_mode True and --use_torch_compile exclude each other"
     if args.use_torch_lazy and (args.use_habana or args.use_torch_compile or args.checkpoint_activations):
         return "--use_torch_lazy goes with none of --use_habana, --use_torch_compile and --checkpoint_activations"
+    if args.attention == "varlen" and (args.use_habana or args.use_torch_lazy):
+        return "--attention varlen is for CUDA and CPU, not for --use_habana or --use_torch_lazy"
     last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
     if args.profile and args.profile_steps[1] > last_step:
         return f"--profile_steps {args.profile_steps[0]}:{args.profile_steps[1]}, but the run ends at step {last_step}"

@@ -145,7 +145,7 @@ def load_optimizer(optimizer, state: dict, path) -> None:
     `state` is laid out as NVLAMB's state_dict: moments by the number of the parameter, `step` in each group; or it
     names the folder of sharded moments in place of them.  In either case each rank loads those of its own share.
     """
-    groups = state.get("param_groups")
+    groups = state.get("param_groups") if isinstance(state, dict) else None
     if not isinstance(groups, list) or len(groups) != len(optimizer.param_groups):
         raise UserError(f"{path}: its optimizer does not hold state and {len(optimizer.param_groups)} param_groups")
     local = local_part(optimizer)
@@ -266,10 +266,11 @@ def stream_state(state: dict, path) -> dict | None:
     if "data" not in state:
         return None
     what = f"{path}: what it says about the shards"
+    data = dictionary(state, "data", path)
+    shards, left_out = (dictionary(data, key, what) for key in ("shards", "left_out"))
     try:
-        shards, left_out = dict(state["data"]["shards"]), dict(state["data"]["left_out"])
         places = {name: {"epoch": epoch, "rows": rows} for name, (epoch, rows) in left_out.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{what} cannot be read: {error!r}") from None
     return {"shards": {str(name): whole_number(shards, name, what) for name in shards},
             "left_out": {str(name): [whole_number(place, key, what) for key in ("epoch", "rows")]

@@ -62,7 +62,7 @@ def read(path) -> dict:
         raise UserError(f"{path}: not a readable checkpoint: {first_line(error)}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a checkpoint: it holds no dictionary")
-    if state.pop(CHECKSUM, None) and not sealed:
+    if state.pop(CHECKSUM, None) is not None and not sealed:
         raise UserError(f"{path}: not a readable checkpoint: its checksum is missing")
     return state
 

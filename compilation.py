@@ -17,9 +17,24 @@ def compile_training(device, model: torch.nn.Module, optimizer: torch.optim.Opti
     problem = compiler_problem(device)
     if problem:
         return f"--use_torch_compile: not compiled: {problem}"
-    model.compile(backend=device.compiler)  # in place: the names in its state dict stay the same
-    update = optimizer.compile(device.compiler) if isinstance(optimizer, NVLAMB) else "FusedLamb is fused already"
+    compile_model(device, model, device.compiler)
+    update = "FusedLamb is fused already"
+    if isinstance(optimizer, NVLAMB):
+        update = optimizer.compile(device.compiler, device.compiles_in_parts)
     return f"--use_torch_compile: the model is compiled by {device.compiler}; {update}"
+
+
+def compile_model(device, model: torch.nn.Module, compiler, **options) -> None:
+    """In place, so that the names in its state dict stay the same.
+
+    inductor gets a layer at a time: all layers share one graph, compiled once, whatever the depth.  So BERT-base is
+    ready in a minute, and shapes that vary would show as graphs that are compiled again.
+    """
+    parts = [model]
+    if device.compiles_in_parts:
+        parts = [*model.bert.encoder.layer, model.bert.embeddings, model.bert.pooler, model.cls.predictions]
+    for part in parts:
+        part.compile(backend=compiler, **options)
 
 
 def compiler_problem(device) -> str | None:

@@ -17,15 +17,8 @@ import cpu_kernels
 ACTIVATION = "gelu"  # the one that the kernels know
 
 
-def choose(args, device, config) -> tuple[str, str]:
-    """Which kind of layers a run computes with, and the choice in words, with its reason."""
-    reason = reason_against(args, device, config)
-    if reason is None:
-        return "kernels", "layers: kernels compiled for this CPU"
-    return device.attention, f"layers: PyTorch's operations, attention {device.attention} ({reason})"
-
-
 def reason_against(args, device, config) -> str | None:
+    """Why a run does not compute its layers here, or None."""
     if device.kind != "cpu":
         return f"the kernels are for CPUs, not {device.kind}"
     if args.hmp:
@@ -33,7 +26,7 @@ def reason_against(args, device, config) -> str | None:
     if not args.use_cpu_kernels:
         return "--use_cpu_kernels False"
     if args.use_torch_compile:
-        return "--use_torch_compile"
+        return "--use_torch_compile, in place of the kernels for this CPU, which are faster"
     if config.hidden_act != ACTIVATION:
         return f"no kernel for {config.hidden_act}"
     return cpu_kernels.problem()

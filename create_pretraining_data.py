@@ -5,7 +5,9 @@
 
 The procedure is that of Devlin et al. 2018.  A document is cut into pairs of segments; half the pairs get a random
 second segment from another document (next_sentence_label 1); of the tokens, 15 % are to be predicted, of which 80 %
-become [MASK], 10 % a random word and 10 % stay.  dupe_factor passes over the text give other pairs and masks.
+become [MASK], 10 % a random word and 10 % stay (masking.py).  dupe_factor passes over the text give other pairs and
+masks.  With --dynamic_masking samples are stored without masks, and the training masks them in each epoch anew; then
+one pass is the default.
 
 The text is read in blocks of documents, so that memory does not depend on the size of a shard.  In a block everything
 works on offsets into one array of token ids: a sample is planned as four numbers (where its two segments start, how
@@ -29,12 +31,12 @@ from cli import UserError
 from data import vocabulary
 from data.wordpiece import Encoder
 from file_utils import local_file
+from masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
 
-SPECIALS_PER_ROW = 3  # [CLS] A [SEP] B [SEP]
 READ_BYTES = 1 << 21  # text read at a time; a block of documents holds up to twice that
 BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time
 RANDOM_NEXT = 0.5  # share of the pairs that get a random second segment
-MASKED, REPLACED = 0.8, 0.1  # of the predicted tokens: become [MASK], become a random word; the rest stay
+PASSES = 5  # over the text, by default; 1 where the training makes the masks
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,16 @@ class SampleOptions:
     max_seq_length: int = 512
     max_predictions_per_seq: int = 20
     masked_lm_prob: float = 0.15
-    dupe_factor: int = 5
+    dupe_factor: int = PASSES
     short_seq_prob: float = 0.1
     random_seed: int = 12345
     do_lower_case: bool = True
+    dynamic_masking: bool = False
 
     def __post_init__(self):
-        if self.max_seq_length < SPECIALS_PER_ROW + 2:
+        if self.max_seq_length < SPECIALS_PER_SEQUENCE + 2:
             raise UserError(f"--max_seq_length {self.max_seq_length}: two segments and three special tokens need at "
-                            f"least {SPECIALS_PER_ROW + 2}")
+                            f"least {SPECIALS_PER_SEQUENCE + 2}")
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,6 @@ class Documents:
     ids: np.ndarray  # (tokens,) int32
     bounds: np.ndarray  # (sentences + 1,) int64
     first: np.ndarray  # (documents + 1,) int64
-
-
-class SpecialIds:
-    """The ids of the special tokens, and those of all other words."""
-
-    def __init__(self, tokens: list[str]):
-        special = [tokens.index(token) for token in vocabulary.SPECIAL_TOKENS]
-        self.pad, _, self.cls, self.sep, self.mask = special
-        self.words = np.setdiff1d(np.arange(len(tokens)), special).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -94,13 +88,16 @@ def create_shard(input_file, output_file, tokens: list[str], options: SampleOpti
     """Make the HDF5 shard of a text shard; returns counts.  The file's name is part of the random seed."""
     seed = [options.random_seed, zlib.crc32(Path(input_file).stem.encode())]
     random, rng = Random(repr(seed)), np.random.default_rng(seed)
-    encoder, ids = Encoder(tokens, options.do_lower_case), SpecialIds(tokens)
+    encoder = Encoder(tokens, options.do_lower_case)
+    rule = MaskingRule(options.masked_lm_prob, options.max_predictions_per_seq, len(tokens),
+                       tuple(tokens.index(token) for token in vocabulary.SPECIAL_TOKENS))
     counts = Counter(documents=0, sentences=0, tokens=0, samples=0, random_next=0)
-    with shards.writing(output_file, options.max_seq_length, options.max_predictions_per_seq) as append:
+    with shards.writing(output_file, options.max_seq_length, options.max_predictions_per_seq,
+                        rule if options.dynamic_masking else None) as append:
         for lines in document_blocks(input_file):
             documents = tokenize(lines, encoder)
             pairs = truncate(plan_pairs(documents, options, random), options, rng)
-            for rows in sample_rows(documents.ids, pairs, ids, options, rng):
+            for rows in sample_rows(documents.ids, pairs, rule, options, rng):
                 append(rows)
             counts.update(documents=len(documents.first) - 1, sentences=len(documents.bounds) - 1,
                           tokens=len(documents.ids), samples=len(pairs), random_next=int(pairs.is_random.sum()))
@@ -147,7 +144,7 @@ def tokenize(lines: list[str], encoder: Encoder) -> Documents:
 def plan_pairs(documents: Documents, options: SampleOptions, random: Random) -> Pairs:
     """Pairs of segments of every document, dupe_factor times over, not yet cut to length."""
     bounds, first = documents.bounds.tolist(), documents.first.tolist()
-    longest = options.max_seq_length - SPECIALS_PER_ROW
+    longest = options.max_seq_length - SPECIALS_PER_SEQUENCE
     columns = ([], [], [], [], [])
     for _ in range(options.dupe_factor):
         for document in range(len(first) - 1):
@@ -200,7 +197,7 @@ def truncate(pairs: Pairs, options: SampleOptions, rng: np.random.Generator) -> 
     Lengths are known without going token by token: the longer segment shrinks to the length of the shorter, then both
     in turn, the second first.
     """
-    longest = options.max_seq_length - SPECIALS_PER_ROW
+    longest = options.max_seq_length - SPECIALS_PER_SEQUENCE
     a, b = pairs.a_length, pairs.b_length
     both = a + b > longest
     new_a = np.where(both, np.where(b <= longest // 2, longest - b, np.minimum(a, longest - longest // 2)), a)
@@ -209,70 +206,38 @@ def truncate(pairs: Pairs, options: SampleOptions, rng: np.random.Generator) -> 
                  pairs.b_start + rng.binomial(b - new_b, 0.5), new_b, pairs.is_random)
 
 
-def sample_rows(tokens: np.ndarray, pairs: Pairs, ids: SpecialIds, options: SampleOptions, rng):
+def sample_rows(tokens: np.ndarray, pairs: Pairs, rule: MaskingRule, options: SampleOptions, rng):
     """Yield the rows of all pairs, in random order, in blocks."""
     order = rng.permutation(len(pairs))
     block = max(1, BLOCK_TOKENS // options.max_seq_length)
     for start in range(0, len(pairs), block):
-        rows = token_rows(tokens, pairs[order[start:start + block]], options.max_seq_length, ids)
-        yield rows | masked(rows, options, ids, rng)
+        rows = token_rows(tokens, pairs[order[start:start + block]], options.max_seq_length, rule.special_ids)
+        if not options.dynamic_masking:
+            keys = rng.integers(2**64, size=len(rows["input_ids"]), dtype=np.uint64)
+            rows |= masked(rows, rule, options.max_predictions_per_seq, keys)
+        yield rows
 
 
-def token_rows(tokens: np.ndarray, pairs: Pairs, sequence_length: int, ids: SpecialIds) -> dict[str, np.ndarray]:
-    """[CLS] A [SEP] B [SEP] and padding, as rows of the shard schema."""
+def token_rows(tokens: np.ndarray, pairs: Pairs, sequence_length: int, special_ids) -> dict[str, np.ndarray]:
+    """[CLS] A [SEP] B [SEP] and padding, as rows of the shard schema without masks."""
+    pad, _, cls, sep, _ = special_ids
     column = np.arange(sequence_length)[None, :]  # (1, S)
     a, b = pairs.a_length[:, None], pairs.b_length[:, None]  # (B, 1)
     source = np.where(column <= a, pairs.a_start[:, None] - 1, pairs.b_start[:, None] - 2 - a) + column  # (B, S)
     input_ids = tokens.take(source, mode="clip")  # (B, S)
     end = a + b + 2  # where the last [SEP] stands
-    input_ids[:, 0] = ids.cls
+    input_ids[:, 0] = cls
     rows = np.arange(len(pairs))
-    input_ids[rows, pairs.a_length + 1] = ids.sep
-    input_ids[rows, end[:, 0]] = ids.sep
+    input_ids[rows, pairs.a_length + 1] = sep
+    input_ids[rows, end[:, 0]] = sep
     real = column <= end  # (B, S)
-    input_ids[~real] = ids.pad
+    input_ids[~real] = pad
     return {
         "input_ids": input_ids,
         "input_mask": real.astype(np.int8),
         "segment_ids": (real & (column > a + 1)).astype(np.int8),
         "next_sentence_labels": pairs.is_random.astype(np.int8),
     }
-
-
-def masked(rows: dict, options: SampleOptions, ids: SpecialIds, rng) -> dict[str, np.ndarray]:
-    """Choose the tokens to predict and hide them: new input_ids, masked_lm_positions and masked_lm_ids."""
-    input_ids = rows["input_ids"].copy()
-    positions, chosen = masked_positions(rows, options, ids, rng)  # (B, P), (B, P)
-    masked_lm_ids = np.take_along_axis(input_ids, positions, axis=1) * chosen  # (B, P)
-    fate = rng.random(positions.shape, np.float32)
-    random_words = ids.words[rng.integers(len(ids.words), size=positions.shape)]
-    shown = np.where(fate < MASKED, ids.mask, np.where(fate < MASKED + REPLACED, random_words, masked_lm_ids))
-    row, slot = np.nonzero(chosen)
-    input_ids[row, positions[row, slot]] = shown[row, slot]
-    return {"input_ids": input_ids, "masked_lm_positions": positions, "masked_lm_ids": masked_lm_ids}
-
-
-def masked_positions(rows: dict, options: SampleOptions, ids: SpecialIds, rng) -> tuple[np.ndarray, np.ndarray]:
-    """The positions of the tokens to predict, ascending, zero padded (B, P), and which slots are used (B, P).
-
-    Each token but [CLS] and [SEP] gets a random key; those with the smallest keys are chosen.
-    """
-    input_ids, slots = rows["input_ids"], options.max_predictions_per_seq
-    sequence_length = input_ids.shape[1]
-    lengths = rows["input_mask"].sum(axis=1, dtype=np.int64)  # (B,)
-    free = (rows["input_mask"] == 1) & (input_ids != ids.cls) & (input_ids != ids.sep)
-    keys = np.where(free, rng.random(input_ids.shape, np.float32), np.float32(2))
-    width = min(slots, sequence_length)
-    smallest = np.argpartition(keys, width - 1, axis=1)[:, :width]
-    ranked = np.take_along_axis(keys, smallest, axis=1).argsort(axis=1)
-    positions = np.take_along_axis(smallest, ranked, axis=1)  # (B, width), best first
-    wanted = np.clip(np.rint(lengths * options.masked_lm_prob), 1, lengths - SPECIALS_PER_ROW)[:, None]
-    positions[np.arange(width) >= wanted] = sequence_length  # sorts behind all that are chosen
-    positions.sort(axis=1)
-    chosen = positions < sequence_length
-    positions[~chosen] = 0
-    padding = ((0, 0), (0, slots - width))
-    return np.pad(positions, padding).astype(np.int32), np.pad(chosen, padding)
 
 
 def add_sample_flags(parser, max_seq_length: int, max_predictions_per_seq: int) -> None:
@@ -283,8 +248,11 @@ def add_sample_flags(parser, max_seq_length: int, max_predictions_per_seq: int) 
     group.add_argument("--max_predictions_per_seq", type=cli.positive_int, default=max_predictions_per_seq,
                        help="most tokens to predict in a sample: 20 for 128 tokens, 80 for 512")
     group.add_argument("--masked_lm_prob", type=cli.proportion, default=0.15, help="share of the tokens to predict")
-    group.add_argument("--dupe_factor", type=cli.positive_int, default=5,
-                       help="passes over the text, each with other pairs and masks")
+    group.add_argument("--dynamic_masking", action="store_true",
+                       help="store the samples without masks: the training masks them, in each epoch anew")
+    group.add_argument("--dupe_factor", type=cli.positive_int,
+                       help=f"passes over the text, each with other pairs and masks (default: {PASSES}; with "
+                       "--dynamic_masking 1, which needs no pass for other masks)")
     group.add_argument("--short_seq_prob", type=cli.proportion, default=0.1,
                        help="share of the documents that are cut into shorter samples")
     group.add_argument("--random_seed", type=int, default=12345, help="the same seed gives the same files")
@@ -293,7 +261,9 @@ def add_sample_flags(parser, max_seq_length: int, max_predictions_per_seq: int) 
 
 
 def sample_options(args) -> SampleOptions:
-    return SampleOptions(**{field.name: getattr(args, field.name) for field in fields(SampleOptions)})
+    values = {field.name: getattr(args, field.name) for field in fields(SampleOptions)}
+    values["dupe_factor"] = args.dupe_factor or (1 if args.dynamic_masking else PASSES)
+    return SampleOptions(**values)
 
 
 def main(argv=None) -> None:

@@ -3,6 +3,7 @@
 Which rows a micro-batch holds is a pure function of the seed and of its number: an epoch is the shards in a shuffled
 order, the rows of each shuffled; epochs follow one another without a gap; micro-batch k is the k-th cut of that
 sequence and goes to rank k mod N.  So every row is used once an epoch, and a stream goes on anywhere from one number.
+Rows that come without masks are masked here, by a function of seed, epoch, shard and row: in each epoch another way.
 
 Batches are in the packed form of shards.SCHEMA (an unpacked row is a packed row of one sequence), int32 host tensors:
 input_ids, input_mask, segment_ids, positions (B, S), masked_lm_positions, masked_lm_ids (B, P),
@@ -18,9 +19,11 @@ import torch
 
 import shards as shard_files
 from cli import UserError
+from masking import masked, row_keys
 from shard_reader import ShardReader
 from shards import Shard
 
+HELD_OUT_SEED = 0  # of the masks of held-out rows that come without: the same whenever they are evaluated
 ROWS_CHECKED_FIRST = 50_000  # read and checked before anything is built; the others when their shard's turn comes
 
 
@@ -150,7 +153,9 @@ class BatchStream:
 
     def part(self, epoch: int, shard: int, start: int, stop: int) -> dict[str, np.ndarray]:
         rows, order = self.open(epoch, shard).result()
-        return {key: values[order[start:stop]] for key, values in rows.items()}
+        chosen = order[start:stop]
+        rows = {key: values[chosen] for key, values in rows.items()}
+        return with_masks(rows, self.shards[shard], row_keys(self.seed, epoch, shard, chosen))
 
     def open(self, epoch: int, shard: int) -> Future:
         if (epoch, shard) not in self.open_shards:
@@ -206,6 +211,11 @@ class BatchStream:
         for key in wanted:
             self.open(*key)
 
+    def finish_reading(self) -> None:
+        """Wait until the shards that are read ahead are there."""
+        for future in self.open_shards.values():
+            future.result()
+
     def state(self) -> dict:
         """What the order of the rows depends on beside the seed, in plain values, for a checkpoint."""
         names = [shard.path.name for shard in self.shards]
@@ -248,6 +258,11 @@ def check_first_rows(shards: list[Shard], vocab_size: int, reader: ShardReader) 
         checked += shard.rows
 
 
+def with_masks(rows: dict[str, np.ndarray], shard: Shard, keys: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows of a shard with their masks: their own, or by the shard's rule, from a key for each row."""
+    return rows | masked(rows, shard.rule, shard.prediction_slots, keys) if shard.rule else rows
+
+
 def as_batch(rows: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """Rows of either form as a batch (see the top of this file)."""
     if "positions" not in rows:
@@ -269,8 +284,10 @@ def batches_once(shards: list[Shard], batch_size: int, vocab_size: int):
     """Every row once, in order, in batches of one size: the last is filled up with empty rows, which count nowhere."""
     pending: dict[str, torch.Tensor] | None = None
     with ShardReader() as reader:
-        for shard in shards:
-            batch = as_batch(reader.call(shard_files.read_checked, shard, vocab_size))
+        for number, shard in enumerate(shards):
+            rows = reader.call(shard_files.read_checked, shard, vocab_size)
+            keys = row_keys(HELD_OUT_SEED, 0, number, np.arange(shard.rows))
+            batch = as_batch(with_masks(rows, shard, keys))
             pending = batch if pending is None else {key: torch.cat([pending[key], batch[key]]) for key in batch}
             while len(pending["input_ids"]) >= batch_size:
                 yield {key: values[:batch_size] for key, values in pending.items()}

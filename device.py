@@ -7,7 +7,9 @@ what only it has (FusedLamb, hmp, HCCL); what means nothing on a device does not
 import functools
 import importlib
 import os
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -20,9 +22,11 @@ class Device:
     """A CPU, and the defaults of the others."""
 
     kind = "cpu"
-    attention = "plain"  # on CPUs faster than the fused call, which has no kernel with dropout
+    is_host = True  # what is copied to the host takes memory of the device
+    attentions: tuple[str, ...] = ("plain",)  # that a run chooses from (attention.py), the preferred one first
     backend = "gloo"
     compiler: str | None = "inductor"  # of torch.compile
+    compiles_in_parts = True  # what repeats is compiled once, since the compiler takes long for a large graph
     has_autocast = True  # torch.autocast casts its tensors
     reads_op_lists = False  # and does so by the op lists that the environment names
     mixed_layer_norm = True  # layer_norm takes a bf16 input beside fp32 weights
@@ -61,10 +65,23 @@ class Device:
         """Bytes allocated on the device now and at most, by name; empty where the device does not tell."""
         return {}
 
+    def held_memory(self) -> int | None:
+        """Bytes that this process holds on the device; None where that is not known."""
+        return proc_bytes("/proc/self/status", "VmRSS")
+
+    def peak_memory(self) -> int | None:
+        """The most that it has held."""
+        return proc_bytes("/proc/self/status", "VmHWM")
+
+    def free_memory(self) -> int | None:
+        """Bytes that it could take beside those."""
+        return proc_bytes("/proc/meminfo", "MemAvailable")
+
     def graphs(self) -> dict:
         """How many graphs this process has compiled (graph_compilation) and how many ops ran on the host for want of a
         kernel (cpu_fallback; their names in cpu_fallback_ops); empty where there are no graphs to count."""
-        return {}
+        dynamo = sys.modules.get("torch._dynamo.utils")  # there once something was compiled
+        return {"graph_compilation": dynamo.counters["stats"]["unique_graphs"]} if dynamo else {}
 
     def fused_lamb(self) -> type | None:
         """The class of the device's own fused LAMB, if it has one."""
@@ -77,9 +94,19 @@ class Device:
         return [ProfilerActivity.CPU]
 
 
+def proc_bytes(path: str, key: str) -> int | None:
+    """A figure that Linux gives in kilobytes; None on other systems."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
 class CudaDevice(Device):
     kind = "cuda"
-    attention = "sdpa"
+    is_host = False
+    attentions = ("varlen", "sdpa")
     backend = "nccl"
     mixed_layer_norm = False
     pins_memory = True
@@ -102,6 +129,15 @@ class CudaDevice(Device):
         return {"memory_allocated": torch.cuda.memory_allocated(self.torch_device),
                 "max_memory_allocated": torch.cuda.max_memory_allocated(self.torch_device)}
 
+    def held_memory(self) -> int:
+        return torch.cuda.memory_allocated(self.torch_device)
+
+    def peak_memory(self) -> int:
+        return torch.cuda.max_memory_allocated(self.torch_device)
+
+    def free_memory(self) -> int:
+        return torch.cuda.mem_get_info(self.torch_device)[0]
+
     def profiler_activities(self) -> list[ProfilerActivity]:
         return [ProfilerActivity.CPU, ProfilerActivity.CUDA]
 
@@ -110,9 +146,11 @@ class HpuDevice(Device):
     """A Gaudi card.  In lazy mode ops are recorded until mark_step, else each runs at once, or compiled."""
 
     kind = "hpu"
-    attention = "plain"  # the ops that the op lists were made for
+    is_host = False
+    attentions = ("plain",)  # the ops that the op lists were made for
     backend = "hccl"
     compiler = "hpu_backend"
+    compiles_in_parts = False
     reads_op_lists = True
 
     def __init__(self, lazy: bool):
@@ -143,6 +181,12 @@ class HpuDevice(Device):
     def memory(self) -> dict[str, int]:
         return {"memory_allocated": torch.hpu.memory_allocated(),
                 "max_memory_allocated": torch.hpu.max_memory_allocated()}
+
+    def held_memory(self) -> None:
+        """Not told: in lazy mode nothing is allocated where it is asked for."""
+
+    def peak_memory(self) -> int:
+        return torch.hpu.max_memory_allocated()
 
     def graphs(self) -> dict:
         compilation, fallback = self.metric_values("graph_compilation"), self.metric_values("cpu_fallback")
@@ -186,7 +230,6 @@ class LazyDevice(Device):
     """PyTorch's own lazy tensors, run by TorchScript on the CPU: real lazy graphs for people without a Gaudi card."""
 
     kind = "lazy"
-    attention = "plain"
     compiler = None
     has_autocast = False
 
@@ -199,6 +242,9 @@ class LazyDevice(Device):
 
     def host_copy(self, tensor: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
         return tensor.detach().cpu()
+
+    def held_memory(self) -> None:
+        """Not told: a lazy tensor has no storage."""
 
     def mark_step(self) -> None:
         torch._lazy.mark_step()

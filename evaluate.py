@@ -29,7 +29,7 @@ def print_figures(args) -> None:
     config = BertConfig.from_json_file(args.config_file)
     held_out = shards.find(args.eval_dir, "test", "--eval_dir")
     torch.manual_seed(args.seed)
-    model = BertForPreTraining(config, device.attention)
+    model = BertForPreTraining(config, device.attentions[-1])
     if args.checkpoint:
         checkpoint.load_into(model, args.checkpoint)
     model.to_device(device.torch_device)

@@ -175,7 +175,7 @@ def read_config(folder: Path) -> dict:
         values = dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"{folder}: a folder without config.json is no model of transformers") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not readable: {error}") from None
     required = {"model_type": "bert", "layer_norm_eps": LAYER_NORM_EPS, "position_embedding_type": "absolute",
                 "is_decoder": False, "tie_word_embeddings": True}
@@ -192,7 +192,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / INDEX).is_file():
         try:
             names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{folder / INDEX}: not readable: {error!r}") from None
         return {name: value for file in sorted(names) for name, value in read_tensors(folder / Path(file).name).items()}
     if (folder / OLD_WEIGHTS).is_file():

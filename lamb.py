@@ -71,11 +71,11 @@ class NVLAMB(torch.optim.Optimizer):
                 self.state[param]["exp_avg"] = torch.zeros_like(param)
                 self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
 
-    def compile(self, backend: str) -> str:
-        """Compile what a step does to the weights; what was done, in words."""
-        if self.update == self.update_in_slices:
-            return "NVLAMB stays as it is: one pass in the CPU's cache"
-        self.paper_update = torch.compile(paper_update, backend=backend)
+    def compile(self, backend: str, in_parts: bool) -> str:
+        """Compile what a step does to the weights, all in one graph or weight by weight; what was done, in words."""
+        update = torch.compile(paper_update, backend=backend, dynamic=in_parts or None)
+        self.paper_update = one_at_a_time(update) if in_parts else update
+        self.update = self.update_by_the_paper
         return "NVLAMB's update too"
 
     def update_by_the_paper(self, group, params, divisor, finite) -> None:
@@ -88,8 +88,8 @@ class NVLAMB(torch.optim.Optimizer):
     def update_in_slices(self, group, params, divisor, finite) -> None:
         """The same on a CPU, limited by memory: each slice of a weight is finished while the cache holds it.
 
-        PyTorch's fused Adam kernel, run with rate 1 on a zeroed buffer, updates the moments and leaves −u there
-        without the decay; it divides the gradient by grad_scale and does nothing where found_inf is 1.
+        PyTorch's fused Adam kernel, run with rate 1 on −decay·w, updates the moments and leaves −u there; it divides
+        the gradient by grad_scale and does nothing where found_inf is 1.
         """
         beta1, beta2 = group["betas"]
         adam = {"lr": 1.0, "beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": 0.0, "amsgrad": False,
@@ -103,9 +103,8 @@ class NVLAMB(torch.optim.Optimizer):
             weight_square = update_square = torch.zeros(())
             for slices in zip(*(tensor.split(SLICE) for tensor in flat), strict=True):
                 weight, gradient, exp_avg, exp_avg_sq, update = slices
-                update.zero_()
+                torch.mul(weight, -group["weight_decay"], out=update)
                 torch._fused_adamw_([update], [gradient], [exp_avg], [exp_avg_sq], [], [step], **adam)
-                update.sub_(weight, alpha=group["weight_decay"])  # −u
                 weight_square = weight_square + weight.dot(weight)
                 update_square = update_square + update.dot(update)
             ratio = trust_ratio(weight_square, update_square, group["weight_decay"])
@@ -129,6 +128,14 @@ def paper_update(tensors, scalars, betas, eps: float, weight_decay: float) -> No
         update = update + weight_decay * param
         ratio = trust_ratio((param * param).sum(), (update * update).sum(), weight_decay)
         param.sub_(update * (rate * finite * ratio))
+
+
+def one_at_a_time(update):
+    """`update` for each weight by itself, seen as a row of numbers: one graph serves weights of all sizes."""
+    def update_all(tensors, *settings) -> None:
+        for quadruple in tensors:
+            update([tuple(tensor.detach().view(-1) for tensor in quadruple)], *settings)
+    return update_all
 
 
 def with_gradient(group) -> list:

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import cpu_layers
+from attention import ATTENTIONS, KERNELS
 from cli import UserError
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 LAYER_NORM_EPS = 1e-12
-MASKED_SCORE = -10000.0  # finite, and exp() of it is 0 in fp32 and bf16; infinities become NaN under bf16 op lists
 IGNORED_LABEL = -1
 MOST_LAYERS = 10_000  # beyond any BERT; building them would take minutes
 INTEGER_KEYS = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
@@ -108,36 +108,15 @@ def config_problem(values: dict) -> str | None:
     return None
 
 
-def plain_attention(query, key, value, mask, dropout_prob):
-    """softmax(q·kᵀ/√H + mask)·v in elementary operations, which every device has.  q, k, v: (B, N, S, H)."""
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + mask  # (B, N, S, S)
-    weights = F.dropout(F.softmax(scores, dim=-1), dropout_prob, training=dropout_prob > 0.0)
-    return weights @ value  # (B, N, S, H)
-
-
-def sdpa_attention(query, key, value, mask, dropout_prob):
-    """The same through PyTorch's fused kernels.  q, k, v: (B, N, S, H)."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype), dropout_p=dropout_prob)
-
-
-KERNELS = "kernels"  # whole layers in kernels compiled for this CPU
-ATTENTIONS = {"plain": plain_attention, "sdpa": sdpa_attention, KERNELS: None}
-
-
-def attention_mask(input_mask):
-    """Scores to add so that a token sees only its own sequence, by the numbers in input_mask.  (B, S) → (B, 1, S, S)"""
-    same = input_mask[:, :, None] == input_mask[:, None, :]
-    return ((1.0 - same.float()) * MASKED_SCORE)[:, None]
-
-
-def sequence_numbers(input_mask):
-    """The mask as the kernels take it: the numbers themselves.  (B, S)"""
-    return input_mask.int()
-
-
 def gather_positions(hidden, positions):
     """hidden (B, S, D), positions (B, K) → (B, K, D)."""
     return hidden.gather(1, positions.long()[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+
+def recomputed(function, autocast, *arguments):
+    """function(*arguments), computed again in the backward pass, which runs outside the contexts of the forward one."""
+    return checkpoint(function, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), autocast()),
+                      determinism_check="none")  # which asks nested tensors for a shape that they do not have
 
 
 class Embeddings(nn.Module):
@@ -233,18 +212,14 @@ class Encoder(nn.Module):
     def __init__(self, config: BertConfig, attention: str, checkpoint_activations: bool, autocast):
         super().__init__()
         make = KernelLayer if attention == KERNELS else Layer
-        self.layer = nn.ModuleList(make(config, ATTENTIONS[attention]) for _ in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(make(config, ATTENTIONS[attention].compute) for _ in range(config.num_hidden_layers))
         self.checkpoint_activations = checkpoint_activations
         self.autocast = autocast
-
-    def recompute_contexts(self):
-        """A layer is computed again in the backward pass, outside the contexts of the forward pass."""
-        return nullcontext(), self.autocast()
 
     def forward(self, hidden, mask):
         for layer in self.layer:
             if self.checkpoint_activations and self.training:
-                hidden = checkpoint(layer, hidden, mask, use_reentrant=False, context_fn=self.recompute_contexts)
+                hidden = recomputed(layer, self.autocast, hidden, mask)
             else:
                 hidden = layer(hidden, mask)
         return hidden
@@ -255,7 +230,7 @@ class BertModel(nn.Module):
 
     def __init__(self, config: BertConfig, attention: str, checkpoint_activations: bool, autocast):
         super().__init__()
-        self.mask = sequence_numbers if attention == KERNELS else attention_mask
+        self.mask = ATTENTIONS[attention].mask
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config, attention, checkpoint_activations, autocast)
         self.pooler = DenseActivation(config.hidden_size, config.hidden_size, torch.tanh)
@@ -263,7 +238,7 @@ class BertModel(nn.Module):
     def forward(self, input_ids, input_mask, segment_ids, positions, next_sentence_positions):
         """All inputs (B, S), next_sentence_positions (B, C) → hidden states (B, S, D), pooled [CLS] (B, C, D)."""
         hidden = self.embeddings(input_ids, segment_ids, positions)
-        hidden = self.encoder(hidden, self.mask(input_mask))
+        hidden = self.encoder(hidden, self.mask(input_mask, slots=next_sentence_positions.shape[1]))
         return hidden, self.pooler(gather_positions(hidden, next_sentence_positions))
 
 
@@ -279,10 +254,13 @@ class MaskedLMHead(nn.Module):
         self.decoder.weight = word_embeddings
 
     def forward(self, hidden):
-        return F.linear(self.transformed(hidden), self.decoder.weight, self.bias)  # (…, V)
+        return self.scores(self.transformed(hidden))  # (…, V)
 
     def transformed(self, hidden):
         return self.transform.LayerNorm(self.transform(hidden))  # (…, D)
+
+    def scores(self, transformed):
+        return F.linear(transformed, self.decoder.weight, self.bias)  # (…, V)
 
     def kernel_loss(self, hidden, labels):
         """Mean cross entropy of the scores, by a kernel that never shows them."""
@@ -299,16 +277,18 @@ class PreTrainingHeads(nn.Module):
 class BertForPreTraining(nn.Module):
     """BERT with the masked-LM and the next-sentence head.
 
-    `attention` names the implementation ("sdpa", "plain", or "kernels" on CPUs); `checkpoint_activations` recomputes
-    each layer in the backward pass, for memory against time, under `autocast()`; the losses are computed under
-    `casts_off()` (both of mixed_precision.Precision).
+    `attention` names the implementation (attention.py); `checkpoint_activations` recomputes each layer in the backward
+    pass, for memory against time, under `autocast()`; the losses are computed under `casts_off()` (both of
+    mixed_precision.Precision), the masked-LM loss for `loss_chunk` slots at a time (0: all at once).
     """
 
     def __init__(self, config: BertConfig, attention: str = "sdpa", checkpoint_activations: bool = False,
-                 autocast=nullcontext, casts_off=nullcontext):
+                 autocast=nullcontext, casts_off=nullcontext, loss_chunk: int = 0):
         super().__init__()
         self.config = config
+        self.autocast = autocast
         self.casts_off = casts_off
+        self.loss_chunk = loss_chunk
         self.use_kernels = attention == KERNELS
         self.bert = BertModel(config, attention, checkpoint_activations, autocast)
         self.cls = PreTrainingHeads(config, self.bert.embeddings.word_embeddings.weight)
@@ -340,13 +320,38 @@ class BertForPreTraining(nn.Module):
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """The losses of a batch as fp32 scalars: loss = mlm_loss + nsp_loss."""
-        if self.use_kernels:
-            masked, nsp_logits = self.encode(batch)
-            return summed(self.cls.predictions.kernel_loss(masked, mlm_labels(batch)),
-                          mean_cross_entropy(nsp_logits, nsp_labels(batch)))
-        logits = self.logits(batch)
+        masked, nsp_logits = self.encode(batch)
+        if self.use_kernels or self.loss_chunk:
+            mlm_loss = self.mlm_loss_without_scores(masked, mlm_labels(batch))
+            with self.casts_off():
+                return summed(mlm_loss, mean_cross_entropy(nsp_logits, nsp_labels(batch)))
+        mlm_logits = self.cls.predictions(masked)
         with self.casts_off():
-            return losses(*logits, batch)
+            return losses(mlm_logits, nsp_logits, batch)
+
+    def mlm_loss_without_scores(self, masked, labels) -> torch.Tensor:
+        """Mean cross entropy over the masked tokens without the scores of all of them in memory.
+
+        masked (B, P, D): the hidden states of their slots, labels (B, P).
+        """
+        if self.use_kernels:
+            return self.cls.predictions.kernel_loss(masked, labels)
+        return self.chunked_mlm_loss(self.cls.predictions.transformed(masked).flatten(0, 1), labels.flatten())
+
+    def chunked_mlm_loss(self, hidden, labels) -> torch.Tensor:
+        """With the scores of loss_chunk slots in memory at a time; the backward pass computes them again.
+
+        hidden (B·P, D), labels (B·P).
+        """
+        chunks = zip(hidden.split(self.loss_chunk), labels.split(self.loss_chunk), strict=True)
+        sums = [recomputed(self.chunk_loss, self.autocast, *chunk) for chunk in chunks]
+        with self.casts_off():
+            return torch.stack(sums).sum() / labels_in_use(labels)
+
+    def chunk_loss(self, hidden, labels) -> torch.Tensor:
+        logits = self.cls.predictions.scores(hidden)
+        with self.casts_off():
+            return summed_cross_entropy(logits, labels)
 
 
 def mlm_labels(batch: dict) -> torch.Tensor:
@@ -372,5 +377,13 @@ def summed(mlm_loss, nsp_loss) -> dict[str, torch.Tensor]:
 
 def mean_cross_entropy(logits, labels):
     """Cross entropy averaged over the slots in use, in fp32; 0, not NaN, where no slot is."""
-    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-    return total / (labels != IGNORED_LABEL).sum().clamp(min=1).float()
+    return summed_cross_entropy(logits.flatten(0, 1), labels.flatten()) / labels_in_use(labels)
+
+
+def summed_cross_entropy(logits, labels):
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def labels_in_use(labels):
+    """How many there are, as a tensor to divide by: at least 1."""
+    return (labels != IGNORED_LABEL).sum().clamp(min=1).float()

@@ -28,7 +28,9 @@ def check_names(lists: OpLists, args) -> None:
     for flag, path, ops in (("--hmp_bf16", args.hmp_bf16, lists.bf16), ("--hmp_fp32", args.hmp_fp32, lists.fp32)):
         unknown = sorted(ops - known)
         if unknown:
-            raise UserError(f"{flag} {path}: PyTorch has no op named {', '.join(unknown)}")
+            first = ", ".join(name[:50] for name in unknown[:5])
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            raise UserError(f"{flag} {path}: PyTorch has no op named {first}{more}")
 
 
 def function_names() -> set[str]:
@@ -59,7 +61,7 @@ class OpListMode(TorchFunctionMode):
         rule = self.rules.get(func.__name__) if self.active else None
         target = rule(args, kwargs) if rule else None
         if target is None:
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if torch.compiler.is_compiling() else as_they_come(func, args, kwargs)
         if func.__name__ in self.first_only and args:
             return func(cast(args[0], target), *args[1:], **kwargs)
         return func(*cast(args, target), **{name: cast(value, target) for name, value in kwargs.items()})
@@ -73,6 +75,18 @@ class OpListMode(TorchFunctionMode):
             yield
         finally:
             self.active = before
+
+
+def as_they_come(func, args, kwargs):
+    """Call an op without a cast.  UserError where it does not take the mixture of types that the lists have led to."""
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError as error:
+        given = {dtype for dtype in dtypes([args, kwargs]) if dtype in CAST}
+        if len(given) < 2:
+            raise
+        raise UserError(f"--hmp_bf16, --hmp_fp32: {op_name(func.__name__)} is in neither list, and what comes to it is "
+                        f"part bfloat16, part float32: {error}") from error
 
 
 def rule_of(function_name: str, lists: OpLists) -> Callable | None:

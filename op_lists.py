@@ -60,7 +60,7 @@ def read_list(path, flag: str) -> frozenset[str]:
         raise UserError(f"{flag} {path}: not a text file") from None
     for number, line in enumerate(lines, start=1):
         if len(line.split()) != 1:
-            raise UserError(f"{flag} {path}: line {number} is {line!r}, not the name of one op")
+            raise UserError(f"{flag} {path}: line {number} is {line[:50]!r}, not the name of one op")
     return frozenset(canonical(line.strip()) for line in lines)
 
 

@@ -4,7 +4,7 @@ import torch
 
 import cpu_kernels
 from cli import UserError
-from fused_lamb import CpuFusedNVLAMB
+from fused_lamb import CpuFusedNVLAMB, MultiTensorNVLAMB
 from lamb import NVLAMB
 
 SKIP_COUNTS = ("skipped_steps", "skipped_in_a_row", "most_skipped_in_a_row")
@@ -45,6 +45,8 @@ def choose_fused_lamb(args, device) -> tuple[type | None, str]:
         return None, "no --use_fused_lamb"
     if device.fused_lamb():
         return device.fused_lamb(), "FusedLamb"
+    if device.kind == "cuda":
+        return MultiTensorNVLAMB, "NVLAMB in PyTorch's kernels for many tensors"
     if device.kind != "cpu":
         return None, f"{device.kind} has no FusedLamb"
     problem = cpu_kernels.problem()

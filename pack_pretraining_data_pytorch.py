@@ -80,7 +80,7 @@ def main(argv=None) -> None:
         histogram = sum(survey.histogram for survey in surveys)
         recipe = solve(args, histogram)
         with staged(output_dir) as folder:
-            write_rows(args, work, blocks, surveys, recipe, folder)
+            write_rows(args, work, blocks, surveys, recipe, folder, found[0].rule)
             publish(folder, output_dir)
             write_json(metadata_path(output_dir), metadata(args, found, histogram, recipe))
     if args.plot:
@@ -171,14 +171,14 @@ def staged(output_dir: Path):
             output_dir.rmdir()
 
 
-def write_rows(args, work, blocks, surveys, recipe: Recipe, folder: Path) -> None:
+def write_rows(args, work, blocks, surveys, recipe: Recipe, folder: Path, rule) -> None:
     """Write the packed shards into `folder`, by way of temporary files there."""
     histogram = sum(survey.histogram for survey in surveys)
     placement = Placement(recipe, histogram, args.seed)
     layout = packing_shards.Layout(
         row_count=recipe.row_count, rows_per_part=packing_shards.rows_per_part(args.max_sequence_length),
         row_length=args.max_sequence_length, max_sequences=args.max_sequences_per_pack,
-        max_predictions=args.max_predictions_per_sequence, folder=folder)
+        max_predictions=args.max_predictions_per_sequence, folder=folder, rule=rule)
     reserve_space(packing_shards.temporary_bytes(surveys, layout.part_count), folder)
 
     ranks_before = accumulate((survey.histogram for survey in surveys), initial=np.zeros_like(histogram))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.stats import binom
 
-from packing_placement import scrambled
+from hashing import scrambled
 
 SHOWN_AS_EXPECTED = 0.9  # of the masked tokens show [MASK] or themselves, the others a random word
 ACCIDENT = 1e-12  # so rare must it be that so few of a sequence do, before the sequence is called faulty
@@ -26,7 +26,8 @@ def faults(rows: dict[str, np.ndarray], cls_token: int) -> Iterator[tuple[str, n
     yield "input_mask does not number its sequences 1, 2, … from the left, then padding of 0", misnumbered
     sound = np.flatnonzero(~misnumbered)
     rows = {key: values[sound] for key, values in rows.items()}
-    for fault, bad in (*sequence_faults(rows, cls_token), *prediction_faults(rows)):
+    of_predictions = prediction_faults(rows) if "masked_lm_positions" in rows else ()  # else they are masked later
+    for fault, bad in (*sequence_faults(rows, cls_token), *of_predictions):
         spread = np.zeros(len(mask), bool)
         spread[sound[bad]] = True
         yield fault, spread
@@ -132,12 +133,14 @@ def fingerprints(rows: dict[str, np.ndarray]) -> np.ndarray:
     tokens = hashed(rows["input_ids"][real], position, 2 + rows["segment_ids"][real].astype(np.int64))
     sums = np.add.reduceat(tokens, np.flatnonzero(starts[real]))
 
-    masked_row, slot = np.nonzero(rows["masked_lm_positions"])
-    place = rows["masked_lm_positions"][masked_row, slot].astype(np.int64)
-    counts = np.count_nonzero(starts, axis=1)
-    sequence = (np.cumsum(counts) - counts)[masked_row] + mask[masked_row, place] - 1
-    np.add.at(sums, sequence, hashed(rows["masked_lm_ids"][masked_row, slot], place - start[sequence], 1))
-    labels = rows["next_sentence_labels"].reshape(len(mask), -1)[row, mask[row, start] - 1]
+    if "masked_lm_positions" in rows:
+        masked_row, slot = np.nonzero(rows["masked_lm_positions"])
+        place = rows["masked_lm_positions"][masked_row, slot].astype(np.int64)
+        counts = np.count_nonzero(starts, axis=1)
+        sequence = (np.cumsum(counts) - counts)[masked_row] + mask[masked_row, place] - 1
+        np.add.at(sums, sequence, hashed(rows["masked_lm_ids"][masked_row, slot], place - start[sequence], 1))
+    labels = rows["next_sentence_labels"]
+    labels = (labels if labels.ndim == 2 else labels[:, None])[row, mask[row, start] - 1]
     return scrambled(sums + labels.astype(np.uint64))
 
 

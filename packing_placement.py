@@ -6,6 +6,7 @@ can be placed by whoever reads it, in any process, and no table of all sequences
 
 import numpy as np
 
+from hashing import scrambled
 from packing import Recipe
 
 
@@ -62,13 +63,6 @@ def feistel(values: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.n
     for key in keys:
         left, right = right, left ^ (scrambled(right ^ key) & low_bits)
     return (left << half_bits) | right
-
-
-def scrambled(values: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele et al., 2014): every input bit sways every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def ranks_within(lengths: np.ndarray) -> np.ndarray:

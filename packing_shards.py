@@ -18,6 +18,7 @@ import numpy as np
 
 import shards
 from cli import UserError
+from masking import MaskingRule
 from packing_placement import Placement, ranks_within
 
 TOKENS_PER_BLOCK = 2**22  # of the input; a process holds one block or part at a time, up to 100 bytes a token
@@ -62,18 +63,21 @@ class Survey:
 
     histogram: np.ndarray
     most_predictions: np.ndarray  # the most masked tokens in a sequence of that length
-    predictions: int              # all masked tokens of the block
+    predictions: int              # all masked tokens that the block's rows hold: none where the training masks them
 
 
 def survey(block: Block) -> Survey:
     """Count the lengths of a block's sequences.  Raises UserError naming file and row where a row cannot be packed."""
-    rows = shards.read(block.shard, ("input_mask", "masked_lm_positions"), rows=slice(block.start, block.stop))
+    keys = [key for key in block.shard.keys if key in ("input_mask", "masked_lm_positions")]
+    rows = shards.read(block.shard, keys, rows=slice(block.start, block.stop))
     lengths = checked_lengths(block, rows["input_mask"])
-    predictions = checked_predictions(block, rows["masked_lm_positions"], lengths)
+    rule = block.shard.rule
+    predictions = (rule.predictions(lengths) if rule else
+                   checked_predictions(block, rows["masked_lm_positions"], lengths))
     most_predictions = np.zeros(block.shard.sequence_length + 1, np.int64)
     np.maximum.at(most_predictions, lengths, predictions)
     histogram = np.bincount(lengths, minlength=block.shard.sequence_length + 1)
-    return Survey(histogram, most_predictions, int(predictions.sum()))
+    return Survey(histogram, most_predictions, 0 if rule else int(predictions.sum()))
 
 
 def checked_lengths(block: Block, input_mask: np.ndarray) -> np.ndarray:
@@ -111,6 +115,11 @@ class Layout:
     max_sequences: int    # N
     max_predictions: int  # P
     folder: Path
+    rule: MaskingRule | None = None  # of shards without masks
+
+    @property
+    def prediction_slots(self) -> int:
+        return self.max_predictions + self.max_sequences
 
     @property
     def part_count(self) -> int:
@@ -165,10 +174,11 @@ def records_of(rows: dict, lengths, output_rows, slots) -> tuple[np.ndarray, np.
     for key in TOKEN.names:
         tokens[key] = rows[key][is_token]
 
-    is_prediction = rows["masked_lm_positions"] > 0
+    positions, ids = (rows.get(key, np.zeros((len(lengths), 0), np.int32)) for key in shards.MASK_KEYS)
+    is_prediction = positions > 0
     predictions = np.empty(np.count_nonzero(is_prediction), PREDICTION)
-    predictions["position"] = rows["masked_lm_positions"][is_prediction]
-    predictions["id"] = rows["masked_lm_ids"][is_prediction]
+    predictions["position"] = positions[is_prediction]
+    predictions["id"] = ids[is_prediction]
 
     sequences = np.empty(len(lengths), SEQUENCE)
     sequences["row"] = output_rows
@@ -185,7 +195,8 @@ def gather(part: int, block_count: int, layout: Layout, path: Path) -> int:
     """Write one packed shard from the temporary files of all blocks; returns the number of sequences in it."""
     pieces = [read_piece(block_number, part, layout) for block_number in range(block_count)]
     sequences, tokens, predictions = (np.concatenate(records) for records in zip(*pieces, strict=True))
-    shards.write(path, packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part)))
+    rows = packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part))
+    shards.write(path, rows, layout.rule, layout.prediction_slots)
     return len(sequences)
 
 
@@ -221,7 +232,7 @@ def packed_rows(sequences, tokens, predictions, layout: Layout, row_count: int) 
     for key, values in token_values.items():
         rows[key] = spread(values, targets, (row_count, layout.row_length))
 
-    width = layout.max_predictions + layout.max_sequences
+    width = layout.prediction_slots
     targets = np.repeat(sequences["row"] * width + prediction_starts[place], sequences["predictions"])
     targets += ramps(sequences["predictions"])
     offsets = np.repeat(starts[place], sequences["predictions"])

@@ -109,7 +109,11 @@ def check_block(block: Block, cls_token: int) -> tuple[int, str, Sequences]:
     rows = read(block)
     faulty = np.zeros(block.stop - block.start, bool)
     first = (len(faulty), "")
-    for fault, bad in faults(rows, cls_token):
+    found = list(faults(rows, cls_token))
+    if block.shard.rule:
+        crowded = shards.to_predict(block.shard, rows["input_mask"]) > block.shard.prediction_slots
+        found.append(("has more tokens to predict than room for them", crowded))
+    for fault, bad in found:
         if bad.any():
             faulty |= bad
             first = min(first, (int(np.argmax(bad)), fault), key=lambda found: found[0])
@@ -154,6 +158,10 @@ def compare(each, packed, unpacked, sequences: Sequences, report: Report) -> Non
     """Count a fault for each bucket that differs, and name a sequence that only one set has: where possible, one that
     the packed set should not have.
     """
+    if packed[0].rule != unpacked[0].rule:
+        report.add(1, f"{packed[0].path} is {shards.description(packed[0])}, "
+                      f"{unpacked[0].path} is {shards.description(unpacked[0])}")
+        return
     original = sum(each("reading unpacked rows", sequences_in_block, unpacked), Sequences())
     different = sequences.differs_from(original)
     if not len(different):

@@ -31,10 +31,11 @@ def pretrain(args, reader) -> dict:
 
 def run(args, process, reader) -> dict:
     """The part of one rank in the training.  Nothing is written before everything has been checked."""
+    import attention
     import checkpoint
-    import cpu_layers
     import dataset
     import device as devices
+    import dry_run
     from compilation import compile_training
     from gradient_reduction import build_reduction, share_weights
     from mixed_precision import Precision
@@ -61,9 +62,9 @@ def run(args, process, reader) -> dict:
         shards, left_out = dataset.as_before(shards, start.data, args.skip_bad_shards, process.warn)
 
     device.seed(args.seed)
-    attention, layers_choice = cpu_layers.choose(args, device, config)
-    model = BertForPreTraining(config, attention, args.checkpoint_activations, precision.autocast,
-                               precision.casts_off)
+    kind, layers_choice = process.gather(attention.choose(args, device, config, plan.micro_batch_size))[0]
+    model = BertForPreTraining(config, kind, args.checkpoint_activations, precision.autocast, precision.casts_off,
+                               args.mlm_loss_chunk)
     if start.state:
         checkpoint.check_architecture(config, start.state, start.path)
         checkpoint.load_model(model, start.state["model"], start.path)
@@ -71,7 +72,7 @@ def run(args, process, reader) -> dict:
     share_weights(process, model)
     reduction = build_reduction(args, process, model)
     optimizer, choice = build_optimizer(args, model, device, process.world_size)
-    if start.state and start.state.get("optimizer"):
+    if start.state and start.state.get("optimizer") is not None:
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
     restore_skip_counts(optimizer, start.skipped)
     precision.restore(start.scaler)
@@ -79,8 +80,9 @@ def run(args, process, reader) -> dict:
     if args.use_torch_compile:
         choices.append(compile_training(device, model, local_part(optimizer)))
 
-    log = TrainingLog(args.json_summary, process.first, args.resume_from_checkpoint,
-                      tensorboard_log(args, start) if process.first else None)
+    writes = process.first and not args.dry_run
+    log = TrainingLog(args.json_summary if writes else None, process.first, args.resume_from_checkpoint,
+                      tensorboard_log(args, start) if writes else None)
     log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})
     for line in [*opening(args, device, precision, shards, model, plan, start), *choices]:
         log.say(line)
@@ -90,6 +92,8 @@ def run(args, process, reader) -> dict:
     try:
         trainer = Trainer(args, process, device, precision, model, reduction, optimizer, stream, plan, start, held_out,
                           log)
+        if args.dry_run:
+            return dry_run.rehearse(trainer)
         summary = trainer.train()
         log.say(closing(args, summary))
         return summary

@@ -24,10 +24,12 @@ PIPE_SIZE = 1 << 20  # bytes; the usual 64 KiB make the processes take turns six
 class ShardReader:
     """Calls functions in the child process, for one caller at a time.
 
-    The child starts with the block, while its parent has other things to do, or with the first call.
+    The child starts with the block, while its parent has other things to do, or with the first call.  A call that takes
+    more than `longest_call` seconds of processor time ends it.
     """
 
-    def __init__(self):
+    def __init__(self, longest_call: float = LONGEST_CALL):
+        self.longest_call = longest_call
         self.child: subprocess.Popen | None = None
         self.lock = threading.Lock()
 
@@ -57,8 +59,8 @@ class ShardReader:
         raise UserError(f"{getattr(subject, 'path', subject)}: not a readable HDF5 file (reading it {death})")
 
     def start(self) -> None:
-        self.child = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                      pipesize=PIPE_SIZE)
+        self.child = subprocess.Popen([sys.executable, __file__, str(self.longest_call)], stdin=subprocess.PIPE,
+                                      stdout=subprocess.PIPE, pipesize=PIPE_SIZE)
 
     def ask(self, request):
         if self.child is None:
@@ -73,7 +75,7 @@ class ShardReader:
         child.stdout.close()
         code = child.wait()
         if code == -signal.SIGPROF:
-            return f"took more than {LONGEST_CALL:.0f} seconds of processor time"
+            return f"took more than {self.longest_call:.0f} seconds of processor time"
         return f"ended the process with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
     def close(self) -> None:
@@ -84,7 +86,7 @@ class ShardReader:
             self.child = None
 
 
-def serve(requests, replies) -> None:
+def serve(requests, replies, longest_call: float) -> None:
     """The child: answer requests until there are no more, which is also when the parent was killed."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # they reach all processes of a run; the parent decides when it ends
@@ -94,7 +96,7 @@ def serve(requests, replies) -> None:
             function, *arguments = pickle.load(requests)
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_PROF, LONGEST_CALL)
+        signal.setitimer(signal.ITIMER_PROF, longest_call)
         try:
             reply = function(*arguments)
         except UserError as error:
@@ -107,4 +109,4 @@ def serve(requests, replies) -> None:
 if __name__ == "__main__":
     replies_only = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not get between the replies
-    serve(sys.stdin.buffer, replies_only)
+    serve(sys.stdin.buffer, replies_only, float(sys.argv[1]))

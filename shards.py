@@ -3,10 +3,14 @@
 One row is one sample.  S = max_seq_length, P = max_predictions_per_seq, N = the most sequences that share a packed row.
 An unpacked row holds one sequence; a packed one holds up to N, numbered 1, 2, … in input_mask.  Only numpy and h5py are
 needed here: the stages that make data run where there is no torch.
+
+Samples of either form can come without masks (--dynamic_masking): every token is shown, MASK_KEYS are absent, and the
+file's attributes say how to mask by masking.py: masked_lm_prob, max_predictions_per_seq, vocab_size, special_ids (of
+[PAD] [UNK] [CLS] [SEP] [MASK]), and prediction_slots, the width that MASK_KEYS would have.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import h5py
@@ -14,6 +18,7 @@ import numpy as np
 
 from cli import UserError
 from file_utils import PatientFile, local_folder, replacing
+from masking import MaskingRule
 
 ROWS_PER_CHUNK = 1024  # of the shards written here: HDF5 compresses and reads this many rows at a time
 MOST_COMPRESSED = 5000  # times that rows can be larger than their file (gzip: about 1000, zstd: more)
@@ -44,6 +49,8 @@ SCHEMA = (
 )
 UNPACKED_KEYS = tuple(column.key for column in SCHEMA if column.unpacked)
 PACKED_KEYS = tuple(column.key for column in SCHEMA)
+MASK_KEYS = ("masked_lm_positions", "masked_lm_ids")
+SLOTS = "prediction_slots"  # the attribute beside those of the rule
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,18 @@ class Shard:
     sequence_length: int
     prediction_slots: int  # P where unpacked, P + N where packed
     max_sequences: int  # N, 1 where unpacked
+    rule: MaskingRule | None = None  # where the rows come without masks
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Its data sets."""
+        return keys_of(self.packed, self.rule)
+
+
+def keys_of(packed: bool, rule: MaskingRule | None) -> tuple[str, ...]:
+    """The data sets of a shard."""
+    keys = PACKED_KEYS if packed else UNPACKED_KEYS
+    return tuple(key for key in keys if rule is None or key not in MASK_KEYS)
 
 
 def inspect(path) -> Shard:
@@ -66,11 +85,13 @@ def inspect(path) -> Shard:
     path = Path(path)
     with opened(path) as file:
         packed = "next_sentence_positions" in file or "positions" in file
-        keys = PACKED_KEYS if packed else UNPACKED_KEYS
+        rule = rule_in(file.attrs)
+        keys = keys_of(packed, rule)
         missing = [key for key in keys if not isinstance(file.get(key), h5py.Dataset)]
         if missing:
             raise UserError(f"{path}: no data set {', '.join(missing)} (a shard holds {', '.join(keys)})")
-        shapes = {key: file[key].shape for key in keys}
+        shapes = {key: file[key].shape or () for key in keys}  # None where a data set is empty
+        slots = int(file.attrs[SLOTS]) if rule else second_axis(shapes[MASK_KEYS[0]])
         kinds = {key: file[key].dtype.kind for key in keys}
         size = sum(file[key].nbytes for key in keys)
     for key in keys:
@@ -83,14 +104,23 @@ def inspect(path) -> Shard:
         rows=shapes["input_ids"][0] if shapes["input_ids"] else 0,
         packed=packed,
         sequence_length=second_axis(shapes["input_ids"]),
-        prediction_slots=second_axis(shapes["masked_lm_positions"]),
+        prediction_slots=slots,
         max_sequences=second_axis(shapes["next_sentence_positions"]) if packed else 1,
+        rule=rule,
     )
     for key in keys:
         expected = expected_shape(shard, key)
         if shapes[key] != expected:
             raise UserError(f"{path}: {key} has shape {shapes[key]}, expected {expected}")
     return shard
+
+
+def rule_in(attributes) -> MaskingRule | None:
+    """The rule in the attributes of a shard without masks."""
+    if SLOTS not in attributes:
+        return None
+    return MaskingRule(float(attributes["masked_lm_prob"]), int(attributes["max_predictions_per_seq"]),
+                       int(attributes["vocab_size"]), tuple(int(number) for number in attributes["special_ids"]))
 
 
 def second_axis(shape: tuple) -> int:
@@ -144,13 +174,14 @@ def inspected(path, inspect, unreadable: list | None) -> Shard | None:
 def description(shard: Shard) -> str:
     """The form of a shard in words; shards of one set share it."""
     packed = f"packed to {shard.max_sequences} sequences a row" if shard.packed else "unpacked"
-    return f"{packed}, {shard.sequence_length} tokens and {shard.prediction_slots} prediction slots a row"
+    rule = f", {shard.rule.describe()}" if shard.rule else ""
+    return f"{packed}, {shard.sequence_length} tokens and {shard.prediction_slots} prediction slots a row{rule}"
 
 
 def read(shard: Shard, keys=None, rows=...) -> dict[str, np.ndarray]:
     """All rows of a shard, or those of the slice `rows`, each key as one array in the dtype of the file."""
     with opened(shard.path) as file:
-        return {key: file[key][rows] for key in keys or (PACKED_KEYS if shard.packed else UNPACKED_KEYS)}
+        return {key: file[key][rows] for key in keys or shard.keys}
 
 
 def read_checked(shard: Shard, vocab_size: int) -> dict[str, np.ndarray]:
@@ -171,31 +202,33 @@ def count_sequences(shard: Shard) -> int:
     return int(np.count_nonzero(read(shard, [key])[key]))
 
 
-def write(path, rows: dict[str, np.ndarray]) -> None:
+def write(path, rows: dict[str, np.ndarray], rule: MaskingRule | None = None, prediction_slots: int = 0) -> None:
     """Write one shard in the dtypes of the schema, gzip-compressed, whole or not at all.
 
-    `rows` holds exactly the keys of the unpacked or of the packed form.
+    `rows` holds exactly the keys of the unpacked or of the packed form; with a `rule`, those without masks.
     """
     packed = "positions" in rows
     with replacing(path) as temporary, created(temporary) as file:
+        write_rule(file, rule, prediction_slots)
         for column in SCHEMA:
             form = column.packed if packed else column.unpacked
-            if form:
+            if form and not (rule and column.key in MASK_KEYS):
                 values = rows[column.key]
                 chunk_rows = min(max(1, len(values)), ROWS_PER_CHUNK)
                 add_column(file, column.key, values.shape, form[0], chunk_rows)[...] = values
 
 
 @contextmanager
-def writing(path, sequence_length: int, prediction_slots: int):
-    """Yield a function append(columns) that adds rows to an unpacked shard.
+def writing(path, sequence_length: int, prediction_slots: int, rule: MaskingRule | None = None):
+    """Yield a function append(columns) that adds rows to an unpacked shard, with a `rule` one without masks.
 
     The shard takes its name when the block ends well; until then nothing stands under it.
     """
     widths = {"1": (), "S": (sequence_length,), "P": (prediction_slots,)}
     with replacing(path) as temporary, created(temporary) as file:
+        write_rule(file, rule, prediction_slots)
         for column in SCHEMA:
-            if column.unpacked:
+            if column.unpacked and not (rule and column.key in MASK_KEYS):
                 dtype, width = column.unpacked
                 add_column(file, column.key, (0, *widths[width]), dtype, ROWS_PER_CHUNK)
 
@@ -206,6 +239,11 @@ def writing(path, sequence_length: int, prediction_slots: int):
                 file[key][before:] = values
 
         yield append
+
+
+def write_rule(file, rule: MaskingRule | None, prediction_slots: int) -> None:
+    if rule:
+        file.attrs.update(asdict(rule) | {SLOTS: prediction_slots})
 
 
 def add_column(file, key: str, shape: tuple, dtype: str, chunk_rows: int):
@@ -262,4 +300,21 @@ def first_fault(shard: Shard, rows: dict[str, np.ndarray], vocab_size: int) -> s
     empty = ~rows["input_mask"].any(axis=1)
     if empty.any():
         return f"row {empty.argmax()} holds no token"
+    return rule_fault(shard, rows["input_mask"], vocab_size) if shard.rule else None
+
+
+def rule_fault(shard: Shard, input_mask: np.ndarray, vocab_size: int) -> str | None:
+    """Why rows without masks cannot be masked for a model with this vocabulary, or None."""
+    rule = shard.rule
+    if rule.vocab_size > vocab_size:
+        return f"made with a vocabulary of {rule.vocab_size}, but the config's has {vocab_size}"
+    counts = to_predict(shard, input_mask)
+    if counts.max(initial=0) > shard.prediction_slots:
+        return f"row {counts.argmax()} has {counts.max()} tokens to predict, and room for {shard.prediction_slots}"
     return None
+
+
+def to_predict(shard: Shard, input_mask: np.ndarray) -> np.ndarray:
+    """How many tokens of each row will be masked in a shard without masks.  (n, S) → (n,)"""
+    return sum(shard.rule.predictions(np.count_nonzero(input_mask == number, axis=1))
+               for number in range(1, shard.max_sequences + 1))

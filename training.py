@@ -124,7 +124,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.args.learning_rate, self.args.warmup_proportion, self.args.max_steps)
         losses = self.zero_losses()
-        batch = self.batch or self.next_batch()
+        batch = self.first_batch()
         for micro_step in range(1, self.plan.accumulation_steps + 1):
             last = micro_step == self.plan.accumulation_steps
             if last:  # late, since a step can take a minute; not later, since the answers come while the device works
@@ -148,6 +148,11 @@ class Trainer:
 
     def zero_losses(self, more: int = 0) -> torch.Tensor:
         return torch.zeros(len(LOSSES) + more).to(self.device.torch_device)
+
+    def first_batch(self) -> dict[str, torch.Tensor]:
+        """The micro-batch that the next step starts with."""
+        self.batch = self.batch or self.next_batch()
+        return self.batch
 
     def next_batch(self) -> dict[str, torch.Tensor]:
         """The next micro-batch, on its way to the device."""

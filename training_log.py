@@ -23,7 +23,7 @@ WARM_UP_STEPS = 2  # left out of the throughput: compilation, caches, the first 
 class TrainingLog:
     """The log of one process; the processes other than the first log nothing.
 
-    `tensorboard` is a TensorBoardLog that gets the figures of the steps too.
+    `path` None is a log on the console only; `tensorboard` is a TensorBoardLog that gets the figures of the steps too.
     """
 
     def __init__(self, path, active: bool, append: bool, tensorboard=None):
@@ -32,12 +32,11 @@ class TrainingLog:
         self.tensorboard = tensorboard
         self.bar = None
         self.place = [0, 0]  # epoch and step of the last line about a step
-        if active:
-            self.file = PersistentFile(path, append)
+        self.file = PersistentFile(path, append) if active and path else None
 
     def write(self, step, data: dict) -> None:
         """Append one line to the file.  What is not finite becomes null: JSON has no word for it."""
-        if not self.active:
+        if self.file is None:
             return
         now = time.time()
         data = {key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -87,7 +86,7 @@ class TrainingLog:
             self.bar.close()
         if self.tensorboard:
             self.tensorboard.close()
-        if self.active:
+        if self.file is not None:
             self.file.close()
 
 

@@ -1,4 +1,5 @@
-"""Rows a second that one process reads from shards into ready batches: unpacked at 128 tokens, packed at 512.
+"""Rows a second that one process reads from shards into ready batches: unpacked at 128 tokens, with masks and without
+(which then are made here), packed at 512.
 
 Shards of random words in the schema, gzip-compressed as the data preparation writes them, are made in a temporary
 folder; then whole epochs are read, each by a fresh stream, waiting for every batch as a device of no cost would.
@@ -33,27 +34,30 @@ def main(argv=None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         write_unpacked(Path(folder) / "unpacked", args.shards, args.rows)
+        write_unpacked(Path(folder) / "dynamic", args.shards, args.rows, dynamic=True)
         write_packed(Path(folder) / "packed", args.shards, args.rows // 4)
         with ShardReader() as reader:
             rates = {form: [epoch_rate(Path(folder) / form, args.batch_size, reader) for _ in range(args.repeats)]
-                     for form in ("unpacked", "packed")}
-    unpacked, packed = map(spread, rates.values())
-    figures = {"rows_per_second": unpacked["median"], "unpacked_128": unpacked, "packed_512": packed,
-               "batch_size": args.batch_size, "machine": machine("h5py", "numpy")}
+                     for form in ("unpacked", "dynamic", "packed")}
+    unpacked, dynamic, packed = map(spread, rates.values())
+    figures = {"rows_per_second": unpacked["median"], "unpacked_128": unpacked, "dynamic_masking_128": dynamic,
+               "packed_512": packed, "batch_size": args.batch_size, "machine": machine("h5py", "numpy")}
     report(figures, args.json, [
         f"rows into batches of {args.batch_size}, one process, gzip-compressed shards",
         *(f"  {name}  {rate['median']:,.0f} rows/s ({rate['min']:,.0f} to {rate['max']:,.0f})"
-          for name, rate in (("unpacked, 128 tokens", unpacked), ("packed, 512 tokens  ", packed)))])
+          for name, rate in (("unpacked, 128 tokens       ", unpacked), ("the same, dynamic masking  ", dynamic),
+                             ("packed, 512 tokens         ", packed)))])
 
 
-def write_unpacked(folder: Path, count: int, rows: int) -> None:
+def write_unpacked(folder: Path, count: int, rows: int, dynamic: bool = False) -> None:
     import numpy as np
 
     import synthetic
 
     for number in range(count):
         lengths = np.random.default_rng(number).integers(20, 129, rows)
-        synthetic.write_unpacked_shard(folder / f"part_training_{number}.hdf5", lengths, number)
+        write = synthetic.write_shard_without_masks if dynamic else synthetic.write_unpacked_shard
+        write(folder / f"part_training_{number}.hdf5", lengths, number)
 
 
 def write_packed(folder: Path, count: int, rows: int) -> None:

@@ -8,7 +8,7 @@
 # Run again after an interruption, it goes on where it was stopped.  Environment: PYTHON (default python3), N_PROCESSES
 # (default: the number of cores), BERT_PREP_WORKING_DIR (default: this folder), BERT_PREP_MIRRORS ("FROM TO …": other
 # sources), VOCAB_FILE (default: Google's), BOOKS (for wiki_books: a folder of .txt books, a file of their URLs, or an
-# archive of them).
+# archive of them), DYNAMIC_MASKING=1 (samples without masks, which the training masks in each epoch anew).
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -55,5 +55,5 @@ stage sharding --dataset "$dataset"
 for lengths in "128 20" "512 80"; do
     read -r tokens predictions <<< "$lengths"
     stage create_hdf5_files --dataset "$dataset" --max_seq_length "$tokens" --max_predictions_per_seq "$predictions" \
-        ${VOCAB_FILE:+--vocab_file "$VOCAB_FILE"}
+        ${VOCAB_FILE:+--vocab_file "$VOCAB_FILE"} ${DYNAMIC_MASKING:+--dynamic_masking}
 done

@@ -51,13 +51,14 @@ def packed_batch(batch: dict, rows: list[list[int]], sequence_length: int) -> di
     return packed
 
 
-def write_dataset(folder, rows_per_shard=(7, 13, 5), split="training", seed=0, sequence_length=SEQUENCE_LENGTH):
+def write_dataset(folder, rows_per_shard=(7, 13, 5), split="training", seed=0, sequence_length=SEQUENCE_LENGTH,
+                  write=synthetic.write_unpacked_shard):
     """Unpacked shards with rows of many lengths; the folder."""
     rng = np.random.default_rng(seed)
     for number, rows in enumerate(rows_per_shard):
         lengths = rng.integers(5, sequence_length + 1, rows)
         path = folder / f"sample_{split}_{number}.hdf5"
-        synthetic.write_unpacked_shard(path, lengths, seed + number, sequence_length, PREDICTIONS)
+        write(path, lengths, seed + number, sequence_length, PREDICTIONS)
     return folder
 
 

@@ -1,8 +1,11 @@
 """Synthetic training samples: small unpacked shards that obey the schema in full, for tests and benchmarks."""
 
+import functools
+
 import numpy as np
 
 import shards
+from masking import MaskingRule
 
 CLS, SEP, MASK, FIRST_WORD = 101, 102, 103, 1000  # as in BERT's uncased vocabulary
 VOCAB_SIZE = 30522
@@ -13,6 +16,27 @@ def write_unpacked_shard(path, lengths, seed=0, sequence_length=128, predictions
     rows = unpacked_rows(np.asarray(lengths), np.random.default_rng(seed), sequence_length, predictions, masked_lm_prob)
     shards.write(path, rows)
     return rows
+
+
+@functools.cache
+def rule(predictions=20) -> MaskingRule:
+    """The rule of shards without masks."""
+    return MaskingRule(0.15, predictions, VOCAB_SIZE, (0, 100, CLS, SEP, MASK))
+
+
+def write_shard_without_masks(path, lengths, seed=0, sequence_length=128, predictions=20) -> dict:
+    """The same for --dynamic_masking."""
+    rows = without_masks(unpacked_rows(np.asarray(lengths), np.random.default_rng(seed), sequence_length, predictions))
+    shards.write(path, rows, rule(predictions), predictions)
+    return rows
+
+
+def without_masks(rows: dict) -> dict:
+    """The rows with every masked token shown."""
+    input_ids = rows["input_ids"].copy()
+    row, slot = np.nonzero(rows["masked_lm_positions"])
+    input_ids[row, rows["masked_lm_positions"][row, slot]] = rows["masked_lm_ids"][row, slot]
+    return {key: values for key, values in rows.items() if key not in shards.MASK_KEYS} | {"input_ids": input_ids}
 
 
 def unpacked_rows(lengths, rng, sequence_length=128, predictions=20, masked_lm_prob=0.15) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from cli import UserError
 from data import vocabulary
 from modeling import BertConfig, BertForPreTraining
 from saved_model import LOADED, VOCAB_SIZE, WORDS, export, loaded, varied_model
-from test_training import flags
+from small_run import flags
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""NVLAMB against numbers worked out by hand, and its two ways of computing against each other."""
+"""NVLAMB against numbers worked out by hand, and its ways of computing against each other."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import lamb
 import samples
-from fused_lamb import CpuFusedNVLAMB
+from fused_lamb import CpuFusedNVLAMB, MultiTensorNVLAMB
 from lamb import NVLAMB
 from modeling import BertForPreTraining
 from optimizers import parameter_groups
@@ -37,7 +37,7 @@ def by_hand(weights, gradients_of_steps, rate, decays):
 
 def lamb_steps(weights, gradients_of_steps, rate, decays, way):
     parameters = [torch.nn.Parameter(torch.tensor(weight)) for weight in weights]
-    make = CpuFusedNVLAMB if way == "update_by_kernel" else NVLAMB
+    make = {"update_by_kernel": CpuFusedNVLAMB, "update_by_many": MultiTensorNVLAMB}.get(way, NVLAMB)
     optimizer = make([{"params": [parameter], "weight_decay": decay}
                       for parameter, decay in zip(parameters, decays, strict=True)], lr=rate)
     optimizer.update = getattr(optimizer, way)
@@ -48,7 +48,7 @@ def lamb_steps(weights, gradients_of_steps, rate, decays, way):
     return parameters, optimizer
 
 
-WAYS = ["update_by_the_paper", "update_in_slices", "update_by_kernel"]
+WAYS = ["update_by_the_paper", "update_in_slices", "update_by_kernel", "update_by_many"]
 WEIGHTS = [[0.5, -1.0, 2.0], [0.3, 0.0], [0.0, 0.0]]
 DECAYS = [0.01, 0.0, 0.01]
 GRADIENTS = [[[3.0, 0.1, -2.0], [0.7, 1.0], [0.2, 0.1]],  # norm 3.8: clipped
@@ -123,6 +123,24 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_but_the_count
     assert optimizer.skipped_steps.item() == 1
     assert optimizer.param_groups[0]["step"] == 2
     assert all(torch.isfinite(state["exp_avg"]).all() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loss_scale_changes_no_step_and_an_overflow_skips_it(way):
+    """As under --fp16: gradients come multiplied by a scale that the GradScaler knows."""
+    expected, _ = lamb_steps(WEIGHTS, GRADIENTS, 0.1, DECAYS, way)
+    parameters, optimizer = lamb_steps(WEIGHTS, [], 0.1, DECAYS, way)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    for factor, gradients in ((1.0, GRADIENTS[0]), (1.0, GRADIENTS[1]), (float("inf"), GRADIENTS[1])):
+        loss = sum((parameter * torch.tensor(gradient)).sum()
+                   for parameter, gradient in zip(parameters, gradients, strict=True))
+        scaler.scale(loss * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    for parameter, weight in zip(parameters, expected, strict=True):
+        assert_close(parameter, weight, atol=1e-6, rtol=1e-5)
+    assert (scaler.get_scale(), optimizer.skipped_steps.item()) == (2.0**19, 1)
 
 
 def test_gradient_norm_is_that_of_the_whole_model():

@@ -138,10 +138,10 @@ def test_layer_norm_casts_all_arguments_where_the_device_wants_one_type():
 
 
 def test_the_mask_stays_finite_in_bf16():
-    from modeling import attention_mask
+    from attention import attention_mask
 
     with Precision(arguments(), Device()).autocast():
-        mask = attention_mask(torch.tensor([[1, 1, 2, 0]]))
+        mask = attention_mask(torch.tensor([[1, 1, 2, 0]]), slots=2)
     assert mask.dtype == BF16
     assert sorted(set(mask.flatten().tolist())) == [-9984.0, 0.0]
 

@@ -6,8 +6,9 @@ import transformers
 from torch.testing import assert_close
 
 import samples
+from attention import ATTENTIONS
 from cli import UserError
-from modeling import ATTENTIONS, BertConfig, BertForPreTraining, losses
+from modeling import BertConfig, BertForPreTraining, losses
 
 RENAMED = {"intermediate.dense_act": "intermediate.dense", "pooler.dense_act": "pooler.dense",
            "transform.dense_act": "transform.dense"}

@@ -6,18 +6,16 @@ import pytest
 import torch
 
 import samples
+import small_run
 from cli import UserError
+from small_run import train
 from tensorboard_log import TAGS
-from test_training import train
 
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    samples.write_config(tmp_path / "config.json")
-    samples.write_dataset(tmp_path / "data")
-    samples.write_dataset(tmp_path / "held_out", (6,), "test", seed=50)
-    return tmp_path
+    return small_run.write_workspace(tmp_path)
 
 
 def curves(folder) -> dict[str, dict[int, float]]:

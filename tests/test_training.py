@@ -15,8 +15,10 @@ import evaluate
 import run_pretraining
 import samples
 import shards
+import small_run
 from cli import UserError
 from schedulers import learning_rate
+from small_run import flags, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,26 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def workspace(tmp_path, monkeypatch):
     """A folder with a config, training and held-out shards, in which the commands run."""
     monkeypatch.chdir(tmp_path)
-    samples.write_config(tmp_path / "config.json")
-    samples.write_dataset(tmp_path / "data")
-    samples.write_dataset(tmp_path / "held_out", (6,), "test", seed=50)
-    return tmp_path
-
-
-def flags(**changes) -> list[str]:
-    """The command line of a small run; a value of None leaves a flag out, True gives it without a value."""
-    values = {"do_train": True, "config_file": "config.json", "input_dir": "data", "output_dir": "out",
-              "max_seq_length": samples.SEQUENCE_LENGTH, "max_predictions_per_seq": samples.PREDICTIONS,
-              "train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 6, "warmup_proportion": 0.3,
-              "learning_rate": 0.01, "num_steps_per_checkpoint": 4, "phase1_end_step": 6,
-              "json_summary": "out/log.json", "no_cuda": True}
-    values.update(changes)
-    return [f"--{name}" if value is True else f"--{name}={value}"
-            for name, value in values.items() if value is not None and value is not False]
-
-
-def train(**changes) -> None:
-    run_pretraining.main(flags(**changes))
+    return small_run.write_workspace(tmp_path)
 
 
 def run_script(name, *words) -> None:
@@ -191,6 +174,21 @@ def test_without_a_compiler_a_run_says_so_and_goes_on(workspace, capsys, monkeyp
     printed = capsys.readouterr().out
     assert printed.count("no C++ compiler no-such-compiler") == 2
     assert set(samples.losses(workspace / "out/log.json")) == {1, 2}
+
+
+@pytest.mark.slow
+def test_compiled_run_has_the_losses_of_a_plain_one_and_compiles_nothing_after_the_warm_up(workspace, capsys):
+    samples.write_config(workspace / "config.json", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                         num_hidden_layers=3)
+    train(skip_checkpoint=True, use_cpu_kernels="no", max_steps=20)
+    train(skip_checkpoint=True, use_torch_compile=True, max_steps=20, json_summary="compiled.json")
+    torch._dynamo.reset()
+    assert "the model is compiled by inductor; NVLAMB's update too" in capsys.readouterr().out
+    assert samples.losses(workspace / "compiled.json") == pytest.approx(samples.losses(workspace / "out/log.json"),
+                                                                        rel=1e-5)
+    counts = [line["data"]["graph_compilation"] for line in samples.log_lines(workspace / "compiled.json")
+              if "step_loss" in line["data"]]
+    assert counts[2:] == counts[2:3] * 18 and counts[2] >= 6  # four parts of the model, two groups of weights
 
 
 def test_bf16_run_is_near_fp32(workspace):

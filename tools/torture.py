@@ -5,13 +5,19 @@ starts, anywhere in its steps, or while a checkpoint is being written, and start
 logged step must have the very numbers of the undisturbed run, the last checkpoint its very weights, and at no time may
 a checkpoint have been lost.
 
+With SIGTERM a run must save the step that it is in, and end with 0.  With several ranks, one of them is killed, or all
+at once; the optimizer's state is sharded over them where the data is packed.
+
     python tools/torture.py --kills 50
+    python tools/torture.py --kills 20 --signal SIGTERM
+    python tools/torture.py --kills 20 --ranks 2
 """
 
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -57,36 +63,85 @@ class Tally:
 def main(argv=None) -> None:
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=cli.positive_int, default=50, help="how often to kill")
+    parser.add_argument("--signal", choices=("SIGKILL", "SIGTERM"), default="SIGKILL", help="by what")
+    parser.add_argument("--ranks", type=cli.positive_int, default=1, help="processes of a training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        tally = torture(Path(folder), args.kills, random.Random(args.seed))
-    print(json.dumps(vars(tally)) if args.json else describe(tally))
+        tally = Torturer(Path(folder), args).run()
+    print(json.dumps(vars(tally)) if args.json else describe(tally, args))
     if tally.mismatches or tally.checkpoints_lost:
         raise cli.UserError("a training that was killed is not the one that was not: see above")
 
 
-def describe(tally: Tally) -> str:
-    return "\n".join([f"{tally.kills} kills, {tally.while_saving} of them while a checkpoint was being written; "
-                      f"{tally.resumes} resumes; {tally.runs_compared} trainings of two phases compared",
+def describe(tally: Tally, args) -> str:
+    return "\n".join([f"{tally.kills} kills by {args.signal}, {tally.while_saving} of them while a checkpoint was "
+                      f"being written; {tally.resumes} resumes; {tally.runs_compared} trainings of two phases on "
+                      f"{args.ranks} rank(s) compared",
                       f"{tally.steps_compared} steps compared, {tally.mismatches} mismatches; "
                       f"{tally.checkpoints_lost} checkpoints lost", *tally.problems])
 
 
-def torture(folder: Path, kills: int, rng: random.Random) -> Tally:
-    """Disturb trainings until there were so many kills, and one more to its end."""
-    prepare(folder)
-    peaceful = {form: undisturbed(folder, form) for form in FORMS}
-    tally = Tally()
-    with tqdm(total=kills, unit="kill", disable=None) as bar:
-        while tally.kills < kills:
-            form = FORMS[tally.runs_compared % len(FORMS)]
-            output = folder / f"disturbed_{tally.runs_compared}"
-            for phase in LENGTHS:
-                disturb(folder, output, form, phase, kills, rng, tally, bar)
-            compare(peaceful[form], output, tally)
-    return tally
+class Torturer:
+    """Disturbs trainings until there were so many kills, and the last of them to its end."""
+
+    def __init__(self, folder: Path, args):
+        self.folder = folder
+        self.kills = args.kills
+        self.signal = signal.Signals[args.signal]
+        self.ranks = args.ranks
+        self.rng = random.Random(args.seed)
+        self.tally = Tally()
+        self.bar = tqdm(total=args.kills, unit="kill", disable=None)
+
+    def run(self) -> Tally:
+        prepare(self.folder)
+        peaceful = {form: self.undisturbed(form) for form in FORMS}
+        with self.bar:
+            while self.tally.kills < self.kills:
+                form = FORMS[self.tally.runs_compared % len(FORMS)]
+                output = self.folder / f"disturbed_{self.tally.runs_compared}"
+                for phase in LENGTHS:
+                    self.disturb(output, form, phase)
+                compare(peaceful[form], output, self.tally)
+        return self.tally
+
+    def undisturbed(self, form: str) -> Path:
+        output = self.folder / f"peaceful_{form}"
+        for phase in LENGTHS:
+            codes = Run(self.folder, output, form, phase, self.ranks).wait()
+            if any(codes):
+                raise Broken(f"an undisturbed run ended with {codes}: {last_words(self.folder)}")
+        return output
+
+    def disturb(self, output: Path, form: str, phase: int) -> None:
+        """One phase, killed and started again until it is done; once there were enough kills, it is left in peace."""
+        before = None
+        while not finished(output, phase):
+            self.tally.resumes += before is not None
+            before = whole_checkpoints(output)
+            run = Run(self.folder, output, form, phase, self.ranks)
+            killed = self.tally.kills < self.kills and self.kill(run, output)
+            codes = run.wait()
+            check_checkpoints(output, before, self.tally)
+            check_ending(codes, -self.signal if killed else 0, f"{output.name}, phase {phase}", last_words(self.folder))
+            if killed and self.signal == signal.SIGTERM and not any(codes):
+                check_saved(output, phase, self.tally)
+            elif not killed and not finished(output, phase):
+                raise Broken(f"a run ended well, but not at its last step: {last_words(self.folder)}")
+
+    def kill(self, run: "Run", output: Path) -> bool:
+        """At a random moment; whether the run had not ended by then."""
+        wait_for_moment(run, output, self.rng)
+        if not run.is_running():
+            return False
+        saving = any(output.glob(".ckpt_*.tmp"))
+        run.send(self.signal, self.rng)
+        self.tally.kills += 1
+        self.tally.while_saving += saving
+        self.bar.update()
+        return True
 
 
 # --- runs ---
@@ -104,57 +159,54 @@ def prepare(folder: Path) -> None:
                          f"--max_sequence_length={length}", f"--max_predictions_per_sequence={PREDICTIONS}"])
 
 
-def command(folder: Path, output: Path, form: str, phase: int) -> list[str]:
+def command(folder: Path, output: Path, form: str, phase: int, sharded: bool) -> list[str]:
     values = {"config_file": folder / "config.json", "input_dir": folder / f"{form}_{phase}", "output_dir": output,
               "max_seq_length": LENGTHS[phase], "max_predictions_per_seq": PREDICTIONS, "train_batch_size": 8,
               "gradient_accumulation_steps": 2, "max_steps": STEPS[phase], "warmup_proportion": 0.3,
               "learning_rate": 0.01, "num_steps_per_checkpoint": 2, "phase1_end_step": STEPS[1],
-              "json_summary": output / f"log_{phase}.json"}
+              "use_zero_optimizer": sharded, "json_summary": output / f"log_{phase}.json"}
     switches = ["do_train", "no_cuda", "resume_from_checkpoint", *(["phase2"] if phase == 2 else [])]
     return [sys.executable, str(ROOT / "run_pretraining.py"), *(f"--{name}" for name in switches),
             *(f"--{name}={value}" for name, value in values.items())]
 
 
-def start(folder: Path, output: Path, form: str, phase: int) -> subprocess.Popen:
-    with open(folder / "output.txt", "ab") as console:
-        return subprocess.Popen(command(folder, output, form, phase), stdout=console, stderr=console,
-                                start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+class Run:
+    """The processes of one training."""
+
+    def __init__(self, folder: Path, output: Path, form: str, phase: int, ranks: int):
+        words = command(folder, output, form, phase, sharded=ranks > 1 and form == "packed")
+        variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        self.processes = []
+        with open(folder / "output.txt", "ab") as console:
+            for rank in map(str, range(ranks)):
+                place = {**variables, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+                self.processes.append(subprocess.Popen(words, stdout=console, stderr=console, start_new_session=True,
+                                                       env={**os.environ, **place}))
+
+    def is_running(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
+    def send(self, number: signal.Signals, rng: random.Random) -> None:
+        """To one of the processes; a SIGKILL every second time to all of them, as if the power went."""
+        all_of_them = number == signal.SIGKILL and rng.random() < 0.5
+        for process in self.processes if all_of_them else [rng.choice(self.processes)]:
+            process.send_signal(number)
+
+    def wait(self) -> list[int]:
+        """The exit codes of all processes, once their own children are gone too."""
+        codes = [process.wait(LONGEST_RUN) for process in self.processes]
+        for process in self.processes:
+            wait_for_children(process)
+        return codes
 
 
-def undisturbed(folder: Path, form: str) -> Path:
-    output = folder / f"peaceful_{form}"
-    for phase in LENGTHS:
-        run = start(folder, output, form, phase)
-        if run.wait(LONGEST_RUN):
-            raise Broken(f"an undisturbed run ended with {run.returncode}: {last_words(folder)}")
-    return output
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
-def disturb(folder, output, form, phase, kills, rng, tally, bar) -> None:
-    """One phase, killed and started again until it is done; once there were enough kills, it is left in peace."""
-    started = False
-    while True:
-        before = whole_checkpoints(output)
-        run = start(folder, output, form, phase)
-        tally.resumes += started
-        started = True
-        if tally.kills < kills:
-            wait_for_moment(run, output, rng)
-            if run.poll() is None:
-                run.send_signal(signal.SIGKILL)
-                tally.kills += 1
-                bar.update()
-                tally.while_saving += any(output.glob(".ckpt_*.tmp"))
-        code = run.wait(LONGEST_RUN)
-        wait_for_children(run)
-        check_checkpoints(output, before, tally)
-        if code == 0:
-            return
-        if code != -signal.SIGKILL:
-            raise Broken(f"a run ended with {code}: {last_words(folder)}")
-
-
-def wait_for_moment(run: subprocess.Popen, output: Path, rng: random.Random) -> None:
+def wait_for_moment(run: Run, output: Path, rng: random.Random) -> None:
     """Return at a random moment of the run, or when it has ended."""
     place = rng.choice(("starting", "stepping", "saving"))
     if place == "starting":
@@ -170,17 +222,17 @@ def wait_for_moment(run: subprocess.Popen, output: Path, rng: random.Random) -> 
             wait_until(run, time.monotonic() + rng.uniform(0.0, 0.02))
 
 
-def wait_until(run, moment: float = float("inf"), condition=lambda: False) -> None:
-    while run.poll() is None and time.monotonic() < moment and not condition():
+def wait_until(run: Run, moment: float = float("inf"), condition=lambda: False) -> None:
+    while run.is_running() and time.monotonic() < moment and not condition():
         time.sleep(0.0005)
 
 
-def wait_for_children(run: subprocess.Popen) -> None:
+def wait_for_children(process: subprocess.Popen) -> None:
     """No process of a killed run may stay behind."""
     give_up = time.monotonic() + 30.0
     while time.monotonic() < give_up:
         try:
-            os.killpg(run.pid, 0)
+            os.killpg(process.pid, 0)
         except ProcessLookupError:
             return
         time.sleep(0.01)
@@ -193,6 +245,31 @@ def last_words(folder: Path) -> str:
 
 # --- what they leave ---
 
+def finished(output: Path, phase: int) -> bool:
+    """Whether the last checkpoint of a phase is there."""
+    import checkpoint
+
+    return checkpoint.path_of(output, sum(STEPS[number] for number in range(1, phase + 1))).exists()
+
+
+def check_ending(codes: list[int], expected: int, where: str, words: str) -> None:
+    """A run that was not disturbed ends with 0.  Of one that was, some rank ends as the signal does and the others by
+    themselves with an error, or, where it could still save, all with 0."""
+    if any(codes) and (not expected or expected not in codes):
+        raise Broken(f"{where} ended with {codes}: {words}")
+
+
+def check_saved(output: Path, phase: int, tally: Tally) -> None:
+    """A run that was asked to stop has a checkpoint of the last step that it logged."""
+    import checkpoint
+
+    last = max((step for place, step in dict(log_lines(output)) if place == phase), default=0)
+    number = last + (STEPS[1] if phase == 2 else 0)
+    if last and not checkpoint.path_of(output, number).exists():
+        tally.checkpoints_lost += 1
+        tally.problems.append(f"{output.name}: stopped after step {last} of phase {phase} without a checkpoint of it")
+
+
 def whole_checkpoints(output: Path) -> list[int]:
     """The steps of the checkpoints that can be read."""
     import checkpoint
@@ -201,7 +278,7 @@ def whole_checkpoints(output: Path) -> list[int]:
     whole = []
     for step in checkpoint.steps(output):
         try:
-            checkpoint.load(checkpoint.path_of(output, step))
+            checkpoint.load_whole(checkpoint.path_of(output, step))
             whole.append(step)
         except UserError:
             continue

@@ -1,0 +1,121 @@
+"""The masked tokens of training samples: which are to be predicted, and what the model sees in their place.
+
+Of the tokens of a sequence other than [CLS] and [SEP], min(max_predictions_per_seq, max(1, round(length · 15 %))) are
+chosen, where the length counts [CLS] and [SEP]; 80 % of them become [MASK], 10 % a random word, 10 % stay (Devlin et
+al. 2018).  Every choice in a row is a function of the row's key.  create_pretraining_data.py masks by this rule once;
+where it leaves that to the training (--dynamic_masking), keys come from seed, epoch and row.
+
+Shapes: B rows, S tokens a row, N the most sequences that share a row, K masked tokens of all rows.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from hashing import draws
+
+SPECIALS_PER_SEQUENCE = 3  # [CLS] A [SEP] B [SEP]
+MASKED, REPLACED = 0.8, 0.1  # of the predicted tokens: become [MASK], become a random word; the rest stay
+POSITION_BITS, NUMBER_BITS = 16, 8  # of a sort key: a token's place, the number of its sequence; the rest is chance
+LAST = np.uint64(2**64 - 1)  # sorts behind every token
+
+
+@dataclass(frozen=True)
+class MaskingRule:
+    """All that masking needs to know beside the rows and their keys."""
+
+    masked_lm_prob: float
+    max_predictions_per_seq: int
+    vocab_size: int
+    special_ids: tuple[int, int, int, int, int]  # [PAD] [UNK] [CLS] [SEP] [MASK]
+
+    def __post_init__(self):
+        if not 0.0 <= self.masked_lm_prob <= 1.0 or self.max_predictions_per_seq < 1 or len(self.special_ids) != 5 \
+                or not all(0 <= number < self.vocab_size for number in self.special_ids):
+            raise ValueError(f"not a rule to mask by: {self}")
+
+    @cached_property
+    def words(self) -> np.ndarray:
+        """The ids that a token can be replaced with."""
+        return np.setdiff1d(np.arange(self.vocab_size), self.special_ids).astype(np.int32)
+
+    def predictions(self, lengths: np.ndarray) -> np.ndarray:
+        """How many tokens of sequences of these lengths are predicted.
+
+        >>> MaskingRule(0.15, 20, 30522, (0, 100, 101, 102, 103)).predictions(np.array([0, 5, 50, 512]))
+        array([ 0,  1,  8, 20])
+        """
+        wanted = np.clip(np.rint(lengths * self.masked_lm_prob), 1, self.max_predictions_per_seq)
+        return np.clip(wanted, 0, np.maximum(lengths - SPECIALS_PER_SEQUENCE, 0)).astype(np.int64)
+
+    def describe(self) -> str:
+        return (f"without masks ({self.masked_lm_prob:.0%} of the tokens, at most {self.max_predictions_per_seq} a "
+                f"sequence, in a vocabulary of {self.vocab_size} with {', '.join(map(str, self.special_ids))})")
+
+
+def row_keys(seed: int, epoch: int, shard: int, rows: np.ndarray) -> np.ndarray:
+    """The key of each row of a shard in an epoch.  rows (B,): their numbers in the shard → (B,) uint64"""
+    start = np.random.SeedSequence([seed, epoch, shard]).generate_state(1, np.uint64)
+    return draws(start, rows)
+
+
+def masked(rows: dict[str, np.ndarray], rule: MaskingRule, slots: int, keys: np.ndarray) -> dict[str, np.ndarray]:
+    """Mask rows of either form of the shard schema: their input_ids, masked_lm_positions and masked_lm_ids (B, slots).
+
+    A packed row is masked sequence by sequence.  Positions ascend; empty slots are 0.
+    """
+    input_ids = rows["input_ids"].astype(np.int32)
+    row, position = chosen_tokens(rows["input_mask"], input_ids, rule, keys)  # (K,), (K,)
+    first = np.searchsorted(row, np.arange(len(input_ids)))
+    slot = np.arange(len(row)) - first[row]  # (K,)
+    positions, labels = np.zeros((2, len(input_ids), slots), np.int32)
+    positions[row, slot] = position
+    labels[row, slot] = input_ids[row, position]
+    input_ids[row, position] = shown(labels[row, slot], rule, draws(keys[row], position + 2**POSITION_BITS))
+    return {"input_ids": input_ids, "masked_lm_positions": positions, "masked_lm_ids": labels}
+
+
+def shown(tokens: np.ndarray, rule: MaskingRule, chance: np.ndarray) -> np.ndarray:
+    """What stands in the place of predicted tokens, by the upper and the lower half of a random number each."""
+    fate = (chance >> np.uint64(32)) * 2.0**-32
+    words = rule.words[((chance & np.uint64(2**32 - 1)) * np.uint64(len(rule.words))) >> np.uint64(32)]
+    return np.where(fate < MASKED, rule.special_ids[4], np.where(fate < MASKED + REPLACED, words, tokens))
+
+
+def chosen_tokens(input_mask, input_ids, rule: MaskingRule, keys) -> tuple[np.ndarray, np.ndarray]:
+    """Row and position of the tokens to predict, in the order of the rows and positions.  (K,), (K,)
+
+    The tokens of a row are sorted by the number of their sequence, then by chance: the first ones of each sequence
+    are chosen.
+    """
+    rows, length = input_ids.shape
+    numbers = input_mask.astype(np.int64)  # (B, S)
+    sequences = int(numbers.max(initial=0))
+    assert length <= 2**POSITION_BITS and sequences < 2**NUMBER_BITS - 1, (length, sequences)
+    _, _, cls, sep, _ = rule.special_ids
+    free = (numbers > 0) & (input_ids != cls) & (input_ids != sep)
+
+    place = np.arange(length, dtype=np.uint64)
+    chance = draws(keys[:, None], place) >> np.uint64(NUMBER_BITS + POSITION_BITS) << np.uint64(POSITION_BITS)
+    order = numbers.astype(np.uint64) << np.uint64(64 - NUMBER_BITS) | chance | place
+    order = np.sort(np.where(free, order, LAST), axis=1)  # (B, S)
+
+    wanted = rule.predictions(counted(numbers, sequences))  # (B, 1 + N)
+    available = counted(np.where(free, numbers, 0), sequences)
+    available[:, 0] = wanted[:, 0] = 0
+    limits = np.zeros((rows, sequences + 2), np.int64)  # the last for tokens that are not free
+    limits[:, :-1] = np.cumsum(available, axis=1) - available + np.minimum(wanted, available)
+    of_sequence = np.minimum(order >> np.uint64(64 - NUMBER_BITS), sequences + 1).astype(np.int64)
+    row, rank = np.nonzero(np.arange(length) < np.take_along_axis(limits, of_sequence, axis=1))
+
+    chosen = np.zeros((rows, length), bool)
+    chosen[row, order[row, rank] & np.uint64(2**POSITION_BITS - 1)] = True
+    return np.nonzero(chosen)
+
+
+def counted(numbers: np.ndarray, sequences: int) -> np.ndarray:
+    """How often 0 … sequences stand in each row.  (B, S) → (B, 1 + sequences)"""
+    rows, width = len(numbers), sequences + 1
+    flat = numbers + np.arange(rows)[:, None] * width
+    return np.bincount(flat.ravel(), minlength=rows * width).reshape(rows, width)

@@ -1,0 +1,130 @@
+"""The implementations of attention, how a run chooses one, and every variant of a step against the plain one."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import attention
+import samples
+from arguments import parse_arguments
+from attention import ATTENTIONS, Attention
+from device import Device
+from fused_lamb import CpuFusedNVLAMB, MultiTensorNVLAMB
+from lamb import NVLAMB
+from mixed_precision import Precision
+from modeling import BertForPreTraining
+from optimizers import parameter_groups
+
+
+class DeviceWith(Device):
+    """A CPU on which a run chooses from the attentions given."""
+
+    def __init__(self, *attentions: str):
+        super().__init__()
+        self.attentions = attentions
+
+
+def arguments(*flags: str):
+    return parse_arguments(["--do_train", "--input_dir=data", "--config_file=config.json", "--output_dir=out",
+                            "--max_seq_length=24", *flags])
+
+
+PLAIN_LAYERS = "--use_cpu_kernels=no"
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(*[st.integers(1, 4)] * 3), min_size=1, max_size=4))
+def test_bounds_are_where_the_sequences_begin(rows):
+    """Rows of three sequences and padding."""
+    numbers = [[place + 1 for place, count in enumerate(lengths) for _ in range(count)] for lengths in rows]
+    mask = torch.tensor([row + [0] * (13 - len(row)) for row in numbers])
+    bounds = attention.sequence_bounds(mask, slots=3).tolist()
+    expected = [place for place in range(mask.numel())
+                if place % 13 == 0 or mask.flatten()[place] != mask.flatten()[place - 1]]
+    assert bounds == expected + [mask.numel()] * (7 * len(rows) + 1 - len(expected))
+
+
+def test_a_run_takes_the_attention_that_is_clearly_fastest(monkeypatch):
+    def slow(*inputs):
+        for _ in range(200):
+            attention.plain_attention(*inputs)
+        return attention.plain_attention(*inputs)
+
+    monkeypatch.setitem(ATTENTIONS, "slow", Attention(slow, attention.attention_mask))
+    for order in (("slow", "sdpa"), ("sdpa", "slow")):
+        name, words = attention.choose(arguments(PLAIN_LAYERS), DeviceWith(*order), samples.config(), rows=3)
+        assert name == "sdpa" and "slow" in words and "ms a layer" in words
+
+
+@pytest.mark.parametrize("flags", [[PLAIN_LAYERS], ["--hmp"]])
+def test_a_run_takes_no_attention_that_fails_or_is_wrong(monkeypatch, flags):
+    def failing(*inputs):
+        raise NotImplementedError("no such kernel")
+
+    def blind(query, key, value, mask, dropout_prob):
+        return attention.plain_attention(query, key, value, torch.zeros_like(mask), dropout_prob)
+
+    monkeypatch.setitem(ATTENTIONS, "failing", Attention(failing, attention.attention_mask))
+    monkeypatch.setitem(ATTENTIONS, "blind", Attention(blind, attention.attention_mask))
+    device = DeviceWith("failing", "blind", "sdpa")
+    name, words = attention.choose(arguments(*flags), device, samples.config(), rows=3)
+    assert name == "sdpa"
+    assert "failing fails: NotImplementedError: no such kernel" in words and "blind is off by" in words
+
+
+def test_the_flag_and_the_only_attention_of_a_device_are_taken_unmeasured():
+    config = samples.config()
+    assert attention.choose(arguments(PLAIN_LAYERS), DeviceWith("plain"), config, 3)[0] == "plain"
+    assert attention.choose(arguments("--attention=varlen"), DeviceWith("plain"), config, 3)[0] == "varlen"
+    assert attention.choose(arguments(), Device(), config, 3)[0] == "kernels"
+
+
+VARIANTS = {
+    "sdpa": {"attention": "sdpa"},
+    "varlen": {"attention": "varlen"},
+    "kernels and fused LAMB": {"attention": "kernels", "optimizer": CpuFusedNVLAMB},
+    "chunked loss": {"loss_chunk": 5},
+    "recomputed layers": {"checkpoint_activations": True},
+    "all of them": {"attention": "varlen", "loss_chunk": 7, "checkpoint_activations": True,
+                    "optimizer": MultiTensorNVLAMB},
+}
+LENGTHS, ROWS = [24, 5, 11, 17, 8, 9], [[0], [1, 3], [2, 4]]
+
+
+def losses_of_steps(form: str, flags: list[str], attention: str = "plain", optimizer=NVLAMB, **choices) -> torch.Tensor:
+    """The losses of 20 steps without dropout, all from the same weights."""
+    precision = Precision(arguments(*flags), Device())
+    torch.manual_seed(0)
+    config = samples.config(initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = BertForPreTraining(config, attention, autocast=precision.autocast, casts_off=precision.casts_off,
+                               **choices).train()
+    update = optimizer(parameter_groups(model), lr=0.01)
+    losses = []
+    for step in range(20):
+        batch = samples.unpacked_batch(LENGTHS, seed=step)
+        if form == "packed":
+            batch = samples.packed_batch(batch, ROWS, 26)
+        with precision.autocast():
+            loss = model(batch)["loss"]
+        precision.backward(loss)
+        precision.step(update)
+        update.zero_grad()
+        losses.append(loss.item())
+    assert len(set(losses)) == 20
+    return torch.tensor(losses)
+
+
+@pytest.fixture(scope="module", params=["unpacked", "packed"])
+def reference(request):
+    """The form of the rows, and the losses of plain steps in fp32 and bf16."""
+    return request.param, *(losses_of_steps(request.param, flags) for flags in ([], ["--hmp"]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_has_the_losses_of_plain_steps(reference, variant):
+    form, exact, autocast = reference
+    assert losses_of_steps(form, [], **VARIANTS[variant]).tolist() == pytest.approx(exact.tolist(), rel=1e-5)
+    if VARIANTS[variant].get("attention") != "kernels":  # which compute in fp32 only
+        error = (losses_of_steps(form, ["--hmp"], **VARIANTS[variant]) - exact).abs().mean()
+        assert error <= 3 * (autocast - exact).abs().mean()

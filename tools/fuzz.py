@@ -1,0 +1,202 @@
+"""Give malformed inputs to the training command, thousands of them, and see that each is refused in one line.
+
+Configs, op lists, metadata, shards, checkpoints and folders of transformers are spoiled by Hypothesis
+(tools/malformed.py), and run_pretraining.main() is called with them, in this process; shards are read in its child
+process, as always.  A run may end with a UserError, whose line names the file or a flag, or with exit code 2.  Where
+the change left the input sound, it may train.  Anything else is a failure: an exception that would be a traceback, a
+hang, a crash, a checkpoint that is not there any more, a payload that was executed.
+
+    python tools/fuzz.py --inputs 10000
+"""
+
+import argparse
+import faulthandler
+import json
+import os
+import random
+import sys
+import tempfile
+import traceback
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
+
+import malformed  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from hypothesis import seed as hypothesis_seed  # noqa: E402
+from malformed import Kind  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import cli  # noqa: E402
+import run_pretraining  # noqa: E402
+from cli import UserError  # noqa: E402
+from shard_reader import ShardReader  # noqa: E402
+
+ROUND = 100  # inputs that Hypothesis draws in one go
+LONGEST_ROUND = 600.0  # seconds; a round without an end is a hang
+LONGEST_READ = 20.0  # seconds of processor time for the six rows of a shard
+CHILD_OUTPUT = "child_output.txt"
+LONGEST_LINE = 1000  # characters that still are one clear line
+
+
+@dataclass
+class Tally:
+    """What became of the inputs of one kind."""
+
+    inputs: int = 0
+    refused: int = 0
+    trained: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+def main(argv=None) -> None:
+    parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=cli.positive_int, default=10_000,
+                        help="how many must be refused, over all kinds; those that train do not count")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
+    parser.add_argument("--failed_dir", help="keep the inputs that failed here")
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+    args = parser.parse_args(argv)
+    before = os.getcwd()
+    failed_dir = args.failed_dir and Path(args.failed_dir).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            tallies = fuzz(Path(folder), args.inputs, args.seed, failed_dir)
+        finally:
+            os.chdir(before)
+    print(json.dumps({name: asdict(tally) for name, tally in tallies.items()}) if args.json else describe(tallies))
+    if any(tally.failures for tally in tallies.values()):
+        raise UserError("some inputs were not refused as they should be: see above")
+
+
+def describe(tallies: dict[str, Tally]) -> str:
+    lines = [f"{name}: {tally.inputs} inputs, {tally.refused} refused in one line, {tally.trained} still sound and "
+             f"trained, {len(tally.failures)} failures" for name, tally in tallies.items()]
+    total = [sum(getattr(tally, name) for tally in tallies.values()) for name in ("inputs", "refused", "trained")]
+    failures = {f"{name}: {failure}": 1 for name, tally in tallies.items() for failure in tally.failures}
+    return "\n".join([*lines, "together: {} inputs, {} refused, {} trained".format(*total)
+                      + f", {len(failures)} different failures", *failures])
+
+
+@contextmanager
+def children_unheard():
+    """A block in which what child processes and libraries print goes to a file; it yields the screen."""
+    with os.fdopen(os.dup(2), "w") as screen, open(CHILD_OUTPUT, "ab") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield screen
+        finally:
+            os.dup2(screen.fileno(), 2)
+
+
+def fuzz(folder: Path, inputs: int, seed: int, failed_dir: Path | None = None) -> dict[str, Tally]:
+    """Inputs of all kinds in turn, until so many were refused.  The working folder must be `folder`."""
+    kinds = malformed.kinds(folder)
+    found = {kind.name: Tally() for kind in kinds}
+    rng = random.Random(seed)
+    with (children_unheard() as screen, ShardReader(LONGEST_READ) as reader,
+          tqdm(total=inputs, unit="input", disable=None, file=screen) as bar):
+        for kind in kinds:
+            Path(kind.file).write_bytes(kind.sound)
+            with redirect_stdout(StringIO()):
+                train(kind.flags, reader)  # what nobody spoiled must train, or refusing it shows nothing
+        while (missing := inputs - sum(tally.refused for tally in found.values())) > 0:
+            for kind in kinds:
+                count = min(ROUND, -(-missing // len(kinds)))
+                faulthandler.dump_traceback_later(LONGEST_ROUND, exit=True, file=screen)
+                run_round(kind, found[kind.name], count, rng.randrange(2**32), reader, failed_dir)
+                bar.n = sum(tally.refused for tally in found.values())
+                bar.refresh()
+        faulthandler.cancel_dump_traceback_later()
+    return found
+
+
+def run_round(kind: Kind, tally: Tally, count: int, seed: int, reader: ShardReader, failed_dir: Path | None) -> None:
+    """Draw and try so many inputs.  One process for them all: neither torch nor the reader starts anew."""
+    @hypothesis_seed(seed)
+    @settings(max_examples=count, phases=[Phase.generate], database=None, deadline=None,
+              suppress_health_check=list(HealthCheck))
+    @given(kind.contents)
+    def try_each(contents: bytes) -> None:
+        Path(kind.file).write_bytes(contents)
+        failure = try_input(kind, tally, reader)
+        if failure:
+            tally.failures.append(failure)
+            keep(contents, f"{kind.name} {tally.inputs}", failed_dir)
+
+    try_each()
+    Path(kind.file).write_bytes(kind.sound)
+
+
+def try_input(kind: Kind, tally: Tally, reader: ShardReader) -> str | None:
+    """Train with the input that lies in its place; what went wrong, in words."""
+    tally.inputs += 1
+    files = listing()
+    screen = StringIO()
+    try:
+        with redirect_stdout(screen), redirect_stderr(screen):
+            train(kind.flags, reader)
+    except UserError as error:
+        line = " ".join(str(error).split())
+    except SystemExit as end:
+        line = screen.getvalue().strip()
+        if end.code != 2 or len(line.splitlines()) != 1:
+            return f"ended with {end.code}: {line}"
+    except Exception:  # whatever it is, it would be a traceback on the user's screen
+        return traceback.format_exc()
+    else:
+        tally.trained += 1
+        return None
+    tally.refused += 1
+    return wrong_with(line, kind) or wrong_with_child() or wrong_with_files(files, listing())
+
+
+def train(flags: dict, reader: ShardReader) -> None:
+    """One step of a tiny model, its shards read by a child process that outlives this training."""
+    values = {"do_train": True, "config_file": "config.json", "input_dir": "data", "output_dir": "new",
+              "max_seq_length": malformed.LENGTH, "max_predictions_per_seq": 2 * malformed.PREDICTIONS,
+              "train_batch_size": 4, "max_steps": 2, "skip_checkpoint": True, "json_summary": "log.json",
+              "no_cuda": True, "use_cpu_kernels": "no", "peak_tflops": 1.0, **flags}
+    run_pretraining.ShardReader = lambda: nullcontext(reader)
+    run_pretraining.main([f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()])
+
+
+def wrong_with(line: str, kind: Kind) -> str | None:
+    """What is not clear about the line that a run was refused with."""
+    if not 10 < len(line) <= LONGEST_LINE:
+        return f"a line of {len(line)} characters: {line[:300]}"
+    if not any(part in line for part in (*Path(kind.file).parts, "--")):
+        return f"neither file nor flag is named: {line}"
+    return None
+
+
+def wrong_with_child() -> str | None:
+    text = Path(CHILD_OUTPUT).read_text(errors="replace")
+    os.truncate(CHILD_OUTPUT, 0)
+    return f"the child process printed {text}" if "Traceback" in text else None
+
+
+def listing() -> dict[str, int]:
+    """The files that are there, with their sizes, without those that a run may write."""
+    return {str(path): path.stat().st_size for path in Path().rglob("*")
+            if path.is_file() and path.name not in ("log.json", CHILD_OUTPUT)}
+
+
+def wrong_with_files(before: dict, after: dict) -> str | None:
+    changed = sorted(name for name in {**before, **after} if before.get(name) != after.get(name))
+    return f"a run that was refused changed {', '.join(changed)}" if changed else None
+
+
+def keep(contents: bytes, name: str, failed_dir: Path | None) -> None:
+    if failed_dir:
+        failed_dir.mkdir(parents=True, exist_ok=True)
+        (failed_dir / name.replace(" ", "_")).write_bytes(contents)
+
+
+if __name__ == "__main__":
+    cli.run(main)

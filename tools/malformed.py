@@ -1,0 +1,334 @@
+"""Malformed inputs for tools/fuzz.py, as strategies of Hypothesis that draw the bytes of one file.
+
+Each kind of input has a sound file, which a training takes.  What is drawn is that file with bytes cut, flipped, put in
+or taken out, or with its contents changed and written anew as a writer of the format would: a key gone, a value of
+another type, a shape that does not fit.  Some changes leave the input sound.
+"""
+
+import io
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+import checkpoint_file
+import optimizer_state
+import samples
+import shards
+import synthetic
+
+LENGTH, PREDICTIONS, VOCABULARY = 24, 4, 99
+OPS = b"linear\nmatmul\nbmm\ndropout\n"
+OP_NAMES = ("linear", "matmul", "softmax", "layer_norm", "embedding", "dropout", "gelu", "tanh", "cross_entropy", "mul",
+            "add", "iadd", "add_", "__add__", "truediv", "div", "nll_loss", "mean", "sum", "cat", "gather", "eq",
+            "masked_fill", "rsub", "unsqueeze", "transpose", "float", "backward", "zero_", "sin", "fft_fft", "svd")
+INDEX, WEIGHTS = "sharded/ckpt_1.optim/index.json", "theirs/model.safetensors"
+HOSTILE_NUMBERS = (0, 1, -1, 2, 3, 5, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 10**30, 10**400, 0.0, 0.5, -0.5, 1.5, 1e-9,
+                   1e308, float("nan"), float("inf"), float("-inf"))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of input: the file that is replaced, the flags that lead to it, sound contents, and what is drawn."""
+
+    name: str
+    file: str
+    flags: dict
+    sound: bytes
+    contents: st.SearchStrategy[bytes]
+
+
+def kinds(folder: Path) -> list[Kind]:
+    """Write sound inputs to a folder; the kinds that they can be spoiled in."""
+    write_data(folder)
+    write_checkpoints(folder)
+    config, metadata, index, theirs, a_shard, packed_shard, a_checkpoint, weights = (
+        (folder / name).read_bytes() for name in ("config.json", "packed_metadata.json", INDEX, "theirs/config.json",
+                                                  "data/a_training.hdf5", "packed/a.hdf5", "out/ckpt_1.pt", WEIGHTS))
+    checkpoints, resume = checkpoint_files(a_checkpoint, folder / "drawn.pt"), {"resume_from_checkpoint": True}
+    start = {"init_checkpoint": "start.pt"} | resume
+    return [
+        Kind("config", "config.json", {}, config, json_texts(config)),
+        Kind("op list", "ops.txt", {"hmp": True, "hmp_bf16": "ops.txt"}, OPS, op_lists()),
+        Kind("metadata", "packed_metadata.json", {"input_dir": "packed"}, metadata, json_texts(metadata)),
+        Kind("unpacked shard", "data/b_training.hdf5", {}, a_shard, shard_files(a_shard)),
+        Kind("packed shard", "packed/b.hdf5", {"input_dir": "packed"}, packed_shard, shard_files(packed_shard)),
+        Kind("checkpoint to resume", "out/ckpt_1.pt", {"output_dir": "out"} | resume, a_checkpoint, checkpoints),
+        Kind("checkpoint to start from", "start.pt", start, a_checkpoint, checkpoints),
+        Kind("index of sharded state", INDEX, {"output_dir": "sharded"} | resume, index, json_texts(index)),
+        Kind("weights of transformers", WEIGHTS, {"init_checkpoint": "theirs"}, weights, changed(weights)),
+        Kind("config of transformers", "theirs/config.json", {"init_checkpoint": "theirs"}, theirs, json_texts(theirs)),
+    ]
+
+
+# --- sound inputs ---
+
+def write_data(folder: Path) -> None:
+    """A config with a small vocabulary, two shards of either form, and metadata."""
+    samples.write_config(folder / "config.json", vocab_size=VOCABULARY)
+    for name, seed in (("a", 0), ("b", 1)):
+        rng = np.random.default_rng(seed)
+        rows = synthetic.unpacked_rows(np.array([24, 5, 11, 13, 8, 17]), rng, LENGTH, PREDICTIONS)
+        rows |= {key: rows[key] % VOCABULARY for key in ("input_ids", "masked_lm_ids")}
+        shards.write(folder / f"data/{name}_training.hdf5", rows)
+    batch = samples.unpacked_batch([24, 5, 11, 13, 8, 10])
+    packed = samples.packed_batch(batch, [[0], [1, 2], [3, 4], [5]], LENGTH)
+    packed |= {key: packed[key] % VOCABULARY for key in ("input_ids", "masked_lm_ids")}
+    for name in ("a", "b"):
+        shards.write(folder / f"packed/{name}.hdf5", {key: value.numpy() for key, value in packed.items()})
+    (folder / "packed_metadata.json").write_text(json.dumps({"avg_seq_per_sample": 1.5, "top_8_strategies": [[24]]}))
+
+
+def write_checkpoints(folder: Path) -> None:
+    """A checkpoint of step 1, one whose optimizer state is sharded, and a folder of transformers; untrained weights."""
+    import huggingface
+    from lamb import NVLAMB
+    from modeling import BertConfig, BertForPreTraining
+    from optimizers import parameter_groups
+
+    model = BertForPreTraining(BertConfig.from_json_file(folder / "config.json"))
+    optimizer = NVLAMB(parameter_groups(model))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1, "phase": 1, "rows": 4,
+             "config": vars(model.config), "data": {"shards": {"a_training.hdf5": 6, "b_training.hdf5": 6},
+                                                    "left_out": {}}, "scaler": {}, "skipped": {"skipped_steps": 0}}
+    checkpoint_file.write(folder / "out/ckpt_1.pt", state)
+    groups, sharded = optimizer_state.numbered_groups(optimizer), folder / "sharded/ckpt_1.pt"
+    name, facts = optimizer_state.write_share(folder / "sharded/.tmp/rank_0_of_1.pt", optimizer, groups)
+    optimizer_state.complete(folder / "sharded/.tmp", {name: facts}, sharded)
+    checkpoint_file.write(sharded, {**state, "optimizer": {"folder": "ckpt_1.optim", "param_groups": groups}})
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(VOCABULARY - 5))]
+    huggingface.save(folder / "theirs", model, tokens, True, "", variants=False)
+
+
+# --- bytes ---
+
+def changed(sound: bytes) -> st.SearchStrategy[bytes]:
+    """`sound` with one to four changes somewhere."""
+    change = st.tuples(st.sampled_from(CHANGES), st.integers(0, len(sound)), st.binary(min_size=1, max_size=9))
+    return st.lists(change, min_size=1, max_size=4).map(lambda changes: with_changes(sound, changes))
+
+
+def with_changes(data: bytes, changes) -> bytes:
+    for change, place, piece in changes:
+        data = change(data, min(place, len(data)), piece)
+    return data
+
+
+def cut(data: bytes, place: int, piece: bytes) -> bytes:
+    return data[:place]
+
+
+def flip(data: bytes, place: int, piece: bytes) -> bytes:
+    """One bit of one byte turned over."""
+    flipped = bytes(byte ^ (1 << (piece[0] % 8)) for byte in data[place:place + 1])
+    return data[:place] + flipped + data[place + 1:]
+
+
+def write_over(data: bytes, place: int, piece: bytes) -> bytes:
+    return data[:place] + piece + data[place + len(piece):]
+
+
+def put_in(data: bytes, place: int, piece: bytes) -> bytes:
+    return data[:place] + piece + data[place:]
+
+
+def take_out(data: bytes, place: int, piece: bytes) -> bytes:
+    return data[:place] + data[place + len(piece):]
+
+
+def blank(data: bytes, place: int, piece: bytes) -> bytes:
+    """A block of zeros, as a file system leaves after a crash."""
+    size = 64 * piece[0]
+    return data[:place] + bytes(min(size, len(data) - place)) + data[place + size:]
+
+
+def repeat(data: bytes, place: int, piece: bytes) -> bytes:
+    return data[:place] + data
+
+
+CHANGES = (cut, flip, flip, write_over, put_in, take_out, blank, repeat)
+
+
+# --- JSON and op lists ---
+
+scalars = st.none() | st.booleans() | st.sampled_from(HOSTILE_NUMBERS) | st.integers(-9, 99) | st.text(max_size=9)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
+                                                                                           max_size=3), max_leaves=6)
+
+
+def json_texts(sound: bytes) -> st.SearchStrategy[bytes]:
+    """The JSON object `sound` with bytes changed, with keys gone, renamed or of other values, or something else."""
+    objects = edited(json.loads(sound), values).map(lambda value: json.dumps(value).encode())
+    return st.one_of(changed(sound), objects, objects, values.map(lambda value: json.dumps(value).encode()),
+                     st.sampled_from([b"", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000, b"\xff\xfe{}", b"NaN"]))
+
+
+@st.composite
+def edited(draw, sound, replacements):
+    """Nested dicts and lists with one to three places removed, renamed, or replaced by what `replacements` gives."""
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw_path(draw, sound)
+        if path:
+            sound = edit(sound, path, draw(st.sampled_from(("remove", "rename", "replace"))), draw(replacements))
+    return sound
+
+
+def draw_path(draw, value) -> tuple:
+    """The way to some value inside nested dicts and lists: half of them at the top, a quarter one step below, …"""
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    if not keys:
+        return ()
+    key = draw(st.sampled_from(keys))
+    return (key, *(draw_path(draw, value[key]) if draw(st.booleans()) else ()))
+
+
+def edit(value, path: tuple, action: str, replacement):
+    """A copy in which the place that `path` leads to is removed, renamed or replaced."""
+    items = dict(value) if isinstance(value, dict) else dict(enumerate(value))
+    key, *rest = path
+    if rest:
+        items[key] = edit(items[key], rest, action, replacement)
+    else:
+        old = items.pop(key)
+        if action == "replace":
+            items[key] = replacement
+        elif action == "rename":
+            items[f"{key}_"] = old
+    return items if isinstance(value, dict) else list(items.values())
+
+
+def op_lists() -> st.SearchStrategy[bytes]:
+    """Lines of true and invented names, with and without the faults that a text file can have."""
+    names = st.sampled_from(OP_NAMES)
+    line = names | st.text(max_size=9) | st.sampled_from(["", " ", "#", "linear matmul", "\0", "é", "x" * 10_000])
+    texts = st.lists(line, max_size=6).map(lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass"))
+    return texts | changed(OPS) | st.binary(max_size=20)
+
+
+# --- shards ---
+
+def shard_files(sound: bytes) -> st.SearchStrategy[bytes]:
+    """A shard with bytes changed, or written anew with one data set that is not what it should be."""
+    with h5py.File(io.BytesIO(sound)) as file:
+        rows = {key: file[key][...] for key in file}
+    numbers = st.integers(-2**40, 2**40) | st.sampled_from([-1, 2, 24, 99, 2**31, 2**62])
+    spoiled = st.builds(written_anew, st.just(rows), st.sampled_from(sorted(rows)), st.sampled_from(SPOILERS), numbers,
+                        st.integers(0, 10_000))
+    return st.one_of(changed(sound), changed(sound), spoiled)
+
+
+def written_anew(rows: dict, key: str, spoil, number: int, place: int) -> bytes:
+    memory = io.BytesIO()
+    with h5py.File(memory, "w") as file:
+        for name, data in rows.items():
+            if name != key:
+                file[name] = data
+        spoil(file, key, rows[key], number, place)
+    return memory.getvalue()
+
+
+def leave_out(file, key, data, number, place) -> None:
+    """The data set is not there."""
+
+
+def impossible_value(file, key, data, number, place) -> None:
+    data = data.astype(np.int64)
+    data.flat[place % data.size] = number
+    file[key] = data
+
+
+def fewer_rows(file, key, data, number, place) -> None:
+    file[key] = data[:place % len(data)]
+
+
+def other_width(file, key, data, number, place) -> None:
+    file[key] = np.resize(data, (len(data), place % 50))
+
+
+def other_rank(file, key, data, number, place) -> None:
+    file[key] = data.reshape(-1) if place % 2 else data[..., None]
+
+
+def floating(file, key, data, number, place) -> None:
+    file[key] = data.astype(np.float32) * number
+
+
+def texts(file, key, data, number, place) -> None:
+    file[key] = np.full(data.shape, b"text", dtype="S4")
+
+
+def one_number(file, key, data, number, place) -> None:
+    file[key] = place
+
+
+def nothing(file, key, data, number, place) -> None:
+    file[key] = h5py.Empty("i4")
+
+
+def group(file, key, data, number, place) -> None:
+    file.create_group(key)
+
+
+def link(file, key, data, number, place) -> None:
+    file[key] = h5py.SoftLink("/nowhere") if place % 2 else h5py.ExternalLink("nowhere.hdf5", "/x")
+
+
+def ragged(file, key, data, number, place) -> None:
+    file.create_dataset(key, (len(data),), h5py.vlen_dtype(np.int32))
+
+
+def promises(file, key, data, number, place) -> None:
+    """As many rows as the file has not."""
+    file.create_dataset(key, (abs(number) + 1, *data.shape[1:]), data.dtype, chunks=(1, *data.shape[1:]))
+
+
+def unsigned(file, key, data, number, place) -> None:
+    file[key] = data.astype(np.uint64) + np.uint64(place % 2 * 2**63)
+
+
+SPOILERS = (leave_out, impossible_value, impossible_value, fewer_rows, other_width, other_rank, floating, texts,
+            one_number, nothing, group, link, ragged, promises, unsigned)
+
+
+# --- checkpoints ---
+
+TENSORS = (torch.zeros(0), torch.zeros(3, 5), torch.tensor(7.0), torch.tensor(3), torch.full((24,), float("nan")),
+           torch.zeros(24, dtype=torch.complex64), torch.zeros(24, dtype=torch.bool), torch.eye(3).to_sparse(),
+           torch.zeros(24, dtype=torch.float64), torch.zeros(24, dtype=torch.bfloat16), torch.ones(24, 1).expand(24, 9))
+
+
+class Payload:
+    """What a malicious file makes of itself where its pickle is executed: a file named EXECUTED."""
+
+    def __reduce__(self):
+        return open, ("EXECUTED", "w")
+
+
+def checkpoint_files(sound: bytes, drawn: Path) -> st.SearchStrategy[bytes]:
+    """A checkpoint with bytes changed, or saved anew with other contents, with and without our seal."""
+    state = torch.load(io.BytesIO(sound), weights_only=True)
+    state = edited({**state, "model": dict(state["model"])}, values | st.sampled_from(TENSORS))
+    contents = state | values
+    sealed = state.map(lambda value: sealed_file(drawn, value))
+    pickles = (values | st.builds(Payload)).map(lambda value: pickle.dumps({"model": value}))
+    return st.one_of(changed(sound), sealed, contents.map(saved), pickles,
+                     st.builds(Payload).map(lambda value: saved({"model": value})))
+
+
+def saved(value) -> bytes:
+    memory = io.BytesIO()
+    torch.save(value, memory)
+    return memory.getvalue()
+
+
+def sealed_file(path: Path, state: dict) -> bytes:
+    checkpoint_file.write(path, state)
+    return path.read_bytes()
