@@ -1,7 +1,8 @@
 """ZeRO: the optimizer's state sharded over the ranks (Rajbhandari et al. 2020, arXiv 1910.02054, stage 1).
 
 Each rank keeps the moments of its share of the weights only, updates those weights, and sends them to the others.
-Weights are shared out whole, so that each keeps its own trust ratio, also in a fused optimizer of the device's.
+Weights are shared out whole, so that each keeps its own trust ratio, also in a fused optimizer of the device's;
+docs/scaling.md compares this with FSDP2, which cuts them.
 """
 
 import torch
