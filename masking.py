@@ -32,7 +32,8 @@ class MaskingRule:
 
     def __post_init__(self):
         if not 0.0 <= self.masked_lm_prob <= 1.0 or self.max_predictions_per_seq < 1 or len(self.special_ids) != 5 \
-                or not all(0 <= number < self.vocab_size for number in self.special_ids):
+                or not all(0 <= number < self.vocab_size for number in self.special_ids) \
+                or self.vocab_size <= len(self.special_ids):  # no word to put in the place of another
             raise ValueError(f"not a rule to mask by: {self}")
 
     @cached_property
