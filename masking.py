@@ -32,7 +32,8 @@ class MaskingRule:
 
     def __post_init__(self):
         if not 0.0 <= self.masked_lm_prob <= 1.0 or self.max_predictions_per_seq < 1 or len(self.special_ids) != 5 \
-                or not all(0 <= number < self.vocab_size for number in self.special_ids):
+                or not all(0 <= number < self.vocab_size for number in self.special_ids) \
+                or self.vocab_size <= len(self.special_ids):  # no word to put in the place of another
             raise ValueError(f"not a rule to mask by: {self}")
 
     @cached_property
@@ -66,13 +67,12 @@ def masked(rows: dict[str, np.ndarray], rule: MaskingRule, slots: int, keys: np.
     A packed row is masked sequence by sequence.  Positions ascend; empty slots are 0.
     """
     input_ids = rows["input_ids"].astype(np.int32)
-    row, position = chosen_tokens(rows["input_mask"], input_ids, rule, keys)  # (K,), (K,)
-    first = np.searchsorted(row, np.arange(len(input_ids)))
-    slot = np.arange(len(row)) - first[row]  # (K,)
+    row, slot, position = chosen_tokens(rows["input_mask"], input_ids, rule, keys)  # (K,), (K,), (K,)
+    tokens = input_ids[row, position]
     positions, labels = np.zeros((2, len(input_ids), slots), np.int32)
     positions[row, slot] = position
-    labels[row, slot] = input_ids[row, position]
-    input_ids[row, position] = shown(labels[row, slot], rule, draws(keys[row], position + 2**POSITION_BITS))
+    labels[row, slot] = tokens
+    input_ids[row, position] = shown(tokens, rule, draws(keys[row], position + 2**POSITION_BITS))
     return {"input_ids": input_ids, "masked_lm_positions": positions, "masked_lm_ids": labels}
 
 
@@ -83,39 +83,42 @@ def shown(tokens: np.ndarray, rule: MaskingRule, chance: np.ndarray) -> np.ndarr
     return np.where(fate < MASKED, rule.special_ids[4], np.where(fate < MASKED + REPLACED, words, tokens))
 
 
-def chosen_tokens(input_mask, input_ids, rule: MaskingRule, keys) -> tuple[np.ndarray, np.ndarray]:
-    """Row and position of the tokens to predict, in the order of the rows and positions.  (K,), (K,)
+def chosen_tokens(input_mask, input_ids, rule: MaskingRule, keys) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, prediction slot and position of the tokens to predict, in the order of their rows and positions.  (K,) each
 
     The tokens of a row are sorted by the number of their sequence, then by chance: the first ones of each sequence
     are chosen.
     """
     rows, length = input_ids.shape
-    numbers = input_mask.astype(np.int64)  # (B, S)
-    sequences = int(numbers.max(initial=0))
-    assert length <= 2**POSITION_BITS and sequences < 2**NUMBER_BITS - 1, (length, sequences)
+    numbers = np.arange(1, int(input_mask.max(initial=1)) + 1)
+    assert length <= 2**POSITION_BITS and len(numbers) < 2**NUMBER_BITS - 1, (length, len(numbers))
     _, _, cls, sep, _ = rule.special_ids
-    free = (numbers > 0) & (input_ids != cls) & (input_ids != sep)
+    free = (input_ids != cls) & (input_ids != sep) & (input_mask != 0)  # (B, S)
 
     place = np.arange(length, dtype=np.uint64)
-    chance = draws(keys[:, None], place) >> np.uint64(NUMBER_BITS + POSITION_BITS) << np.uint64(POSITION_BITS)
-    order = numbers.astype(np.uint64) << np.uint64(64 - NUMBER_BITS) | chance | place
-    order = np.sort(np.where(free, order, LAST), axis=1)  # (B, S)
+    order = draws(keys[:, None], place) >> np.uint64(NUMBER_BITS) & ~np.uint64(2**POSITION_BITS - 1) | place
+    order |= input_mask.astype(np.uint64) << np.uint64(64 - NUMBER_BITS)
+    order[~free] = LAST
+    order.sort(axis=1)  # (B, S)
 
-    wanted = rule.predictions(counted(numbers, sequences))  # (B, 1 + N)
-    available = counted(np.where(free, numbers, 0), sequences)
-    available[:, 0] = wanted[:, 0] = 0
-    limits = np.zeros((rows, sequences + 2), np.int64)  # the last for tokens that are not free
-    limits[:, :-1] = np.cumsum(available, axis=1) - available + np.minimum(wanted, available)
-    of_sequence = np.minimum(order >> np.uint64(64 - NUMBER_BITS), sequences + 1).astype(np.int64)
-    row, rank = np.nonzero(np.arange(length) < np.take_along_axis(limits, of_sequence, axis=1))
+    members = [input_mask == number for number in numbers]
+    lengths, available = (np.stack([mask.sum(axis=1) for mask in masks], axis=1)  # (B, N)
+                          for masks in (members, [mask & free for mask in members]))
+    counts = np.minimum(rule.predictions(lengths), available)
+    first = np.cumsum(available, axis=1) - available + np.arange(rows)[:, None] * length
+    rank = ramps(first.ravel(), counts.ravel())  # (K,) into the sorted tokens
 
-    chosen = np.zeros((rows, length), bool)
-    chosen[row, order[row, rank] & np.uint64(2**POSITION_BITS - 1)] = True
-    return np.nonzero(chosen)
+    row = np.repeat(np.arange(rows), counts.sum(axis=1))
+    place = row * length + (order.ravel()[rank] & np.uint64(2**POSITION_BITS - 1)).astype(np.int64)
+    chosen = np.zeros(rows * length, bool)
+    chosen[place] = True
+    return row, ramps(np.zeros(rows, np.int64), counts.sum(axis=1)), np.flatnonzero(chosen) - row * length
 
 
-def counted(numbers: np.ndarray, sequences: int) -> np.ndarray:
-    """How often 0 … sequences stand in each row.  (B, S) → (B, 1 + sequences)"""
-    rows, width = len(numbers), sequences + 1
-    flat = numbers + np.arange(rows)[:, None] * width
-    return np.bincount(flat.ravel(), minlength=rows * width).reshape(rows, width)
+def ramps(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Numbers that count up from each `first`, so many of each.
+
+    >>> ramps(np.array([5, 0, 90]), np.array([3, 0, 2]))
+    array([ 5,  6,  7, 90, 91])
+    """
+    return np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)

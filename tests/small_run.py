@@ -1,5 +1,8 @@
 """Small runs of run_pretraining.py in this process, and what they leave."""
 
+import resource
+from contextlib import contextmanager
+
 import run_pretraining
 import samples
 
@@ -34,3 +37,14 @@ def logged_steps(path) -> dict[int, dict]:
     return {line["step"][1]: {name: value for name, value in line["data"].items()
                               if not any(word in name for word in timed)}
             for line in samples.log_lines(path) if "step_loss" in line["data"]}
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """A block in which no file of this process can grow beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

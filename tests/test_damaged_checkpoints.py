@@ -1,9 +1,7 @@
 """Checkpoints that were cut, rotted, half-written, hostile, or made by other code."""
 
 import pickle
-import resource
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import samples
 import small_run
 from cli import UserError
 from modeling import BertForPreTraining
-from small_run import train
+from small_run import files_of_at_most, train
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +80,6 @@ def test_where_no_checkpoint_can_be_read_nothing_is_started_anew(workspace):
         (workspace / "out" / name).write_bytes(b"PK")
     with pytest.raises(UserError, match="none of its 2 checkpoints can be read; move them away to start anew"):
         train(resume_from_checkpoint=True)
-
-
-@contextmanager
-def files_of_at_most(size: int):
-    """A block in which no file of this process can grow beyond `size` bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_no_checkpoint_goes_before_the_new_one_is_safe(tmp_path):

@@ -21,6 +21,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
@@ -162,8 +163,8 @@ def train(flags: dict, reader: ShardReader) -> None:
               "max_seq_length": malformed.LENGTH, "max_predictions_per_seq": 2 * malformed.PREDICTIONS,
               "train_batch_size": 4, "max_steps": 2, "skip_checkpoint": True, "json_summary": "log.json",
               "no_cuda": True, "use_cpu_kernels": "no", "peak_tflops": 1.0, **flags}
-    run_pretraining.ShardReader = lambda: nullcontext(reader)
-    run_pretraining.main([f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()])
+    with patch.object(run_pretraining, "ShardReader", lambda: nullcontext(reader)):
+        run_pretraining.main([f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()])
 
 
 def wrong_with(line: str, kind: Kind) -> str | None:

@@ -21,8 +21,10 @@ import optimizer_state
 import samples
 import shards
 import synthetic
+from masking import MaskingRule
 
 LENGTH, PREDICTIONS, VOCABULARY = 24, 4, 99
+RULE = MaskingRule(0.15, PREDICTIONS, VOCABULARY, (0, 1, 2, 3, 4))
 OPS = b"linear\nmatmul\nbmm\ndropout\n"
 OP_NAMES = ("linear", "matmul", "softmax", "layer_norm", "embedding", "dropout", "gelu", "tanh", "cross_entropy", "mul",
             "add", "iadd", "add_", "__add__", "truediv", "div", "nll_loss", "mean", "sum", "cat", "gather", "eq",
@@ -47,9 +49,10 @@ def kinds(folder: Path) -> list[Kind]:
     """Write sound inputs to a folder; the kinds that they can be spoiled in."""
     write_data(folder)
     write_checkpoints(folder)
-    config, metadata, index, theirs, a_shard, packed_shard, a_checkpoint, weights = (
-        (folder / name).read_bytes() for name in ("config.json", "packed_metadata.json", INDEX, "theirs/config.json",
-                                                  "data/a_training.hdf5", "packed/a.hdf5", "out/ckpt_1.pt", WEIGHTS))
+    config, metadata, index, theirs, a_shard, packed_shard, without_masks, a_checkpoint, weights = (
+        (folder / name).read_bytes() for name in (
+            "config.json", "packed_metadata.json", INDEX, "theirs/config.json", "data/a_training.hdf5", "packed/a.hdf5",
+            "without_masks/a_training.hdf5", "out/ckpt_1.pt", WEIGHTS))
     checkpoints, resume = checkpoint_files(a_checkpoint, folder / "drawn.pt"), {"resume_from_checkpoint": True}
     start = {"init_checkpoint": "start.pt"} | resume
     return [
@@ -58,6 +61,8 @@ def kinds(folder: Path) -> list[Kind]:
         Kind("metadata", "packed_metadata.json", {"input_dir": "packed"}, metadata, json_texts(metadata)),
         Kind("unpacked shard", "data/b_training.hdf5", {}, a_shard, shard_files(a_shard)),
         Kind("packed shard", "packed/b.hdf5", {"input_dir": "packed"}, packed_shard, shard_files(packed_shard)),
+        Kind("shard without masks", "without_masks/b_training.hdf5", {"input_dir": "without_masks"}, without_masks,
+             st.one_of(shard_files(without_masks), with_other_attributes(without_masks))),
         Kind("checkpoint to resume", "out/ckpt_1.pt", {"output_dir": "out"} | resume, a_checkpoint, checkpoints),
         Kind("checkpoint to start from", "start.pt", start, a_checkpoint, checkpoints),
         Kind("index of sharded state", INDEX, {"output_dir": "sharded"} | resume, index, json_texts(index)),
@@ -69,13 +74,14 @@ def kinds(folder: Path) -> list[Kind]:
 # --- sound inputs ---
 
 def write_data(folder: Path) -> None:
-    """A config with a small vocabulary, two shards of either form, and metadata."""
+    """A config with a small vocabulary, two shards of each form, and metadata."""
     samples.write_config(folder / "config.json", vocab_size=VOCABULARY)
     for name, seed in (("a", 0), ("b", 1)):
         rng = np.random.default_rng(seed)
         rows = synthetic.unpacked_rows(np.array([24, 5, 11, 13, 8, 17]), rng, LENGTH, PREDICTIONS)
         rows |= {key: rows[key] % VOCABULARY for key in ("input_ids", "masked_lm_ids")}
         shards.write(folder / f"data/{name}_training.hdf5", rows)
+        shards.write(folder / f"without_masks/{name}_training.hdf5", rows, RULE, PREDICTIONS)
     batch = samples.unpacked_batch([24, 5, 11, 13, 8, 10])
     packed = samples.packed_batch(batch, [[0], [1, 2], [3, 4], [5]], LENGTH)
     packed |= {key: packed[key] % VOCABULARY for key in ("input_ids", "masked_lm_ids")}
@@ -218,16 +224,36 @@ def op_lists() -> st.SearchStrategy[bytes]:
 def shard_files(sound: bytes) -> st.SearchStrategy[bytes]:
     """A shard with bytes changed, or written anew with one data set that is not what it should be."""
     with h5py.File(io.BytesIO(sound)) as file:
-        rows = {key: file[key][...] for key in file}
+        rows, attributes = {key: file[key][...] for key in file}, dict(file.attrs)
     numbers = st.integers(-2**40, 2**40) | st.sampled_from([-1, 2, 24, 99, 2**31, 2**62])
-    spoiled = st.builds(written_anew, st.just(rows), st.sampled_from(sorted(rows)), st.sampled_from(SPOILERS), numbers,
-                        st.integers(0, 10_000))
+    spoiled = st.builds(written_anew, st.just(rows), st.just(attributes), st.sampled_from(sorted(rows)),
+                        st.sampled_from(SPOILERS), numbers, st.integers(0, 10_000))
     return st.one_of(changed(sound), changed(sound), spoiled)
 
 
-def written_anew(rows: dict, key: str, spoil, number: int, place: int) -> bytes:
+def with_other_attributes(sound: bytes) -> st.SearchStrategy[bytes]:
+    """A shard without masks, of whose attributes one is gone or another."""
+    with h5py.File(io.BytesIO(sound)) as file:
+        names = sorted(file.attrs)
+    whole = st.integers(-2**63, 2**63 - 1) | st.integers(-2, VOCABULARY)
+    other = st.one_of(st.none(), whole, st.floats(), st.text(st.characters(exclude_categories=["Cs", "Cc"])),
+                      st.lists(st.integers(-2, VOCABULARY), max_size=7))
+    return st.builds(with_attribute, st.just(sound), st.sampled_from(names), other)
+
+
+def with_attribute(sound: bytes, name: str, value) -> bytes:
+    memory = io.BytesIO(sound)
+    with h5py.File(memory, "r+") as file:
+        del file.attrs[name]
+        if value is not None:
+            file.attrs[name] = value
+    return memory.getvalue()
+
+
+def written_anew(rows: dict, attributes: dict, key: str, spoil, number: int, place: int) -> bytes:
     memory = io.BytesIO()
     with h5py.File(memory, "w") as file:
+        file.attrs.update(attributes)
         for name, data in rows.items():
             if name != key:
                 file[name] = data

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -97,10 +97,12 @@ class Torturer:
 
     def run(self) -> Tally:
         prepare(self.folder)
-        peaceful = {form: self.undisturbed(form) for form in FORMS}
+        peaceful = {}
         with self.bar:
             while self.tally.kills < self.kills:
                 form = FORMS[self.tally.runs_compared % len(FORMS)]
+                if form not in peaceful:
+                    peaceful[form] = self.undisturbed(form)
                 output = self.folder / f"disturbed_{self.tally.runs_compared}"
                 for phase in LENGTHS:
                     self.disturb(output, form, phase)
@@ -136,7 +138,7 @@ class Torturer:
         wait_for_moment(run, output, self.rng)
         if not run.is_running():
             return False
-        saving = any(output.glob(".ckpt_*.tmp"))
+        saving = run.is_saving(output)
         run.send(self.signal, self.rng)
         self.tally.kills += 1
         self.tally.while_saving += saving
@@ -177,6 +179,7 @@ class Run:
         words = command(folder, output, form, phase, sharded=ranks > 1 and form == "packed")
         variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         self.processes = []
+        self.started = time.time()
         with open(folder / "output.txt", "ab") as console:
             for rank in map(str, range(ranks)):
                 place = {**variables, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
@@ -185,6 +188,12 @@ class Run:
 
     def is_running(self) -> bool:
         return all(process.poll() is None for process in self.processes)
+
+    def is_saving(self, output: Path) -> bool:
+        """Whether a temporary file is there that no earlier run has left."""
+        with suppress(FileNotFoundError):  # it has just got its name
+            return any(path.stat().st_mtime > self.started for path in output.glob(".ckpt_*.tmp"))
+        return False
 
     def send(self, number: signal.Signals, rng: random.Random) -> None:
         """To one of the processes; a SIGKILL every second time to all of them, as if the power went."""
@@ -218,7 +227,7 @@ def wait_for_moment(run: Run, output: Path, rng: random.Random) -> None:
         wait_until(run, time.monotonic() + rng.uniform(0.0, 0.1))
     else:
         for _ in range(rng.randint(1, 3)):
-            wait_until(run, condition=lambda: any(output.glob(".ckpt_*.tmp")))
+            wait_until(run, condition=lambda: run.is_saving(output))
             wait_until(run, time.monotonic() + rng.uniform(0.0, 0.02))
 
 
