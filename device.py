@@ -63,6 +63,9 @@ class Device:
         """Bytes allocated on the device now and at most, by name; empty where the device does not tell."""
         return {}
 
+    def forget_peak_memory(self) -> None:
+        """The most that was allocated counts from now on."""
+
     def graphs(self) -> dict:
         """How many graphs this process has compiled (graph_compilation) and how many ops ran on the host for want of a
         kernel (cpu_fallback; their names in cpu_fallback_ops); empty where there are no graphs to count."""
@@ -104,6 +107,9 @@ class CudaDevice(Device):
     def memory(self) -> dict[str, int]:
         return {"memory_allocated": torch.cuda.memory_allocated(self.torch_device),
                 "max_memory_allocated": torch.cuda.max_memory_allocated(self.torch_device)}
+
+    def forget_peak_memory(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def profiler_activities(self) -> list[ProfilerActivity]:
         return [ProfilerActivity.CPU, ProfilerActivity.CUDA]

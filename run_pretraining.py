@@ -77,7 +77,7 @@ def run(args, process, reader) -> dict:
     precision.restore(start.scaler)
     choices = [layers_choice, choice, f"ranks: {process.world_size}; reduction of gradients: {reduction.describe()}"]
     if args.use_torch_compile:
-        choices.append(compile_training(device, model, local_part(optimizer)))
+        choices.append(compile_training(device, model, local_part(optimizer), args.cuda_graphs))
 
     log = TrainingLog(args.json_summary, process.first, args.resume_from_checkpoint,
                       tensorboard_log(args, start) if process.first else None)
