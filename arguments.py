@@ -89,6 +89,9 @@ def add_device(parser) -> None:
     group.add_argument("--use_torch_compile", action="store_true",
                        help="compile the model and the optimizer step (HPU: hpu_backend); where that does not work, "
                        "the run says why and goes on without")
+    group.add_argument("--cuda_graphs", action="store_true",
+                       help="CUDA, with --use_torch_compile: record what is compiled and replay it without the host, "
+                       "which pays where micro-batches are small")
     group.add_argument("--attention", choices=("plain", "sdpa", "varlen"),
                        help="elementary operations; fused kernels with a mask; fused kernels for sequences of many "
                        "lengths (default: what is fastest on the device; CUDA measures the last two at the start)")
@@ -192,6 +195,8 @@ def contradiction(args) -> str | None:
         return "--use_torch_lazy goes with none of --use_habana, --use_torch_compile and --checkpoint_activations"
     if args.attention == "varlen" and (args.use_habana or args.use_torch_lazy):
         return "--attention varlen is for CUDA and CPU, not for --use_habana or --use_torch_lazy"
+    if args.cuda_graphs and (not args.use_torch_compile or args.no_cuda or args.use_habana):
+        return "--cuda_graphs is for CUDA with --use_torch_compile"
     last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
     if args.profile and args.profile_steps[1] > last_step:
         return f"--profile_steps {args.profile_steps[0]}:{args.profile_steps[1]}, but the run ends at step {last_step}"

@@ -9,22 +9,24 @@ from lamb import NVLAMB
 WARM_UP_STEPS = 3  # of a run, in which each graph of a step compiles
 
 
-def compile_training(device, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
+def compile_training(device, model: torch.nn.Module, optimizer: torch.optim.Optimizer, cuda_graphs=False) -> str:
     """Compile the model and the optimizer's update for the device; what was done, in words.
+
+    With `cuda_graphs`, the compiled parts of the model are recorded and replayed without the host (CUDA).
 
     Where the compiler does not work, everything stays as it is, and the words say why.
     """
     problem = compiler_problem(device)
     if problem:
         return f"--use_torch_compile: not compiled: {problem}"
-    compile_model(device, model, device.compiler)
+    compile_model(device, model, **({"mode": "reduce-overhead"} if cuda_graphs else {}))
     update = "FusedLamb is fused already"
     if isinstance(optimizer, NVLAMB):
         update = optimizer.compile(device.compiler, device.compiles_in_parts)
     return f"--use_torch_compile: the model is compiled by {device.compiler}; {update}"
 
 
-def compile_model(device, model: torch.nn.Module, compiler, **options) -> None:
+def compile_model(device, model: torch.nn.Module, **options) -> None:
     """In place, so that the names in its state dict stay the same.
 
     inductor gets a layer at a time: all layers share one graph, compiled once, whatever the depth.  So BERT-base is
@@ -34,7 +36,7 @@ def compile_model(device, model: torch.nn.Module, compiler, **options) -> None:
     if device.compiles_in_parts:
         parts = [*model.bert.encoder.layer, model.bert.embeddings, model.bert.pooler, model.cls.predictions]
     for part in parts:
-        part.compile(backend=compiler, **options)
+        part.compile(backend=device.compiler, **options)
 
 
 def compiler_problem(device) -> str | None:

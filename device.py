@@ -77,6 +77,9 @@ class Device:
         """Bytes that it could take beside those."""
         return proc_bytes("/proc/meminfo", "MemAvailable")
 
+    def forget_peak_memory(self) -> None:
+        """The most that was allocated counts from now on."""
+
     def graphs(self) -> dict:
         """How many graphs this process has compiled (graph_compilation) and how many ops ran on the host for want of a
         kernel (cpu_fallback; their names in cpu_fallback_ops); empty where there are no graphs to count."""
@@ -137,6 +140,9 @@ class CudaDevice(Device):
 
     def free_memory(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
+
+    def forget_peak_memory(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def profiler_activities(self) -> list[ProfilerActivity]:
         return [ProfilerActivity.CPU, ProfilerActivity.CUDA]

@@ -78,7 +78,7 @@ def run(args, process, reader) -> dict:
     precision.restore(start.scaler)
     choices = [layers_choice, choice, f"ranks: {process.world_size}; reduction of gradients: {reduction.describe()}"]
     if args.use_torch_compile:
-        choices.append(compile_training(device, model, local_part(optimizer)))
+        choices.append(compile_training(device, model, local_part(optimizer), args.cuda_graphs))
 
     writes = process.first and not args.dry_run
     log = TrainingLog(args.json_summary if writes else None, process.first, args.resume_from_checkpoint,

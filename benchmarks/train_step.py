@@ -1,9 +1,11 @@
 """Forward and backward of one micro-batch: this model against transformers' BertForPreTraining.
 
-Same weights, same batch, train mode with dropout 0.1, in turn in one process; and the share of the machine's
-matrix-product peak that ours reaches, counting only the FLOPs that the task needs.
+Same weights, same tokens, train mode with dropout 0.1, in turn in one process; and the share of the machine's
+matrix-product peak that ours reaches, counting only the FLOPs that the task needs.  transformers runs with each of its
+attention implementations, as it is and compiled; where rows hold several sequences, it takes each row for one, which
+is less work than to keep them apart.
 
-    python benchmarks/train_step.py [--model mini|base] [--json]
+    python benchmarks/train_step.py [--model mini|base|base_packed] [--rivals …] [--profile] [--json]
 """
 
 import sys
@@ -14,101 +16,193 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 from benchmarks.measuring import alternate, machine, report, spread
 
-SHAPES = {  # layers, hidden size, heads, rows, tokens
-    "mini": (4, 256, 4, 32, 128),
-    "base": (12, 768, 12, 8, 128),
+SHAPES = {  # layers, hidden size, heads, rows, tokens, sequences a row
+    "mini": (4, 256, 4, 32, 128, 1),
+    "base": (12, 768, 12, 8, 128, 1),
+    "base_packed": (12, 768, 12, 2, 512, 2),
 }
 PREDICTIONS = {128: 20, 512: 80}
 VOCABULARY = 30528
+RIVALS = ("eager", "sdpa", "eager compiled", "sdpa compiled")
 
 
 def main(argv=None) -> None:
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=SHAPES, default="mini", help="which BERT on which batch")
+    parser.add_argument("--rivals", choices=RIVALS, nargs="+", default=RIVALS,
+                        help="transformers' attention implementations, as they are or through torch.compile")
     parser.add_argument("--repeats", type=cli.positive_int, default=7, help="timed repeats of each")
     parser.add_argument("--threads", type=cli.positive_int, default=2, help="CPU threads")
+    parser.add_argument("--profile", action="store_true", help="only say where the time of our step goes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
 
     import torch
 
-    from utilization import NeededFlops, matrix_peak
-
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    layers, hidden, heads, rows, tokens = SHAPES[args.model]
-    ours, theirs = models(layers, hidden, heads)
-    batch = random_batch(rows, tokens)
-    steps = {"ours": ours_step(ours, batch), "transformers": transformers_step(theirs, batch)}
-    ours_seconds, their_seconds = map(spread, alternate(steps, args.repeats).values())
-    flops, peak = NeededFlops(ours.config).of_batch(batch), matrix_peak("cpu", torch.float32, 2048, 5)
-    figures = {
-        "model": args.model, "batch": f"{rows} x {tokens}",
-        "seconds": ours_seconds, "transformers_seconds": their_seconds,
-        "ratio_vs_transformers": their_seconds["median"] / ours_seconds["median"],
-        "sequences_per_second": rows / ours_seconds["median"], "peak_gflops": peak / 1e9,
-        "fraction_of_peak": flops / ours_seconds["median"] / peak, "machine": machine("transformers")}
-    report(figures, args.json, [
-        f"BERT-{args.model}, {rows} x {tokens} tokens, forward + backward, fp32, {args.threads} threads",
-        f"  this model    {ours_seconds['median']:.3f} s ({ours_seconds['min']:.3f} to {ours_seconds['max']:.3f})",
-        f"  transformers  {their_seconds['median']:.3f} s ({their_seconds['min']:.3f} to {their_seconds['max']:.3f})",
-        f"  ratio {figures['ratio_vs_transformers']:.2f}, {figures['fraction_of_peak']:.0%} of the peak of "
-        f"{peak / 1e9:.0f} GFLOP/s"])
+    layers, hidden, heads, rows, tokens, sequences = SHAPES[args.model]
+    ours = our_model(layers, hidden, heads)
+    batch = random_batch(rows, tokens, sequences)
+    figures = {"model": args.model, "batch": f"{rows} x {tokens}", "sequences": rows * sequences,
+               "machine": machine("transformers")}
+    if args.profile:
+        parts = profile(ours_step(ours, batch), args.repeats)
+        report({**figures, "milliseconds": parts}, args.json, [
+            f"BERT-{args.model}, {rows} x {tokens} tokens: where {sum(parts.values()):.0f} ms of a step go",
+            *(f"  {name:52s}{value:8.1f} ms {value / sum(parts.values()):6.1%}" for name, value in parts.items())])
+        return
+    steps = {"ours": ours_step(ours, batch), **rival_steps(ours, batch, args.rivals)}
+    seconds = {name: spread(values) for name, values in alternate(steps, args.repeats, warm_up=2).items()}
+    figures |= compare(ours.config, batch, seconds)
+    report(figures, args.json, lines(args, figures))
 
 
-def models(layers: int, hidden: int, heads: int, attention="kernels"):
-    """Our model and transformers' with the same weights, both in train mode."""
-    import transformers
+def compare(config, batch: dict, seconds: dict) -> dict:
+    """What the seconds of ours and of the others say."""
+    import torch
 
+    from utilization import NeededFlops, matrix_peak
+
+    ours, best = seconds["ours"]["median"], min(set(seconds) - {"ours"}, key=lambda name: seconds[name]["median"])
+    flops, peak = NeededFlops(config).of_batch(batch), matrix_peak("cpu", torch.float32, 2048, 5)
+    return {"seconds": seconds, "best_rival": best, "ratio_vs_transformers": seconds[best]["median"] / ours,
+            "sequences_per_second": int(batch["next_sentence_weights"].sum()) / ours, "peak_gflops": peak / 1e9,
+            "fraction_of_peak": flops / ours / peak}
+
+
+def lines(args, figures: dict) -> list[str]:
+    return [f"BERT-{args.model}, {figures['batch']} tokens, forward + backward, fp32, {args.threads} threads",
+            *(f"  {name:28s}{found['median']:.3f} s ({found['min']:.3f} to {found['max']:.3f})"
+              for name, found in figures["seconds"].items()),
+            f"  {figures['ratio_vs_transformers']:.2f} times as fast as {figures['best_rival']}, "
+            f"{figures['fraction_of_peak']:.0%} of the peak of {figures['peak_gflops']:.0f} GFLOP/s, "
+            f"{figures['sequences_per_second']:.1f} sequences/s"]
+
+
+def our_model(layers: int, hidden: int, heads: int):
+    """Our model in train mode, through the kernels for this CPU."""
     from modeling import BertConfig, BertForPreTraining
 
     values = {"attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
               "hidden_size": hidden, "initializer_range": 0.02, "intermediate_size": 4 * hidden,
               "max_position_embeddings": 512, "num_attention_heads": heads, "num_hidden_layers": layers,
               "type_vocab_size": 2, "vocab_size": VOCABULARY}
-    ours = BertForPreTraining(BertConfig(**values), attention).train()
-    theirs = transformers.BertForPreTraining(transformers.BertConfig(**values, attn_implementation="sdpa")).train()
-    weights = {name.replace("dense_act", "dense"): value for name, value in ours.state_dict().items()}
-    weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
-    theirs.load_state_dict(weights)
-    return ours, theirs
+    return BertForPreTraining(BertConfig(**values), "kernels").train()
 
 
-def random_batch(rows: int, tokens: int) -> dict:
-    """Full rows of random tokens, as many of them masked as the recipes mask."""
+def transformers_model(config, attention: str = "sdpa"):
+    """transformers' model of our config, in train mode."""
+    import transformers
+
+    values = {**vars(config), "vocab_size": config.padded_vocab_size}
+    return transformers.BertForPreTraining(transformers.BertConfig(**values, attn_implementation=attention)).train()
+
+
+def rival_steps(ours, batch: dict, rivals) -> dict:
+    """A step function for each rival; those with one attention implementation share a model with our weights."""
     import torch
 
-    slots = PREDICTIONS[tokens]
+    weights = {name.replace("dense_act", "dense"): value for name, value in ours.state_dict().items()}
+    weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
+    models = {attention: transformers_model(ours.config, attention)
+              for attention in sorted({rival.split()[0] for rival in rivals})}
+    for model in models.values():
+        model.load_state_dict(weights)
+    return {f"transformers, {rival}": training_step(
+        models[rival.split()[0]], transformers_loss(
+            torch.compile(models[rival.split()[0]], dynamic=False) if "compiled" in rival else models[rival], batch))
+        for rival in rivals}
+
+
+def random_batch(rows: int, tokens: int, sequences: int = 1) -> dict:
+    """Full rows of random tokens in sequences of one length, as many of them masked as the recipes mask."""
+    import torch
+
+    slots, length, place = PREDICTIONS[tokens], tokens // sequences, torch.arange(tokens)
     order = torch.rand(rows, tokens - 1).argsort(1)[:, :slots] + 1
     return {"input_ids": torch.randint(1, VOCABULARY, (rows, tokens)).int(),
-            "input_mask": torch.ones(rows, tokens).int(), "segment_ids": torch.zeros(rows, tokens).int(),
-            "positions": torch.arange(tokens).expand(rows, -1).int(), "masked_lm_positions": order.sort(1).values.int(),
+            "input_mask": (place // length + 1).expand(rows, -1).int(), "segment_ids": torch.zeros(rows, tokens).int(),
+            "positions": (place % length).expand(rows, -1).int(), "masked_lm_positions": order.sort(1).values.int(),
             "masked_lm_ids": torch.randint(1, VOCABULARY, (rows, slots)).int(),
-            "next_sentence_positions": torch.zeros(rows, 1).int(),
-            "next_sentence_labels": torch.randint(0, 2, (rows, 1)).int(),
-            "next_sentence_weights": torch.ones(rows, 1).int()}
+            "next_sentence_positions": place[::length].expand(rows, -1).int(),
+            "next_sentence_labels": torch.randint(0, 2, (rows, sequences)).int(),
+            "next_sentence_weights": torch.ones(rows, sequences).int()}
 
 
 def ours_step(model, batch: dict):
+    return training_step(model, lambda: model(batch)["loss"])
+
+
+def training_step(model, forward):
+    """A function that runs forward, which gives the loss, and backward."""
     def step():
         model.zero_grad()
-        model(batch)["loss"].backward()
+        forward().backward()
     return step
 
 
-def transformers_step(model, batch: dict):
+def transformers_loss(model, batch: dict):
+    """A function that gives transformers' loss of a batch, whose rows it takes for one sequence each."""
     import torch
 
-    labels = torch.full(batch["input_ids"].shape, -100)
-    labels.scatter_(1, batch["masked_lm_positions"].long(), batch["masked_lm_ids"].long())
-    inputs = {"input_ids": batch["input_ids"].long(), "attention_mask": batch["input_mask"].long(),
+    device = batch["input_ids"].device
+    used = batch["masked_lm_positions"] > 0
+    rows = torch.arange(len(used), device=device)[:, None].expand_as(used)[used]
+    labels = torch.full(batch["input_ids"].shape, -100, device=device)
+    labels[rows, batch["masked_lm_positions"][used].long()] = batch["masked_lm_ids"][used].long()
+    inputs = {"input_ids": batch["input_ids"].long(), "attention_mask": (batch["input_mask"] > 0).long(),
               "token_type_ids": batch["segment_ids"].long(), "labels": labels,
-              "next_sentence_label": batch["next_sentence_labels"].long().flatten()}
+              "next_sentence_label": batch["next_sentence_labels"][:, 0].long()}
+    return lambda: model(**inputs).loss
 
-    def step():
-        model.zero_grad()
-        model(**inputs).loss.backward()
-    return step
+
+KERNELS = {  # how the functions of cpu_kernels.cpp and PyTorch's operations are summed up
+    "matrix products": ("aten::mm", "aten::bmm", "aten::addmm_", "aten::addmm"),
+    "attention weights: softmax, dropout": ("attention_weights",),
+    "residual, dropout and LayerNorm": ("residual_norm",),
+    "bias and GELU": ("bias_gelu",),
+    "layout of the heads, with its bias": ("split_heads", "aten::copy_", "aten::clone"),
+    "cross entropy": ("cross_entropy",),
+    "gradient of the embeddings": ("aten::embedding_dense_backward",),
+    "zero fills": ("aten::fill_", "aten::zero_"),
+}
+
+
+def profile(step, repeats: int) -> dict[str, float]:
+    """Milliseconds of a step by what they are spent on, most first, from torch's profiler."""
+    import torch
+
+    import cpu_kernels
+
+    step()
+    kernels = cpu_kernels.load()
+    for name in cpu_kernels.SIGNATURES:
+        setattr(kernels, name, recorded(name, getattr(kernels, name)))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        for _ in range(repeats):
+            step()
+    parts = dict.fromkeys([*KERNELS, "everything else"], 0.0)
+    for event in trace.key_averages():
+        parts[part_of(event.key)] += event.self_cpu_time_total / 1000 / repeats
+    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+def recorded(name: str, function):
+    """The same function, with an event of its name in the profiler's trace."""
+    import torch
+
+    def call(*arguments):
+        with torch.profiler.record_function(name):
+            function(*arguments)
+    return call
+
+
+def part_of(event: str) -> str:
+    for part, names in KERNELS.items():
+        if event in names or event.removesuffix("_backward") in names:
+            return part
+    return "everything else"
 
 
 if __name__ == "__main__":
