@@ -53,7 +53,7 @@ def main(argv=None) -> None:
             *(f"  {name:52s}{value:8.1f} ms {value / sum(parts.values()):6.1%}" for name, value in parts.items())])
         return
     steps = {"ours": ours_step(ours, batch), **rival_steps(ours, batch, args.rivals)}
-    seconds = {name: spread(values) for name, values in alternate(steps, args.repeats, warm_up=2).items()}
+    seconds = {name: spread(values) for name, values in alternate(steps, args.repeats).items()}
     figures |= compare(ours.config, batch, seconds)
     report(figures, args.json, lines(args, figures))
 

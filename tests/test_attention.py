@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
+import run_pretraining
 import samples
 from arguments import parse_arguments
 from attention import ATTENTIONS, Attention
@@ -15,6 +17,7 @@ from lamb import NVLAMB
 from mixed_precision import Precision
 from modeling import BertForPreTraining
 from optimizers import parameter_groups
+from training import Trainer
 
 
 class DeviceWith(Device):
@@ -128,3 +131,60 @@ def test_every_variant_has_the_losses_of_plain_steps(reference, variant):
     if VARIANTS[variant].get("attention") != "kernels":  # which compute in fp32 only
         error = (losses_of_steps(form, ["--hmp"], **VARIANTS[variant]) - exact).abs().mean()
         assert error <= 3 * (autocast - exact).abs().mean()
+
+
+class HostFetches(TorchDispatchMode):
+    """The operations that make the host wait for a value of the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", [NVLAMB, MultiTensorNVLAMB])
+def test_what_cuda_runs_in_a_step_asks_the_device_for_no_value(optimizer):
+    model = BertForPreTraining(samples.config(), "plain", checkpoint_activations=True, loss_chunk=5).train()
+    update = optimizer(parameter_groups(model), lr=0.01)
+    if optimizer is NVLAMB:
+        update.update = update.update_by_the_paper  # as on every device but the CPU
+    batch = samples.packed_batch(samples.unpacked_batch(LENGTHS), ROWS, 26)
+    with HostFetches() as fetches:
+        for _ in range(2):
+            attention.sequence_bounds(batch["input_mask"], slots=2)
+            model(batch)["loss"].backward()
+            update.step()
+            update.zero_grad()
+        assert not fetches.found
+        update.gradient_norm.item()
+        assert len(fetches.found) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("flags", [["--hmp"], ["--fp16", "--checkpoint_activations"],
+                                   ["--hmp", "--use_fused_lamb", "--mlm_loss_chunk=5"],
+                                   ["--hmp", "--use_torch_compile", "--cuda_graphs"]])
+def test_the_host_waits_for_a_gpu_only_where_it_logs(tmp_path, monkeypatch, flags):
+    samples.write_config(tmp_path / "config.json")
+    samples.write_dataset(tmp_path / "data")
+    train_step = Trainer.train_step
+
+    def guarded(trainer, step):
+        mode = "error" if step > 3 else "default"  # what is compiled or measured at first may wait
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            return train_step(trainer, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "train_step", guarded)
+    run_pretraining.main([
+        "--do_train", f"--input_dir={tmp_path / 'data'}", f"--output_dir={tmp_path / 'out'}", "--skip_checkpoint",
+        f"--config_file={tmp_path / 'config.json'}", f"--json_summary={tmp_path / 'log.json'}", "--max_steps=8",
+        f"--max_seq_length={samples.SEQUENCE_LENGTH}", f"--max_predictions_per_seq={samples.PREDICTIONS}",
+        "--train_batch_size=8", "--gradient_accumulation_steps=2", "--log_freq=4", *flags])
+    assert set(samples.losses(tmp_path / "log.json")) == {4, 8}
