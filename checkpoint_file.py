@@ -67,6 +67,16 @@ def read(path) -> dict:
     return state
 
 
+def check_sealed(path: Path) -> None:
+    """UserError where a file that `write` has written is not as it was, or cannot be read."""
+    try:
+        sealed = check_seal(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not sealed:
+        raise UserError(f"{path}: not a readable checkpoint: its checksum is missing")
+
+
 def check_seal(path: Path) -> bool:
     """Whether a file has a seal.  UserError where it is not the file's."""
     rest = path.stat().st_size - SEAL_SIZE

@@ -110,9 +110,14 @@ def set_aside(checkpoint: Path) -> None:
 
 
 def check(checkpoint, state) -> None:
-    """UserError where the sharded state of a checkpoint is not whole; `state` is its "optimizer"."""
+    """UserError where the sharded state of a checkpoint is not whole; `state` is its "optimizer".
+
+    All its bytes are read: a run must know of a fault in them while it can still go on from another checkpoint.
+    """
     if isinstance(state, dict) and "folder" in state:
-        read_index(folder_named(checkpoint, state))
+        folder = folder_named(checkpoint, state)
+        for name in sorted(set(read_index(folder).values())):
+            checkpoint_file.check_sealed(folder / name)
 
 
 def folder_named(checkpoint, state: dict) -> Path:

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import checkpoint
+import optimizer_state
 import samples
 import small_run
 from cli import UserError
+from lamb import NVLAMB
 from modeling import BertForPreTraining
 from small_run import files_of_at_most, train
 
@@ -63,6 +65,34 @@ def test_a_single_flipped_byte_anywhere_is_found(workspace):
             file.seek(place)
             file.write(whole[place:place + 1])
     assert newest(workspace / "out") == (6, [])
+
+
+def write_sharded(folder, step: int) -> None:
+    """A checkpoint whose optimizer state is in a folder beside it, as one rank of several would write it."""
+    parameter = torch.nn.Parameter(torch.ones(40, 3))
+    optimizer = NVLAMB([parameter])
+    parameter.grad = torch.full_like(parameter, float(step))
+    optimizer.step()
+    path, groups = checkpoint.path_of(folder, step), optimizer_state.numbered_groups(optimizer)
+    name, facts = optimizer_state.write_share(folder / ".new/rank_0_of_1.pt", optimizer, groups)
+    optimizer_state.complete(folder / ".new", {name: facts}, path)
+    checkpoint.save(folder, step, {"model": {"weight": parameter.detach()},
+                                   "optimizer": {"folder": f"ckpt_{step}.optim", "param_groups": groups}})
+
+
+def test_damage_to_sharded_optimizer_state_is_found_too(tmp_path):
+    for step in (4, 6):
+        write_sharded(tmp_path, step)
+    assert newest(tmp_path) == (6, [])
+    for name in ("rank_0_of_1.pt", "index.json"):
+        path = tmp_path / "ckpt_6.optim" / name
+        whole = path.read_bytes()
+        flipped = bytes([whole[len(whole) // 2] ^ 0x10])
+        for damaged in (whole[:-3], whole[:len(whole) // 2] + flipped + whole[len(whole) // 2 + 1:], None):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            step, reports = newest(tmp_path)
+            assert step == 4 and len(reports) == 1 and name in reports[0]
+        path.write_bytes(whole)
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(workspace, capsys):

@@ -95,6 +95,16 @@ def children_unheard():
             os.dup2(screen.fileno(), 2)
 
 
+@contextmanager
+def no_longer_than(seconds: float, screen):
+    """A block that ends the process, with a traceback of all threads, where it takes longer."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=screen)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def fuzz(folder: Path, inputs: int, seed: int, failed_dir: Path | None = None) -> dict[str, Tally]:
     """Inputs of all kinds in turn, until so many were refused.  The working folder must be `folder`."""
     kinds = malformed.kinds(folder)
@@ -109,11 +119,10 @@ def fuzz(folder: Path, inputs: int, seed: int, failed_dir: Path | None = None) -
         while (missing := inputs - sum(tally.refused for tally in found.values())) > 0:
             for kind in kinds:
                 count = min(ROUND, -(-missing // len(kinds)))
-                faulthandler.dump_traceback_later(LONGEST_ROUND, exit=True, file=screen)
-                run_round(kind, found[kind.name], count, rng.randrange(2**32), reader, failed_dir)
+                with no_longer_than(LONGEST_ROUND, screen):
+                    run_round(kind, found[kind.name], count, rng.randrange(2**32), reader, failed_dir)
                 bar.n = sum(tally.refused for tally in found.values())
                 bar.refresh()
-        faulthandler.cancel_dump_traceback_later()
     return found
 
 
