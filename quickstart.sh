@@ -52,35 +52,39 @@ held_out() {  # held_out LENGTH PREDICTIONS FLAG…: the figures of a model on t
     "$PYTHON" evaluate.py --config_file "$config" --eval_dir "$(samples "$length" "$predictions")" "${device[@]}" "$@"
 }
 
-stage "1/6  Environment"
+stage "1/7  Environment"
 make_environment requirements.txt
 device=(--seed 42)
 "$PYTHON" -c 'import habana_frameworks.torch' 2>/dev/null && device+=(--use_habana)
 
-stage "2/6  Text to samples: 106 articles of English Wikipedia, sequences of 128 and of 512 tokens"
+stage "2/7  Text to samples: 106 articles of English Wikipedia, sequences of 128 and of 512 tokens"
 bash data/create_datasets_from_start.sh sample
 vocabulary=$output/data/vocab/$dataset/vocab.txt
 sed "s/\"vocab_size\": .*/\"vocab_size\": $(wc -l < "$vocabulary")/" scripts/quickstart_config.json > "$config"
 
-stage "3/6  Packing: several short sequences in one row"
+stage "3/7  Packing: several short sequences in one row"
 pack 128 20
 pack 512 80
 
-stage "4/6  Training, phase 1: $phase1_steps steps on 128 tokens, then phase 2: $phase2_steps steps on 512 tokens"
+stage "4/7  Training, phase 1: $phase1_steps steps on 128 tokens, then phase 2: $phase2_steps steps on 512 tokens"
 train 1 128 20 "$phase1_steps" --max_steps "$phase1_steps" --learning_rate 0.01 --log_freq 25 --eval_freq 400 \
     --train_batch_size 32 --num_steps_per_checkpoint 200
 train 2 512 80 $((phase1_steps + phase2_steps)) --max_steps "$phase2_steps" --learning_rate 0.004 --log_freq 10 \
     --train_batch_size 16 --gradient_accumulation_steps 2 --phase2 --phase1_end_step "$phase1_steps"
 
-stage "5/6  Evaluation on the held-out articles, before and after"
+stage "5/7  Evaluation on the held-out articles, before and after"
 for shape in "128 20" "512 80"; do
     read -r length predictions <<< "$shape"
     echo "$length tokens, before: $(held_out "$length" "$predictions")"
     echo "$length tokens, after:  $(held_out "$length" "$predictions" --checkpoint "$last_checkpoint")"
 done | tee "$output/evaluation.txt"
 
-stage "6/6  Curves"
+stage "6/7  Curves"
 "$PYTHON" plot_training.py "$output/phase1.json" "$output/phase2.json" --output "$output/curves.png"
+
+stage "7/7  The five likeliest words for each [MASK]: after so short a training, hardly more than the frequent ones"
+"$PYTHON" fill_mask.py --checkpoint "$last_checkpoint" --config_file "$config" --vocab_file "$vocabulary" \
+    "Alabama is a state in the [MASK] States." "The book was published [MASK] 1995." "It is the capital [MASK] Angola."
 
 stage "Done"
 cat <<END
