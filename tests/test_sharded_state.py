@@ -86,30 +86,27 @@ def test_a_checkpoint_of_four_ranks_resumes_on_fewer(workspace, of_four_ranks, c
     assert ranks.figures(workspace / f"{output}.json", "step_loss") == pytest.approx(expected, abs=1e-4)
 
 
+def cut_short(content: bytes) -> bytes:
+    return content[:-100]
+
+
+def with_another_byte(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+
+
 @needs_mpirun
 @pytest.mark.slow
-def test_a_checkpoint_whose_share_is_cut_short_is_passed_over(workspace, of_four_ranks):
-    output = workspace / "cut_short"
+@pytest.mark.parametrize("damage", [cut_short, with_another_byte])
+def test_a_checkpoint_whose_share_is_damaged_is_passed_over(workspace, of_four_ranks, damage):
+    output = workspace / damage.__name__
     shutil.copytree(of_four_ranks, output)
     share = output / f"ckpt_{SAVED_AT}.optim" / "rank_2_of_4.pt"
-    share.write_bytes(share.read_bytes()[:-100])
-    done = ranks.run(mpirun(2, *TRAIN, *flags(2, "cut_short", resume_from_checkpoint=True, **ZERO)), workspace)
+    share.write_bytes(damage(share.read_bytes()))
+    done = ranks.run(mpirun(2, *TRAIN, *flags(2, output.name, resume_from_checkpoint=True, **ZERO)), workspace)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("passed over a damaged checkpoint") == 1 and "rank_2_of_4.pt: has" in done.stdout
-    assert min(ranks.figures(workspace / "cut_short.json", "step_loss")) == SAVED_AT - 1
-
-
-@needs_mpirun
-def test_a_share_with_other_bytes_ends_all_ranks_with_its_name(workspace, of_four_ranks):
-    output = workspace / "other_bytes"
-    shutil.copytree(of_four_ranks, output)
-    share = output / f"ckpt_{SAVED_AT}.optim" / "rank_1_of_4.pt"
-    content = bytearray(share.read_bytes())
-    content[len(content) // 2] ^= 1
-    share.write_bytes(content)
-    done = ranks.run(mpirun(2, *TRAIN, *flags(2, "other_bytes", resume_from_checkpoint=True, **ZERO)), workspace)
-    assert done.returncode == 2
-    assert "rank_1_of_4.pt" in done.stdout and "Traceback" not in done.stdout
+    assert done.stdout.count("passed over a damaged checkpoint") == 1 and "rank_2_of_4.pt: " in done.stdout
+    assert min(ranks.figures(workspace / f"{output.name}.json", "step_loss")) == SAVED_AT - 1
 
 
 @needs_mpirun
