@@ -39,10 +39,11 @@ LENGTHS = {1: 24, 2: 32}  # tokens, by phase
 STEPS = {1: 17, 2: 13}
 PREDICTIONS = 4
 COMPARED = ("step_loss", "average_loss", "mlm_loss", "nsp_loss", "learning_rate", "gradient_norm", "skipped_steps")
+PATIENCE = 30  # seconds that a rank waits for one that was killed before they met: no launcher tells it
 LONGEST_RUN = 300.0  # seconds without an end: a hang
 
 
-class Broken(Exception):
+class Broken(cli.UserError):
     """A run did what it must never do."""
 
 
@@ -166,7 +167,8 @@ def command(folder: Path, output: Path, form: str, phase: int, sharded: bool) ->
               "max_seq_length": LENGTHS[phase], "max_predictions_per_seq": PREDICTIONS, "train_batch_size": 8,
               "gradient_accumulation_steps": 2, "max_steps": STEPS[phase], "warmup_proportion": 0.3,
               "learning_rate": 0.01, "num_steps_per_checkpoint": 2, "phase1_end_step": STEPS[1],
-              "use_zero_optimizer": sharded, "json_summary": output / f"log_{phase}.json"}
+              "use_zero_optimizer": sharded, "collective_timeout": PATIENCE,
+              "json_summary": output / f"log_{phase}.json"}
     switches = ["do_train", "no_cuda", "resume_from_checkpoint", *(["phase2"] if phase == 2 else [])]
     return [sys.executable, str(ROOT / "run_pretraining.py"), *(f"--{name}" for name in switches),
             *(f"--{name}={value}" for name, value in values.items())]
@@ -203,7 +205,12 @@ class Run:
 
     def wait(self) -> list[int]:
         """The exit codes of all processes, once their own children are gone too."""
-        codes = [process.wait(LONGEST_RUN) for process in self.processes]
+        try:
+            codes = [process.wait(LONGEST_RUN) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            for process in self.processes:
+                process.kill()
+            raise Broken(f"a run did not end within {LONGEST_RUN:.0f} seconds") from None
         for process in self.processes:
             wait_for_children(process)
         return codes
