@@ -29,7 +29,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def add_files(parser) -> None:
     group = parser.add_argument_group("what to train on what")
-    group.add_argument("--do_train", action="store_true", help="train; must be given")
+    group.add_argument("--do_train", action="store_true", help="train; this or --dry_run must be given")
     group.add_argument("--dry_run", action="store_true", help="instead of training, check everything and tell what the "
                        "run will take: steps, memory, disk, and time after two timed steps; writes nothing")
     group.add_argument("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")

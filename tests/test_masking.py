@@ -61,6 +61,11 @@ def test_15_percent_are_predicted_of_which_80_are_hidden_10_replaced_10_kept():
     assert (abs(words / words.mean() - 1) < 0.12).all()
 
 
+def test_numbers_of_predictions_by_hand():
+    lengths = np.array([0, 3, 4, 5, 13, 20, 100, 128, 512])  # 3: no token but [CLS] and two [SEP]
+    assert synthetic.rule().predictions(lengths).tolist() == [0, 0, 1, 1, 2, 3, 15, 19, 20]
+
+
 def test_every_word_of_a_row_is_as_likely_to_be_predicted():
     rows = shown_rows([40])
     counts = np.zeros(128)
