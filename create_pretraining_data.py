@@ -56,6 +56,8 @@ class SampleOptions:
         if self.max_seq_length < SPECIALS_PER_SEQUENCE + 2:
             raise UserError(f"--max_seq_length {self.max_seq_length}: two segments and three special tokens need at "
                             f"least {SPECIALS_PER_SEQUENCE + 2}")
+        if self.random_seed < 0:
+            raise UserError(f"--random_seed {self.random_seed} is negative")
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ def line_blocks(path):
         with open(path, encoding="utf-8", newline="\n") as file:
             while lines := file.readlines(READ_BYTES):
                 yield [line.strip() for line in lines], sum(map(len, lines)) >= READ_BYTES
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason} {error.object[error.start]:#04x})") from None
 
@@ -275,7 +277,11 @@ def main(argv=None) -> None:
     add_sample_flags(parser, SampleOptions.max_seq_length, SampleOptions.max_predictions_per_seq)
     args = parser.parse_args(argv)
     options = sample_options(args)
-    counts = create_shard(args.input_file, args.output_file, vocabulary.read(local_file(args.vocab_file)), options)
+    tokens = vocabulary.read(local_file(args.vocab_file))
+    try:
+        counts = create_shard(args.input_file, args.output_file, tokens, options)
+    except OSError as error:
+        raise UserError(f"--output_file {args.output_file}: cannot be written: {error.strerror}") from None
     print(f"{args.output_file}: {counts['samples']:,} samples of {counts['documents']:,} documents, "
           f"{counts['tokens']:,} tokens")
 

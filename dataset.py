@@ -11,7 +11,7 @@ next_sentence_positions, next_sentence_labels, next_sentence_weights (B, C).
 """
 
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import numpy as np
@@ -212,9 +212,8 @@ class BatchStream:
             self.open(*key)
 
     def finish_reading(self) -> None:
-        """Wait until the shards that are read ahead are there."""
-        for future in self.open_shards.values():
-            future.result()
+        """Wait until the shards that are read ahead are there, or found to be unreadable."""
+        wait(self.open_shards.values())
 
     def state(self) -> dict:
         """What the order of the rows depends on beside the seed, in plain values, for a checkpoint."""

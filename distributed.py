@@ -41,6 +41,7 @@ class Process:
         self.rank = place.rank
         self.world_size = place.world_size
         self.local_rank = place.local_rank
+        self.local_size = place.local_size or 1
 
     def __enter__(self) -> "Process":
         return self

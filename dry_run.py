@@ -30,8 +30,7 @@ def rehearse(trainer) -> dict[str, float]:
     Raises UserError at the first thing that would stop the run.
     """
     steps = max(0, trainer.last_step - trainer.start.step)
-    check_rows(trainer)
-    figures = {"steps": steps, "steps_per_epoch": steps_per_epoch(trainer, steps),
+    figures = {"steps": steps, "steps_per_epoch": steps_per_epoch(trainer, check_rows(trainer), steps),
                "checkpoint_bytes": check_disk(trainer, steps), "estimated_memory": check_memory(trainer)}
     try:
         figures |= time_of(trainer, steps)
@@ -41,24 +40,27 @@ def rehearse(trainer) -> dict[str, float]:
     return figures
 
 
-def check_rows(trainer) -> None:
-    """Every row of every shard, which a training run checks when the shard's turn comes."""
+def check_rows(trainer) -> int:
+    """Check every row of every shard, which a training run does when the shard's turn comes; how many it can use."""
     hidden = trainer.args.disable_progress_bar or not trainer.process.first or None
-    held_out = trainer.held_out or []
-    for shard in tqdm([*held_out, *trainer.stream.shards], unit="shard", desc="checking rows", disable=hidden,
-                      leave=False):
+    held_out, usable, stream = trainer.held_out or [], 0, trainer.stream
+    training = [shard for number, shard in enumerate(stream.shards) if number not in stream.left_out]
+    for shard in tqdm([*held_out, *training], unit="shard", desc="checking rows", disable=hidden, leave=False):
         try:
-            trainer.stream.reader.call(shard_files.read_checked, shard, trainer.model.config.vocab_size)
+            stream.reader.call(shard_files.read_checked, shard, trainer.model.config.vocab_size)
+            usable += shard.rows if shard in training else 0
         except UserError as error:
             if not trainer.args.skip_bad_shards or shard in held_out:
                 raise
             trainer.log.warn(f"would be left out: {error}")
+    if not usable:
+        raise UserError(f"--input_dir {trainer.args.input_dir}: no shard in it can be used")
+    return usable
 
 
-def steps_per_epoch(trainer, steps: int) -> float:
-    """How many optimizer steps use every row once."""
-    rows, ranks = sum(shard.rows for shard in trainer.stream.shards), trainer.process.world_size
-    rows_per_step = trainer.plan.rows * ranks
+def steps_per_epoch(trainer, rows: int, steps: int) -> float:
+    """How many optimizer steps use so many rows once."""
+    rows_per_step = trainer.plan.rows * trainer.process.world_size
     trainer.log.say(f"epoch: {rows:,} rows / {rows_per_step:,} rows a step of all ranks = {rows / rows_per_step:,.1f} "
                     f"steps; the {steps:,} steps of this run are {steps * rows_per_step / rows:,.2f} epochs")
     return rows / rows_per_step
@@ -73,11 +75,17 @@ def check_disk(trainer, steps: int) -> int:
                          ("--tensorboard_logdir", args.tensorboard_logdir)):
         if folder:
             check_writable(flag, existing_parent(folder))
+    log_file = Path(args.json_summary)
+    if log_file.exists() and not (log_file.is_file() and os.access(log_file, os.W_OK)):
+        raise UserError(f"--json_summary {log_file}: no file that can be written to")
     disk = checkpoint_bytes(args, steps, memory_estimate.bytes_of(trainer.model))
+    older = sum(path.stat().st_size for pattern in ("ckpt_*.pt", "ckpt_*.optim/*")
+                for path in Path(args.output_dir).glob(pattern))
     free = shutil.disk_usage(existing_parent(args.output_dir)).free
-    trainer.log.say(f"disk: checkpoints take up to {size(disk)} in {args.output_dir}, where {size(free)} are free")
-    if disk > free:
-        raise UserError(f"--output_dir {args.output_dir}: its checkpoints take {size(disk)}, but {size(free)} are free")
+    there = f"{size(free)} are free" + (f" and {size(older)} taken by older ones" if older else "")
+    trainer.log.say(f"disk: checkpoints take up to {size(disk)} in {args.output_dir}, where {there}")
+    if disk > free + older:
+        raise UserError(f"--output_dir {args.output_dir}: its checkpoints take {size(disk)}, but {there}")
     return disk
 
 
@@ -90,8 +98,11 @@ def checkpoint_bytes(args, steps: int, weights: int) -> int:
     """Weights and moments, for the checkpoints that are kept and the one being written."""
     if args.skip_checkpoint:
         return 0
+    present = checkpoint.steps(args.output_dir)
+    protected = int(args.phase2 and args.phase1_end_step in present)  # phase 1's last one stays
     written = -(-steps // args.num_steps_per_checkpoint)
-    return min(written, checkpoint.KEPT + 1) * weights * (1 + MOMENTS)
+    at_most = min(len(present) - protected + written, checkpoint.KEPT + 1) + protected
+    return at_most * weights * (1 + MOMENTS)
 
 
 def existing_parent(path) -> Path:
@@ -103,18 +114,23 @@ def existing_parent(path) -> Path:
 # --- memory ---
 
 def check_memory(trainer) -> int | None:
-    """An estimate of the bytes that this process needs on its device, before anything is tried; None where the device
-    does not tell what it holds.  UserError where there is not so much."""
+    """An estimate of the bytes that this process needs on its device, before anything is tried.
+
+    None where the device does not tell what it holds, where a compiler decides what is kept, and where the masked-LM
+    loss comes in chunks, whose number depends on the rows.  UserError where there is not so much memory.
+    """
     device, weights, batch = trainer.device, memory_estimate.bytes_of(trainer.model), trainer.first_batch()
     trainer.stream.finish_reading()
     held = device.held_memory()
-    if held is None or trainer.args.use_torch_compile:  # a compiler decides by itself what is kept
+    in_chunks = trainer.args.mlm_loss_chunk and not trainer.model.use_kernels
+    if held is None or trainer.args.use_torch_compile or in_chunks:
         return None
     moments = MOMENTS * weights // (trainer.process.world_size if trainer.args.use_zero_optimizer else 1)
     exchange = weights if trainer.process.world_size > 1 else 0  # where gradients are collected for the other ranks
     step = memory_estimate.step_peak(trainer.model, trainer.precision, batch, trainer.plan.micro_batch_size,
                                      trainer.plan.accumulation_steps > 1)
-    needed, available = held + moments + exchange + step + copies(trainer), held + device.free_memory()
+    sharing = trainer.process.local_size if device.is_host else 1  # ranks that take of the same memory
+    needed, available = held + moments + exchange + step + copies(trainer), held + device.free_memory() // sharing
     trainer.log.say(f"memory: about {size(needed)} by estimate, {size(available)} are available on {device.describe()}")
     if needed > available:
         raise UserError(f"a process needs about {size(needed)} of memory, but {size(available)} are available: "

@@ -19,6 +19,7 @@ SPECIALS_PER_SEQUENCE = 3  # [CLS] A [SEP] B [SEP]
 MASKED, REPLACED = 0.8, 0.1  # of the predicted tokens: become [MASK], become a random word; the rest stay
 POSITION_BITS, NUMBER_BITS = 16, 8  # of a sort key: a token's place, the number of its sequence; the rest is chance
 LAST = np.uint64(2**64 - 1)  # sorts behind every token
+LONGEST_ROW, MOST_SEQUENCES = 2**POSITION_BITS, 2**NUMBER_BITS - 2  # that rows without masks can have
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def chosen_tokens(input_mask, input_ids, rule: MaskingRule, keys) -> tuple[np.nd
     """
     rows, length = input_ids.shape
     numbers = np.arange(1, int(input_mask.max(initial=1)) + 1)
-    assert length <= 2**POSITION_BITS and len(numbers) < 2**NUMBER_BITS - 1, (length, len(numbers))
+    assert length <= LONGEST_ROW and len(numbers) <= MOST_SEQUENCES, (length, len(numbers))
     _, _, cls, sep, _ = rule.special_ids
     free = (input_ids != cls) & (input_ids != sep) & (input_mask != 0)  # (B, S)
 

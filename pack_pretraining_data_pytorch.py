@@ -26,6 +26,7 @@ import shards
 from cli import UserError
 from data.pool import open_pool, ordered_map
 from file_utils import write_json
+from masking import MOST_SEQUENCES
 from packing import Recipe, by_longest_pack_first, knapsack
 from packing_cutting_stock import cutting_stock
 from packing_nnls import MAX_DEPTH as NNLS_MAX_DEPTH
@@ -129,6 +130,9 @@ def find_unpacked(args) -> list[shards.Shard]:
         if shard.sequence_length != args.max_sequence_length:
             raise UserError(f"--max_sequence_length {args.max_sequence_length}, but {shard.path} has rows of "
                             f"{shard.sequence_length} tokens")
+        if shard.rule and args.max_sequences_per_pack > MOST_SEQUENCES:
+            raise UserError(f"--max_sequences_per_pack {args.max_sequences_per_pack}: rows without masks, as those of "
+                            f"{shard.path}, can hold {MOST_SEQUENCES} sequences at most")
     return found
 
 

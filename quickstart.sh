@@ -14,6 +14,7 @@ output=${QUICKSTART_OUTPUT:-quickstart_output}
 mkdir -p "$output"
 output=$(cd "$output" && pwd)
 export BERT_PREP_WORKING_DIR=$output/data
+unset VOCAB_FILE DYNAMIC_MASKING  # of the data preparation: they would give its folders other names
 dataset=wikicorpus_en_sample
 config=$output/bert_config.json
 last_checkpoint=$output/checkpoints/ckpt_$((phase1_steps + phase2_steps)).pt

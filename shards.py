@@ -18,7 +18,7 @@ import numpy as np
 
 from cli import UserError
 from file_utils import PatientFile, local_folder, replacing
-from masking import MaskingRule
+from masking import LONGEST_ROW, MOST_SEQUENCES, MaskingRule
 
 ROWS_PER_CHUNK = 1024  # of the shards written here: HDF5 compresses and reads this many rows at a time
 MOST_COMPRESSED = 5000  # times that rows can be larger than their file (gzip: about 1000, zstd: more)
@@ -108,6 +108,9 @@ def inspect(path) -> Shard:
         max_sequences=second_axis(shapes["next_sentence_positions"]) if packed else 1,
         rule=rule,
     )
+    if rule and (shard.sequence_length > LONGEST_ROW or shard.max_sequences > MOST_SEQUENCES):
+        raise UserError(f"{path}: rows of {shard.sequence_length} tokens and {shard.max_sequences} sequences without "
+                        f"masks, but at most {LONGEST_ROW} tokens and {MOST_SEQUENCES} sequences can be masked later")
     for key in keys:
         expected = expected_shape(shard, key)
         if shapes[key] != expected:

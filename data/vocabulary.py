@@ -30,6 +30,8 @@ def read(path, flag: str = "--vocab_file") -> list[str]:
     missing = [token for token in SPECIAL_TOKENS if token not in tokens]
     if missing:
         raise UserError(f"{flag} {path}: no {', '.join(missing)} among its {len(tokens)} tokens")
+    if len(tokens) <= len(SPECIAL_TOKENS):
+        raise UserError(f"{flag} {path}: no words beside the special tokens")
     repeated = [token for token, count in Counter(tokens).items() if count > 1]
     if repeated:
         raise UserError(f"{flag} {path}: {len(repeated)} tokens stand there twice, {repeated[0]!r} first")

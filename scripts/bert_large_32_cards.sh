@@ -21,6 +21,7 @@ case $PHASE in
     2) batch=(--train_batch_size=1024 --gradient_accumulation_steps=128) ;;  # of 8
 esac
 cards=${CARDS_PER_SERVER:-8}
+whole_number CARDS_PER_SERVER "$cards"
 IFS=, read -ra servers <<< "$HOSTS"
 
 over_mpirun() {
@@ -36,8 +37,12 @@ over_mpirun() {
 }
 
 over_torchrun() {
+    if [ -z "${NODE_RANK:-}" ]; then
+        echo "error: NODE_RANK is not set: 0 on $MASTER_ADDR, 1, 2 and so on, on the other servers" >&2
+        exit 2
+    fi
     launcher=("$interpreter" -m torch.distributed.run --nnodes=${#servers[@]} --nproc_per_node="$cards"
-              --node_rank="${NODE_RANK:?is not set: 0 on $MASTER_ADDR, 1, 2 and so on, on the other servers}"
+              --node_rank="$NODE_RANK"
               --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT")
 }
 

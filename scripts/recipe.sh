@@ -81,7 +81,14 @@ binding() {  # binding WHERE: mpirun's flags that give each rank PE cores of its
     esac
 }
 
+whole_number() {  # whole_number NAME VALUE: what is no number from 1 on ends the recipe
+    [[ $2 =~ ^[1-9][0-9]*$ ]] && return
+    echo "error: $1 is '$2', not a number from 1 on" >&2
+    exit 2
+}
+
 one_server() {  # one_server CARDS: the words before run_pretraining.py, in the array `launcher`
+    whole_number CARDS "$1"
     case $LAUNCHER in
         mpirun)   launcher=(mpirun --allow-run-as-root -n "$1" $(binding socket) "$interpreter") ;;
         torchrun) launcher=("$interpreter" -m torch.distributed.run --nproc_per_node="$1" --master_port="$MASTER_PORT") ;;

@@ -86,8 +86,9 @@ def test_recipes_start_torchrun_on_each_server(tmp_path):
     ("3", {}, "usage: bash scripts/bert_large_32_cards.sh PHASE"),
     ("1", {"LAUNCHER": "slurm"}, "LAUNCHER is 'slurm', none of: mpirun torchrun"),
     ("1", {"DEVICE": "tpu"}, "DEVICE is 'tpu', none of: hpu cuda cpu"),
+    ("1", {"CARDS_PER_SERVER": "0"}, "CARDS_PER_SERVER is '0'"),
     ("1", {"PYTHON": "no-such-python"}, "PYTHON is 'no-such-python'"),
-    ("1", {"LAUNCHER": "torchrun", "NODE_RANK": ""}, "NODE_RANK: is not set"),
+    ("1", {"LAUNCHER": "torchrun", "NODE_RANK": ""}, "error: NODE_RANK is not set"),
 ])
 def test_recipes_name_what_is_wrong(tmp_path, phase, variables, message):
     with pytest.raises(subprocess.CalledProcessError) as failure:
