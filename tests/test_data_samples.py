@@ -132,6 +132,23 @@ def test_a_text_shard_that_is_not_utf8_is_named(tmp_path):
     assert not (tmp_path / "x.hdf5").exists()
 
 
+@pytest.mark.parametrize("flag, value, said", [
+    ("input_file", ".", "cannot be read: Is a directory"),
+    ("output_file", "t.txt/x.hdf5", "--output_file t.txt/x.hdf5: cannot be written: "),
+    ("random_seed", "-1", "--random_seed -1 is negative"),
+    ("vocab_file", "special.txt", "special.txt: no words beside the special tokens")])
+def test_what_the_command_cannot_use_is_named_in_a_line(tmp_path, monkeypatch, flag, value, said):
+    monkeypatch.chdir(tmp_path)
+    Path("t.txt").write_text("the sea\nis deep\n")
+    Path("v.txt").write_text("\n".join(TOKENS))
+    Path("special.txt").write_text("\n".join(vocabulary.SPECIAL_TOKENS))
+    flags = {"input_file": "t.txt", "output_file": "x.hdf5", "vocab_file": "v.txt", flag: value}
+    with pytest.raises(UserError) as refusal:
+        samples.main([f"--{name}={given}" for name, given in flags.items()])
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not Path("x.hdf5").exists()
+
+
 @given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=5), min_size=1, max_size=30), st.integers(1, 60))
 @settings(deadline=None)
 def test_blocks_hold_whole_documents_and_all_of_them(sizes, block):

@@ -79,15 +79,17 @@ def test_a_bad_row_is_found_wherever_it_is(workspace, monkeypatch, capsys):
         rehearse(eval_dir="held_out", skip_bad_shards=True)
 
 
-def test_a_bad_shard_is_named_where_the_run_would_leave_it_out(workspace, capsys):
+@pytest.mark.parametrize("seed", [1, 2, 3])  # the shard's turn comes at once, next, or later
+def test_a_bad_shard_is_named_where_the_run_would_leave_it_out_and_its_rows_do_not_count(workspace, capsys, seed):
     spoil_last_row()
-    rehearse(skip_bad_shards=True)
+    assert rehearse(skip_bad_shards=True, seed=seed)["steps_per_epoch"] == (37 + 50) / 16
     assert "would be left out: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes, said", [
     ({"output_dir": "config.json/out"}, "--output_dir: .*/config.json is no folder that can be written to"),
     ({"json_summary": "config.json/log"}, "--json_summary: .*/config.json is no folder"),
+    ({"json_summary": "data"}, "--json_summary data: no file that can be written to"),
     ({"tensorboard_logdir": "config.json"}, "--tensorboard_logdir: .*/config.json is no folder"),
     ({"input_dir": "nowhere"}, "--input_dir nowhere: no such folder"),
     ({"max_predictions_per_seq": 3}, "made with 4 predictions a sequence")])
@@ -103,6 +105,23 @@ def test_a_disk_that_is_too_small_is_refused(workspace, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2e9, 2e9, 1e6))
     with pytest.raises(UserError, match=r"--output_dir out: its checkpoints take \S+ MB, but 1 MB are free"):
         rehearse()
+
+
+def test_space_of_older_checkpoints_counts_as_free(workspace, monkeypatch, capsys):
+    """A run of which three are kept writes a fourth, then removes the first."""
+    run_pretraining.main(flags(do_train=True, dry_run=None, steps_this_run=4, num_steps_per_checkpoint=1))
+    one = (workspace / "out" / "ckpt_4.pt").stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9 * one, 8 * one, 1.5 * one))
+    figures = rehearse(resume_from_checkpoint=True, num_steps_per_checkpoint=1)
+    assert figures["checkpoint_bytes"] == pytest.approx(4 * one, rel=0.05)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9 * one, 9 * one, 0.5 * one))
+    with pytest.raises(UserError, match="taken by older ones"):
+        rehearse(resume_from_checkpoint=True, num_steps_per_checkpoint=1)
+
+
+def test_a_loss_in_chunks_is_rehearsed_without_an_estimate(workspace):
+    figures = rehearse(mlm_loss_chunk=5, use_cpu_kernels="no")
+    assert figures["estimated_memory"] is None and figures["seconds"] > 0.0
 
 
 def test_memory_that_is_too_small_is_refused(workspace, monkeypatch):
