@@ -79,7 +79,7 @@ def test_a_bad_row_is_found_wherever_it_is(workspace, monkeypatch, capsys):
         rehearse(eval_dir="held_out", skip_bad_shards=True)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])  # the shard's turn comes at once, next, or later
+@pytest.mark.parametrize("seed", [2, 5, 1])  # the shard's turn comes first, second or last
 def test_a_bad_shard_is_named_where_the_run_would_leave_it_out_and_its_rows_do_not_count(workspace, capsys, seed):
     spoil_last_row()
     assert rehearse(skip_bad_shards=True, seed=seed)["steps_per_epoch"] == (37 + 50) / 16
