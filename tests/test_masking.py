@@ -223,6 +223,11 @@ def test_packing_refuses_rows_without_room_for_the_masks_to_come(workspace):
         pack("--max_predictions_per_sequence=1", "--max_sequences_per_pack=2")
 
 
+def test_packing_refuses_more_sequences_a_row_than_can_be_masked_later(workspace):
+    with pytest.raises(UserError, match="--max_sequences_per_pack 255: .* can hold 254 sequences at most"):
+        pack("--max_predictions_per_sequence=4", "--max_sequences_per_pack=255", "--packing_method=lpfhp")
+
+
 def damage(change) -> None:
     with h5py.File("data/sample_training_1.hdf5", "a") as file:
         change(file)
