@@ -1,7 +1,8 @@
-"""cpu_kernels.cpp as functions on tensors: compiled for this machine when first asked for, and kept for the next run.
+"""cpu_layers.cpp and cpu_lamb.cpp as functions on tensors: compiled for this machine when first asked for, and kept for
+the next run.
 
-    kernels = load()  # KernelsMissing, with the reason, where it cannot be compiled
-    kernels.bias_gelu(product, bias, out, *product.shape)
+    kernels = load()  # KernelsMissing, with the reason, where they cannot be compiled
+    kernels.dense_gelu(x, weight, bias, inner, out, *inner.shape, x.shape[1])
 
 Arrays go in as dense CPU tensors of the dtype that the kernel reads; whole numbers and floats go in as they are.
 """
@@ -19,7 +20,8 @@ import torch
 
 from file_utils import replacing
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu_layers.cpp", "cpu_lamb.cpp")]
+HEADERS = [Path(__file__).with_name(name) for name in ("cpu_common.h", "cpu_product.h")]
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-std=c++17",
          "-fopenmp", "-shared", "-fPIC")
 COMPILE_SECONDS = 120  # far more than it takes; a compiler that hangs must not hang the run
@@ -27,14 +29,15 @@ COMPILE_SECONDS = 120  # far more than it takes; a compiler that hangs must not 
 DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 POINTER, WHOLE, SEED, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
 SIGNATURES = {
-    "split_heads": [POINTER] * 3 + [WHOLE] * 4,
-    "split_heads_backward": [POINTER] * 3 + [WHOLE] * 4,
-    "attention_weights": [POINTER] * 3 + [WHOLE] * 3 + [REAL, REAL, SEED],
-    "attention_weights_backward": [POINTER] * 3 + [WHOLE] * 2 + [REAL],
-    "residual_norm": [POINTER] * 7 + [WHOLE] * 2 + [REAL, REAL, SEED],
+    "product": [POINTER, WHOLE, WHOLE] * 2 + [POINTER] * 2 + [WHOLE] * 4,
+    "dense_gelu": [POINTER] * 5 + [WHOLE] * 3,
+    "gelu_backward": [POINTER] * 5 + [WHOLE] * 3,
+    "dense_residual_norm": [POINTER] * 9 + [WHOLE] * 3 + [REAL, REAL, SEED],
     "residual_norm_backward": [POINTER] * 7 + [WHOLE] * 2 + [REAL, SEED],
-    "bias_gelu": [POINTER] * 3 + [WHOLE] * 2,
-    "bias_gelu_backward": [POINTER] * 3 + [WHOLE] * 2,
+    "embed": [POINTER] * 11 + [WHOLE] * 2 + [REAL, REAL, SEED],
+    "embed_backward": [POINTER] * 11 + [WHOLE] * 2 + [REAL, SEED],
+    "attention": [POINTER] * 4 + [WHOLE] * 4 + [REAL, SEED],
+    "attention_backward": [POINTER] * 6 + [WHOLE] * 4 + [REAL, SEED],
     "cross_entropy": [POINTER] * 5 + [WHOLE] * 2 + [REAL],
     "lamb_step": [POINTER] * 5 + [WHOLE] + [REAL] * 8,
     "square_sum": [POINTER] * 2 + [WHOLE, POINTER],
@@ -74,7 +77,7 @@ def load() -> Kernels:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise KernelsMissing(f"no C++ compiler {os.environ.get('CXX', 'g++')} (CXX names another)")
-    command = [compiler, *FLAGS, str(SOURCE), *openmp_library()]
+    command = [compiler, *FLAGS, *map(str, SOURCES), *openmp_library()]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert-pretraining"
     path = folder / f"cpu_kernels_{fingerprint(command)}.so"
     if not path.exists():
@@ -98,7 +101,8 @@ def fingerprint(command: list[str]) -> str:
     except OSError:
         lines = []
     processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    parts = [SOURCE.read_text(encoding="utf-8"), *command, platform.machine(), *processor]
+    texts = [path.read_text(encoding="utf-8") for path in SOURCES + HEADERS]
+    parts = [*texts, *command, platform.machine(), *processor]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from buffers import pool
+
 FEW, MORE = 2, 4  # rows of the traces; one row is an axis of length 1, which some operations treat in their own way
 
 
@@ -20,7 +22,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live = 0
+        self.live = -pool.lent  # which lends without an operation
         self.trace = []
         self.known = weakref.WeakSet()
 
@@ -29,7 +31,7 @@ class LiveBytes(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for storage in storages(result):
             self.count(storage, present)
-        self.trace.append(self.live)
+        self.trace.append(self.live + pool.lent)
         return result
 
     def count(self, storage, present) -> None:

@@ -134,6 +134,13 @@ class Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(total))
 
 
+class KernelEmbeddings(Embeddings):
+    """The same through kernels compiled for this CPU, in fp32 only."""
+
+    def forward(self, input_ids, segment_ids, positions):
+        return cpu_layers.embed(self, input_ids, segment_ids, positions)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config: BertConfig, attention):
         super().__init__()
@@ -231,7 +238,7 @@ class BertModel(nn.Module):
     def __init__(self, config: BertConfig, attention: str, checkpoint_activations: bool, autocast):
         super().__init__()
         self.mask = ATTENTIONS[attention].mask
-        self.embeddings = Embeddings(config)
+        self.embeddings = (KernelEmbeddings if attention == KERNELS else Embeddings)(config)
         self.encoder = Encoder(config, attention, checkpoint_activations, autocast)
         self.pooler = DenseActivation(config.hidden_size, config.hidden_size, torch.tanh)
 

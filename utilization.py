@@ -9,6 +9,9 @@ import time
 
 import torch
 
+import cpu_kernels
+import cpu_layers
+
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough to reach the peak, small enough not to delay a run
 REPEATS = 5
 
@@ -38,18 +41,26 @@ def peak_flops(args, device) -> float | None:
         return args.peak_tflops * 1e12
     if device.kind not in PRODUCT_SIZE:
         return None  # where graphs are built, a measurement would be graphs of its own
+    if device.kind == "cpu" and not args.hmp:
+        return cpu_peak(PRODUCT_SIZE["cpu"], REPEATS)
     dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.hmp else torch.float32
     return matrix_peak(device.torch_device, dtype, PRODUCT_SIZE[device.kind], REPEATS, device.synchronize)
 
 
-def matrix_peak(torch_device, dtype, size: int, repeats: int, synchronize=lambda: None) -> float:
+def cpu_peak(size: int, repeats: int) -> float:
+    """The most FLOP/s of PyTorch's products and of our kernel's, in fp32."""
+    products = [torch.mm] if cpu_kernels.problem() else [torch.mm, cpu_layers.product]
+    return max(matrix_peak("cpu", torch.float32, size, repeats, multiply=product) for product in products)
+
+
+def matrix_peak(torch_device, dtype, size: int, repeats: int, synchronize=lambda: None, multiply=torch.mm) -> float:
     """The most FLOP/s seen in products of two square matrices."""
     one, other = torch.randn(2, size, size, device=torch_device, dtype=dtype)
     shortest = float("inf")
     for _ in range(repeats + 1):  # the first may set up the library; it is never the shortest
         synchronize()
         began = time.perf_counter()
-        one @ other
+        multiply(one, other)
         synchronize()
         shortest = min(shortest, time.perf_counter() - began)
     return 2 * size**3 / shortest

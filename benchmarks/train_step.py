@@ -60,12 +60,10 @@ def main(argv=None) -> None:
 
 def compare(config, batch: dict, seconds: dict) -> dict:
     """What the seconds of ours and of the others say."""
-    import torch
-
-    from utilization import NeededFlops, matrix_peak
+    from utilization import NeededFlops, cpu_peak
 
     ours, best = seconds["ours"]["median"], min(set(seconds) - {"ours"}, key=lambda name: seconds[name]["median"])
-    flops, peak = NeededFlops(config).of_batch(batch), matrix_peak("cpu", torch.float32, 2048, 5)
+    flops, peak = NeededFlops(config).of_batch(batch), cpu_peak(2048, 5)
     return {"seconds": seconds, "best_rival": best, "ratio_vs_transformers": seconds[best]["median"] / ours,
             "sequences_per_second": int(batch["next_sentence_weights"].sum()) / ours, "peak_gflops": peak / 1e9,
             "fraction_of_peak": flops / ours / peak}
@@ -157,14 +155,14 @@ def transformers_loss(model, batch: dict):
     return lambda: model(**inputs).loss
 
 
-KERNELS = {  # how the functions of cpu_kernels.cpp and PyTorch's operations are summed up
-    "matrix products": ("aten::mm", "aten::bmm", "aten::addmm_", "aten::addmm"),
-    "attention weights: softmax, dropout": ("attention_weights",),
-    "residual, dropout and LayerNorm": ("residual_norm",),
-    "bias and GELU": ("bias_gelu",),
-    "layout of the heads, with its bias": ("split_heads", "aten::copy_", "aten::clone"),
+KERNELS = {  # how the functions of cpu_layers.cpp and PyTorch's operations are summed up
+    "matrix products, with bias": ("product", "aten::mm", "aten::addmm"),
+    "matrix products, with dropout and LayerNorm after": ("dense_residual_norm",),
+    "matrix products, with GELU after": ("dense_gelu", "gelu_backward"),
+    "attention": ("attention",),
+    "dropout and LayerNorm on the way back": ("residual_norm_backward",),
     "cross entropy": ("cross_entropy",),
-    "gradient of the embeddings": ("aten::embedding_dense_backward",),
+    "embeddings": ("embed",),
     "zero fills": ("aten::fill_", "aten::zero_"),
 }
 

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -28,12 +30,13 @@ def pair(seed: int = 0, **config) -> tuple[BertForPreTraining, BertForPreTrainin
 
 
 def dropped_share(seed: int, p: float, kernels, shape=(300, 100)) -> torch.Tensor:
-    """Dropout of ones, out of the kernel that adds a residual (here 0)."""
-    ones, zeros = torch.ones(shape), torch.zeros(shape)
-    nothing = torch.zeros(shape[1])
-    kernels.residual_norm(ones, nothing, zeros, nothing, nothing, torch.empty(shape), torch.empty(shape[0], 2), *shape,
-                          1e-12, p, seed)
-    return ones
+    """Dropout of ones, out of the kernel that adds a residual (here 0) to a product (here 0, with a bias of 1)."""
+    rows, columns = shape
+    total, nothing, ones = torch.empty(shape), torch.zeros(columns), torch.ones(columns)
+    x, weight, residual = torch.zeros(rows, 1), torch.zeros(columns, 1), torch.zeros(shape)
+    kernels.dense_residual_norm(x, weight, ones, residual, nothing, nothing, total, torch.empty(shape),
+                                torch.empty(rows, 2), rows, columns, 1, 1e-12, p, seed)
+    return total
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -117,15 +120,61 @@ def test_twenty_steps_have_the_losses_of_plain_operations(form):
 
 @pytest.mark.parametrize("values", [(), (0.0,), (-12.0, -5.0, -1e-3, 1e-3, 0.7, 5.0, 12.0, 40.0, -40.0)])
 def test_gelu_and_its_gradient_are_pytorchs(kernels, values):
-    inner = torch.tensor([values], requires_grad=True)
-    expected = F.gelu(inner)
+    expected_inner = torch.tensor([values], requires_grad=True)
+    expected = F.gelu(expected_inner)
     expected.sum().backward()
-    product, out = inner.detach().clone(), torch.empty(1, len(values))
-    nothing, gradient = torch.zeros(len(values)), torch.ones(1, len(values))
-    kernels.bias_gelu(product, nothing, out, 1, len(values))
-    kernels.bias_gelu_backward(gradient, product, nothing, 1, len(values))
+    count = len(values)
+    inner, out, d_inner, d_bias = torch.empty(4, 1, count)
+    one = torch.ones(1, 1)
+    kernels.dense_gelu(torch.zeros(1, 1), torch.zeros(count, 1), torch.tensor(values), inner, out, 1, count, 1)
+    kernels.gelu_backward(one, torch.ones(1, count), inner, d_inner, d_bias, 1, count, 1)
     assert_close(out, expected.detach(), atol=3e-7, rtol=1e-6)
-    assert_close(gradient, inner.grad, atol=5e-7, rtol=1e-6)
+    assert_close(d_inner, expected_inner.grad, atol=5e-7, rtol=1e-6)
+    assert_close(d_bias, d_inner)
+
+
+SIZES = st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 530, 1056]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIZES, SIZES, SIZES, st.booleans(), st.booleans(), st.sampled_from(["", "bias", "into"]))
+def test_products_of_any_size_are_those_of_fp64(rows, columns, depth, a_transposed, b_transposed, start):
+    a, b = (torch.randn(shape[::-1]).t() if transposed else torch.randn(shape)
+            for shape, transposed in (((rows, depth), a_transposed), ((depth, columns), b_transposed)))
+    bias, into = torch.randn(columns), torch.randn(rows, columns)
+    expected = a.double() @ b.double() + {"": 0, "bias": bias, "into": into}[start]
+    found = cpu_layers.product(a, b, bias if start == "bias" else None, into if start == "into" else None)
+    assert_close(found.double(), expected, rtol=0, atol=2e-6 * depth**0.5 * 6)
+    assert start != "into" or found is into
+
+
+def test_products_of_parts_of_wider_matrices_read_their_part_alone():
+    wide = torch.full((40, 100), float("nan"))
+    wide[:, 30:60] = torch.randn(40, 30)
+    part = wide[:, 30:60]
+    assert_close(cpu_layers.product(part, part.t()), part @ part.t())
+    assert_close(cpu_layers.product(part.t(), part), part.t() @ part)
+
+
+@pytest.mark.parametrize("lengths", [[300], [129, 171], [40, 100, 127, 8], [5, 5, 290]])
+def test_attention_over_many_blocks_of_queries_is_the_plain_one(lengths):
+    """Sequences that begin and end inside of blocks, and padding behind them."""
+    fast, plain = pair(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=512)
+    batch = samples.packed_batch(samples.unpacked_batch(lengths, sequence_length=300), [list(range(len(lengths)))], 310)
+    for model in (fast, plain):
+        model(batch)["loss"].backward()
+    for (name, found), expected in zip(fast.named_parameters(), plain.parameters(), strict=True):
+        assert_close(found.grad, expected.grad, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("key", ["input_ids", "segment_ids", "positions"])
+@pytest.mark.parametrize("value", [-1, 10**6])
+def test_an_index_out_of_its_table_is_refused(key, value):
+    fast, _ = pair()
+    batch = samples.unpacked_batch([9, 7])
+    batch[key][1, 2] = value
+    with pytest.raises(IndexError, match="out of the range"):
+        fast(batch)
 
 
 def test_loss_of_extreme_scores_is_finite_and_pytorchs():
@@ -159,10 +208,11 @@ def test_a_copied_model_and_one_in_evaluation_use_the_kernels_alike():
 
 def test_tensors_that_a_kernel_cannot_read_are_refused(kernels):
     wide = torch.zeros(4, 6)
-    with pytest.raises(AssertionError, match="bias_gelu"):
-        kernels.bias_gelu(wide.bfloat16(), torch.zeros(6), wide, 4, 6)
-    with pytest.raises(AssertionError, match="bias_gelu"):
-        kernels.bias_gelu(torch.zeros(6, 4).t(), torch.zeros(6), wide, 4, 6)
+    for tensor in (wide.bfloat16(), torch.zeros(6, 4).t()):
+        with pytest.raises(AssertionError, match="dense_gelu"):
+            kernels.dense_gelu(tensor, torch.zeros(6, 6), torch.zeros(6), wide, wide, 4, 6, 6)
+    with pytest.raises(AssertionError, match="bfloat16"):
+        cpu_layers.product(wide.bfloat16(), wide.t())
 
 
 @pytest.fixture
