@@ -9,14 +9,14 @@
 
 namespace {
 
-constexpr int64_t QUERIES = 128;  // whose scores stay in the second cache, at the 512 tokens of phase 2 too
+constexpr int64_t QUERIES = 128;  // whose scores of 512 tokens stay in the second cache
 
 // The heads of one row of the batch, in arrays (T, D) or (T, 3·D), whose rows are `step` apart.
 Matrix rows_of(const float* data, int64_t step) { return {data, step, 1}; }
 
 Matrix transposed(Matrix matrix) { return {matrix.data, matrix.column, matrix.row}; }
 
-// The tokens that those from `begin` to `end` may look at, where each sequence lies in one piece; a whole number of tiles.
+// The tokens that those from `begin` to `end` may look at, where each sequence lies in one piece, up to whole tiles.
 Share visible(const int32_t* sequence, int64_t S, int64_t begin, int64_t end) {
     Share found{begin, end};
     while (found.begin > 0 && sequence[found.begin - 1] == sequence[begin]) found.begin--;
@@ -98,8 +98,8 @@ void norm_backward(const float* g, const float* x, const float* statistics, cons
 
 extern "C" {
 
-// c (M, N) = or += a (M, K) · b (K, N), and bias (N) where it is no null pointer and c is not added to.  Of a and b, the
-// distances of rows and of columns are given, so that transposed ones go in as they lie.
+// c (M, N) = a (M, K) · b (K, N) + bias (N, or null), or += a · b.  The distances of rows and of columns are given, so
+// that transposed matrices go in as they lie.
 void product(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,
              const float* bias, float* c, int64_t M, int64_t N, int64_t K, int64_t add) {
     const Matrix left{a, a_row, a_column}, right{b, b_row, b_column};
@@ -122,9 +122,9 @@ void dense_gelu(const float* x, const float* weight, const float* bias, float* i
 // weight (D, F).
 void gelu_backward(const float* gradient, const float* weight, const float* inner, float* inner_gradient,
                    float* bias_gradient, int64_t T, int64_t F, int64_t D) {
-    ColumnSums columns_sums(F);
-    const auto derive = [=, &columns_sums](int64_t row, int64_t rows, int64_t column, int64_t columns) {
-        float* biases = columns_sums.own() + column;
+    ColumnSums sums(F);
+    const auto derive = [=, &sums](int64_t row, int64_t rows, int64_t column, int64_t columns) {
+        float* biases = sums.own() + column;
         for (; rows > 0; row++, rows--) {
             float* g = inner_gradient + row * F + column;
             const float* x = inner + row * F + column;
@@ -137,7 +137,7 @@ void gelu_backward(const float* gradient, const float* weight, const float* inne
         }
     };
     multiply_together({gradient, D, 1}, {weight, F, 1}, nullptr, inner_gradient, F, T, F, D, false, derive);
-    columns_sums.write(bias_gradient, 0, F);
+    sums.write(bias_gradient, 0, F);
 }
 
 // total (T, D) = residual + dropout(x (T, K) · weightᵀ + bias); out = LayerNorm(total).  weight (D, K).
@@ -162,8 +162,8 @@ void dense_residual_norm(const float* x, const float* weight, const float* bias,
 
 // gradient of out → gradients of residual and product (T, D), and of norm_weight, norm_shift and bias in sums (3, D)
 void residual_norm_backward(const float* gradient, const float* total, const float* statistics,
-                            const float* norm_weight, float* residual, float* product, float* sums, int64_t T, int64_t D,
-                            float p, uint64_t seed) {
+                            const float* norm_weight, float* residual, float* product, float* sums, int64_t T,
+                            int64_t D, float p, uint64_t seed) {
     const Dropout dropout(p, seed);
     ColumnSums columns(3 * D);
 #pragma omp parallel
@@ -173,7 +173,8 @@ void residual_norm_backward(const float* gradient, const float* total, const flo
         for (int64_t row = share.begin; row < share.end; row++) {
             float *r = residual + row * D, *y = product + row * D;
             const uint32_t first = static_cast<uint32_t>(row * D);
-            norm_backward(gradient + row * D, total + row * D, statistics + 2 * row, norm_weight, r, weights, shifts, D);
+            norm_backward(gradient + row * D, total + row * D, statistics + 2 * row, norm_weight, r, weights, shifts,
+                          D);
 #pragma omp simd
             for (int64_t i = 0; i < D; i++) {
                 y[i] = r[i] * dropout(first + static_cast<uint32_t>(i));
@@ -192,7 +193,8 @@ void embed(const int32_t* ids, const int32_t* positions, const int32_t* segments
     const Dropout dropout(p, seed);
 #pragma omp parallel for
     for (int64_t row = 0; row < T; row++) {
-        const float *word = words + ids[row] * D, *place = places + positions[row] * D, *type = types + segments[row] * D;
+        const float *word = words + ids[row] * D, *place = places + positions[row] * D;
+        const float* type = types + segments[row] * D;
         float *x = total + row * D, *y = out + row * D;
 #pragma omp simd
         for (int64_t i = 0; i < D; i++) x[i] = word[i] + place[i] + type[i];
@@ -201,8 +203,8 @@ void embed(const int32_t* ids, const int32_t* positions, const int32_t* segments
     }
 }
 
-// gradient (T, D) of out → that of the total, in its place, those of norm_weight and norm_shift in sums (2, D); that of the
-// total is added to the rows of the three tables' gradients.
+// gradient (T, D) of out → that of the total, in its place, and added to the rows of the three tables' gradients; those
+// of norm_weight and norm_shift in sums (2, D).
 void embed_backward(float* gradient, const int32_t* ids, const int32_t* positions, const int32_t* segments,
                     const float* total, const float* statistics, const float* norm_weight, float* words, float* places,
                     float* types, float* sums, int64_t T, int64_t D, float p, uint64_t seed) {
@@ -252,7 +254,8 @@ void attention(const float* qkv, const int32_t* sequence, float* weights, float*
                      false, nothing);
             for (int64_t i = 0; i < count; i++) {
                 softmax_within(x + i * S, numbers + seen.begin, numbers[begin + i], others, scale);
-                if (p > 0.0f) drop(x + i * S, dropped + i * others, others, dropout, static_cast<uint32_t>(first + i * S));
+                if (p > 0.0f)
+                    drop(x + i * S, dropped + i * others, others, dropout, static_cast<uint32_t>(first + i * S));
             }
             const Matrix kept = p > 0.0f ? rows_of(dropped, others) : rows_of(x, S);
             multiply(alone, kept, value.from(seen.begin, 0), nullptr, context + (b * S + begin) * D + head % N * H, D,
@@ -295,8 +298,8 @@ void attention_backward(const float* gradient, const float* qkv, const int32_t* 
             const Matrix kept = rows_of(dropped, others), scores = rows_of(d_scores, others);
             multiply(alone, scores, key.from(seen.begin, 0), nullptr, d_query + begin * 3 * D, 3 * D, count, H, others,
                      false, nothing);
-            multiply(alone, transposed(scores), query.from(begin, 0), nullptr, d_key + seen.begin * 3 * D, 3 * D, others,
-                     H, count, true, nothing);
+            multiply(alone, transposed(scores), query.from(begin, 0), nullptr, d_key + seen.begin * 3 * D, 3 * D,
+                     others, H, count, true, nothing);
             multiply(alone, transposed(kept), own, nullptr, d_value + seen.begin * 3 * D, 3 * D, others, H, count, true,
                      nothing);
         }
@@ -309,8 +312,9 @@ void attention_backward(const float* gradient, const float* qkv, const int32_t* 
     }
 }
 
-// product (T, V) + bias (V) are scores.  losses (T): cross entropy of each row against its label, times `share`; 0 where
-// the label is below 0.  The product becomes the gradient of the sum of the losses, and bias_gradient that of the bias.
+// product (T, V) + bias (V) are scores.  losses (T): cross entropy of each row against its label, times `share`; 0
+// where the label is below 0.  The product becomes the gradient of the sum of the losses, and bias_gradient that of the
+// bias.
 void cross_entropy(float* product, const float* bias, const int64_t* labels, float* losses, float* bias_gradient,
                    int64_t T, int64_t V, float share_of_row) {
     ColumnSums columns(V);

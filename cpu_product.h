@@ -23,7 +23,7 @@ constexpr int WIDTH = 2 * LANES;             // columns of a tile
 constexpr int CROSS = (MOST_ROWS + LANES - 1) / LANES * LANES;
 constexpr int64_t DEPTH = 256;               // products that a tile adds up before it goes back to memory
 constexpr int64_t COLUMNS = 1024;            // of a block of B: with DEPTH 1 MB
-constexpr int64_t PANEL_STEP = DEPTH + 16;   // of the rows of a panel: a power of two would put all in one place of the cache
+constexpr int64_t PANEL_STEP = DEPTH + 16;   // of the rows of a panel: powers of two meet in one place of the cache
 constexpr int64_t PANEL = std::max<int64_t>(MOST_ROWS * PANEL_STEP, CROSS * DEPTH);
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -56,7 +56,7 @@ struct alignas(64) Line {
     float values[16];
 };
 
-// Memory of the calling thread that fills lines of the cache: always the same, at least as large as was asked for before.
+// Memory of the calling thread that begins with a line of the cache: always the same, as large as ever asked for.
 template <int USE>
 float* scratch(int64_t count) {
     static thread_local std::vector<Line> memory;
@@ -160,8 +160,8 @@ inline void copy_columns(Matrix b, int64_t depth, int64_t columns, float* out) {
         for (int64_t k = 0; k < depth; k++) *place(k, j) = b.at(k, j);
 }
 
-// `rows` rows of A from `row` on as a panel: rows of PANEL_STEP where A is straight, else columns of CROSS.  Where the panel
-// begins.
+// `rows` rows of A from `row` on as a panel: rows of PANEL_STEP where A is straight, else columns of CROSS.
+// Gives where the panel begins.
 inline const float* copy_rows(Matrix a, int64_t row, int64_t rows, int64_t M, int64_t depth, float* out) {
     if (a.column == 1) {
         const int64_t whole = depth / LANES * LANES;
@@ -185,7 +185,7 @@ inline const float* copy_rows(Matrix a, int64_t row, int64_t rows, int64_t M, in
     return out;
 }
 
-// c (M, N), whose rows are `step` apart, = or += a (M, K) · b (K, N), and bias (N) where there is one and c is not added to.
+// c (M, N), whose rows are `step` apart, = a (M, K) · b (K, N) + bias (N, or null), or += a · b.
 // After the last product of a thread's rows from `row` on and the columns from `column` on, it calls
 // finish(row, rows, column, columns): these are complete then, as are all columns before them.
 template <class Finish>
@@ -248,7 +248,7 @@ inline void multiply_apart(Matrix a, Matrix b, const float* bias, float* c, int6
             columns = {columns.begin * WIDTH, std::min(columns.end * WIDTH, N)};
         }
         multiply({1, 0, block_memory(columns.end - columns.begin, K)}, a.from(rows.begin, 0), b.from(0, columns.begin),
-                 bias ? bias + columns.begin : nullptr, c + rows.begin * step + columns.begin, step, rows.end - rows.begin,
-                 columns.end - columns.begin, K, add, nothing);
+                 bias ? bias + columns.begin : nullptr, c + rows.begin * step + columns.begin, step,
+                 rows.end - rows.begin, columns.end - columns.begin, K, add, nothing);
     }
 }

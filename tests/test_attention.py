@@ -83,6 +83,18 @@ def test_the_flag_and_the_only_attention_of_a_device_are_taken_unmeasured():
     assert attention.choose(arguments(), Device(), config, 3)[0] == "kernels"
 
 
+def test_a_run_takes_no_kernels_whose_matrix_products_are_slow(monkeypatch):
+    fast = attention.cpu_layers.product
+
+    def slow(one, other):
+        for _ in range(5):
+            fast(one, other)
+
+    monkeypatch.setattr(attention.cpu_layers, "product", slow)
+    name, words = attention.choose(arguments(), DeviceWith("sdpa"), samples.config(), rows=3)
+    assert name == "sdpa" and "matrix products of the kernels for this CPU reach" in words
+
+
 VARIANTS = {
     "sdpa": {"attention": "sdpa"},
     "varlen": {"attention": "varlen"},

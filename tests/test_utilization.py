@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import samples
+import utilization
 from training_log import Throughput
-from utilization import NeededFlops, matrix_peak
+from utilization import NeededFlops, cpu_peak, matrix_peak
 
 CONFIG = samples.config(hidden_size=6, intermediate_size=10, num_hidden_layers=2, vocab_size=99)  # 104 when padded
 
@@ -52,3 +53,15 @@ def read_without_peak() -> dict:
 
 def test_a_measured_peak_is_that_of_a_computer():
     assert 1e8 < matrix_peak("cpu", torch.float32, 256, 2) < 1e14
+
+
+def test_the_peak_of_a_cpu_is_that_of_the_faster_products(monkeypatch):
+    """Also where the kernels' are the slower ones, and where they cannot be compiled."""
+    found = {torch.mm: 3.0}
+    monkeypatch.setattr(utilization, "matrix_peak", lambda *_, multiply: found.get(multiply, 5.0))
+    assert cpu_peak(256, 2) == 5.0
+    found[torch.mm] = 7.0
+    assert cpu_peak(256, 2) == 7.0
+    monkeypatch.setattr(utilization.cpu_kernels, "problem", lambda: "no compiler")
+    found[torch.mm] = 3.0
+    assert cpu_peak(256, 2) == 3.0
