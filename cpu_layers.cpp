@@ -9,6 +9,7 @@
 
 namespace {
 
+constexpr int64_t ROWS_APART = 96;  // of a thread, or columns: fewer do not pay for copies of its own
 constexpr int64_t QUERIES = 128;  // whose scores of 512 tokens stay in the second cache
 
 // The heads of one row of the batch, in arrays (T, D) or (T, 3·D), whose rows are `step` apart.
@@ -103,8 +104,10 @@ extern "C" {
 void product(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,
              const float* bias, float* c, int64_t M, int64_t N, int64_t K, int64_t add) {
     const Matrix left{a, a_row, a_column}, right{b, b_row, b_column};
-    if (a_column == 1) multiply_together(left, right, bias, c, N, M, N, K, add, nothing);
-    else multiply_apart(left, right, bias, c, N, M, N, K, add);
+    if (a_column != 1 && std::max(M, N) >= omp_get_max_threads() * ROWS_APART)
+        multiply_apart(left, right, bias, c, N, M, N, K, add);
+    else
+        multiply_together(left, right, bias, c, N, M, N, K, add, nothing);
 }
 
 // inner (T, F) = x (T, D) · weightᵀ + bias; out = GELU of it.  weight (F, D).

@@ -19,11 +19,11 @@ constexpr int LANES = 4, MOST_ROWS = 12;  // 24 of 32
 #else
 constexpr int LANES = 4, MOST_ROWS = 6;
 #endif
-constexpr int WIDTH = 2 * LANES;             // columns of a tile
-constexpr int CROSS = (MOST_ROWS + LANES - 1) / LANES * LANES;
-constexpr int64_t DEPTH = 256;               // products that a tile adds up before it goes back to memory
-constexpr int64_t COLUMNS = 1024;            // of a block of B: with DEPTH 1 MB
-constexpr int64_t PANEL_STEP = DEPTH + 16;   // of the rows of a panel: powers of two meet in one place of the cache
+constexpr int WIDTH = 2 * LANES;            // columns of a tile
+constexpr int64_t DEPTH = 256;              // products that a tile adds up before it goes back to memory
+constexpr int64_t COLUMNS = 1024;           // of a block of B, which takes 1 MB then
+constexpr int64_t PANEL_STEP = DEPTH + 16;  // of the rows of a straight panel: not a power of two, for the cache's sake
+constexpr int CROSS = (MOST_ROWS + LANES - 1) / LANES * LANES;  // of the columns of a transposed one: whole vectors
 constexpr int64_t PANEL = std::max<int64_t>(MOST_ROWS * PANEL_STEP, CROSS * DEPTH);
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -61,7 +61,7 @@ template <int USE>
 float* scratch(int64_t count) {
     static thread_local std::vector<Line> memory;
     if (16 * memory.size() < static_cast<size_t>(count)) memory.resize((count + 15) / 16);
-    return memory.data()->values;
+    return reinterpret_cast<float*>(memory.data());
 }
 
 // For a block of so many columns and rows of B.

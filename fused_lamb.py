@@ -1,6 +1,6 @@
 """NVLAMB's step near the speed of the memory: on a CPU and, in kernels that take many weights at once, on CUDA.
 
-On a CPU it is one kernel of cpu_kernels.cpp, which moves 44 bytes a parameter: 4 for the gradient's norm, 24 for the
+On a CPU it is one kernel of cpu_lamb.cpp, which moves 44 bytes a parameter: 4 for the gradient's norm, 24 for the
 moments, 16 for the update.  In PyTorch's kernels it is 64: the update is written and read again.
 """
 

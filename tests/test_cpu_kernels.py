@@ -136,14 +136,17 @@ def test_gelu_and_its_gradient_are_pytorchs(kernels, values):
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 530, 1056]))
 
 
-@settings(deadline=None, max_examples=60)
-@given(SIZES, SIZES, SIZES, st.booleans(), st.booleans(), st.sampled_from(["", "bias", "into"]))
-def test_products_of_any_size_are_those_of_fp64(rows, columns, depth, a_transposed, b_transposed, start):
+@settings(deadline=None, max_examples=100)
+@given(SIZES, SIZES, SIZES, st.booleans(), st.booleans(), st.sampled_from(["", "bias", "into"]), st.integers(1, 5))
+def test_products_of_any_size_are_those_of_fp64(rows, columns, depth, a_transposed, b_transposed, start, threads):
     a, b = (torch.randn(shape[::-1]).t() if transposed else torch.randn(shape)
             for shape, transposed in (((rows, depth), a_transposed), ((depth, columns), b_transposed)))
     bias, into = torch.randn(columns), torch.randn(rows, columns)
     expected = a.double() @ b.double() + {"": 0, "bias": bias, "into": into}[start]
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
     found = cpu_layers.product(a, b, bias if start == "bias" else None, into if start == "into" else None)
+    torch.set_num_threads(usual)
     assert_close(found.double(), expected, rtol=0, atol=2e-6 * depth**0.5 * 6)
     assert start != "into" or found is into
 
