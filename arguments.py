@@ -97,8 +97,7 @@ def add_device(parser) -> None:
                        "lengths (default: what is fastest on the device; CUDA measures the last two at the start)")
     group.add_argument("--use_cpu_kernels", type=boolean, default=True, metavar="BOOL",
                        help="CPU, fp32: layers in kernels that a C++ compiler makes as the run starts (default: True; "
-                       "where that does not work, or PyTorch's matrix products are clearly faster, the run says so and "
-                       "uses PyTorch's own operations)")
+                       "where that does not work, or does not pay, the run says why and uses PyTorch's own operations)")
     group.add_argument("--use_fused_lamb", action="store_true",
                        help="the device's fused LAMB, where it has one; on a CPU one compiled kernel")
 

@@ -18,13 +18,11 @@ import torch
 from torch.nn import functional as F
 
 import cpu_layers
-from utilization import PRODUCT_SIZE, matrix_peak
 
 MASKED_SCORE = -10000.0  # finite, and exp() of it is 0 in fp32 and bf16; infinities become NaN under bf16 op lists
 KERNELS = "kernels"
 REPEATS = 5  # of a measurement, after one that sets things up
 CLEARLY_FASTER = 0.9  # of the time of one preferred to it: a run that is repeated should choose alike
-SLOW_PRODUCTS = 0.75  # of the speed of PyTorch's: what the kernels save beside the products no longer pays
 MOST_ERROR = 3.0  # of that of plain attention in the same type, against fp64
 
 
@@ -96,20 +94,11 @@ def choose(args, device, config, rows: int) -> tuple[str, str]:
     """Which of ATTENTIONS a run with micro-batches of so many rows takes, and the choice in words, with its reason."""
     if args.attention:
         return args.attention, f"layers: PyTorch's operations, attention {args.attention} (--attention)"
-    reason = cpu_layers.reason_against(args, device, config) or slow_products()
+    reason = cpu_layers.reason_against(args, device, config)
     if reason is None:
         return KERNELS, "layers: kernels compiled for this CPU"
     name, found = fastest(device, config, rows, args.max_seq_length, dtype_of(args))
     return name, f"layers: PyTorch's operations, attention {name} ({found or reason})"
-
-
-def slow_products() -> str | None:
-    """Why the matrix products of the kernels for this CPU are too slow beside PyTorch's, or None."""
-    ours, theirs = (matrix_peak("cpu", torch.float32, PRODUCT_SIZE["cpu"], REPEATS, multiply=multiply) / 1e9
-                    for multiply in (cpu_layers.product, torch.mm))
-    if ours > SLOW_PRODUCTS * theirs:
-        return None
-    return f"matrix products of the kernels for this CPU reach {ours:.0f} GFLOP/s, PyTorch's {theirs:.0f}"
 
 
 def dtype_of(args) -> torch.dtype:

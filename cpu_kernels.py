@@ -49,13 +49,14 @@ class KernelsMissing(RuntimeError):
 
 
 class Kernels:
-    """The functions of the compiled library, by the names of SIGNATURES."""
+    """The functions of the compiled library, by the names of SIGNATURES; `lanes`: the numbers in a vector here."""
 
     def __init__(self, path: Path):
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
             raise KernelsMissing(f"{path}: {error}") from None
+        self.lanes = WHOLE.in_dll(library, "lanes").value
         for name, types in SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = types, None
@@ -63,17 +64,18 @@ class Kernels:
 
 
 def call(function, *arguments) -> None:
-    """Call a kernel with the addresses of the tensors among its arguments."""
+    """Call a kernel with the addresses of the tensors among its arguments; a profiler sees it by its name."""
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
             assert argument.device.type == "cpu" and argument.is_contiguous(), f"{function.__name__}: {argument.shape}"
             assert argument.dtype in DTYPES, f"{function.__name__}: {argument.dtype}"
-    function(*(argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in arguments))
+    with torch.profiler.record_function(function.__name__):
+        function(*(argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in arguments))
 
 
 @functools.cache
 def load() -> Kernels:
-    """The kernels of this machine, compiled now where they are not there yet (about 2 seconds)."""
+    """The kernels of this machine, compiled now where they are not there yet (about 4 seconds)."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise KernelsMissing(f"no C++ compiler {os.environ.get('CXX', 'g++')} (CXX names another)")

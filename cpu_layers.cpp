@@ -99,6 +99,8 @@ void norm_backward(const float* g, const float* x, const float* statistics, cons
 
 extern "C" {
 
+extern const int64_t lanes = LANES;  // numbers in a vector
+
 // c (M, N) = a (M, K) · b (K, N) + bias (N, or null), or += a · b.  The distances of rows and of columns are given, so
 // that transposed matrices go in as they lie.
 void product(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,

@@ -16,6 +16,7 @@ import cpu_kernels
 from buffers import pool
 
 ACTIVATION = "gelu"  # the one that the kernels know
+FEWEST_LANES = 8  # of AVX2, with which the kernels' matrix products are faster than PyTorch's
 
 
 def reason_against(args, device, config) -> str | None:
@@ -30,7 +31,14 @@ def reason_against(args, device, config) -> str | None:
         return "--use_torch_compile, in place of the kernels for this CPU, which are faster"
     if config.hidden_act != ACTIVATION:
         return f"no kernel for {config.hidden_act}"
-    return cpu_kernels.problem()
+    return cpu_kernels.problem() or too_few_lanes(cpu_kernels.load().lanes)
+
+
+def too_few_lanes(lanes: int) -> str | None:
+    """Not measured, so that a run that is repeated chooses alike, whatever else the machine does meanwhile."""
+    if lanes >= FEWEST_LANES:
+        return None
+    return f"PyTorch's matrix products are faster than the kernels' where a vector holds {lanes} numbers"
 
 
 def layer(modules, hidden, sequence):

@@ -12,7 +12,7 @@
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, MOST_ROWS = 14;  // 28 of 32 registers hold the tile
-#elif defined(__AVX__)
+#elif defined(__AVX2__) && defined(__FMA__)
 constexpr int LANES = 8, MOST_ROWS = 6;  // 12 of 16
 #elif defined(__aarch64__)
 constexpr int LANES = 4, MOST_ROWS = 12;  // 24 of 32

@@ -171,12 +171,7 @@ def profile(step, repeats: int) -> dict[str, float]:
     """Milliseconds of a step by what they are spent on, most first, from torch's profiler."""
     import torch
 
-    import cpu_kernels
-
     step()
-    kernels = cpu_kernels.load()
-    for name in cpu_kernels.SIGNATURES:
-        setattr(kernels, name, recorded(name, getattr(kernels, name)))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
         for _ in range(repeats):
             step()
@@ -184,16 +179,6 @@ def profile(step, repeats: int) -> dict[str, float]:
     for event in trace.key_averages():
         parts[part_of(event.key)] += event.self_cpu_time_total / 1000 / repeats
     return dict(sorted(parts.items(), key=lambda item: -item[1]))
-
-
-def recorded(name: str, function):
-    """The same function, with an event of its name in the profiler's trace."""
-    import torch
-
-    def call(*arguments):
-        with torch.profiler.record_function(name):
-            function(*arguments)
-    return call
 
 
 def part_of(event: str) -> str:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
+import cpu_kernels
 import run_pretraining
 import samples
 from arguments import parse_arguments
@@ -83,16 +84,10 @@ def test_the_flag_and_the_only_attention_of_a_device_are_taken_unmeasured():
     assert attention.choose(arguments(), Device(), config, 3)[0] == "kernels"
 
 
-def test_a_run_takes_no_kernels_whose_matrix_products_are_slow(monkeypatch):
-    fast = attention.cpu_layers.product
-
-    def slow(one, other):
-        for _ in range(5):
-            fast(one, other)
-
-    monkeypatch.setattr(attention.cpu_layers, "product", slow)
+def test_a_run_takes_no_kernels_for_short_vectors(monkeypatch):
+    monkeypatch.setattr(cpu_kernels.load(), "lanes", 4)
     name, words = attention.choose(arguments(), DeviceWith("sdpa"), samples.config(), rows=3)
-    assert name == "sdpa" and "matrix products of the kernels for this CPU reach" in words
+    assert name == "sdpa" and "where a vector holds 4 numbers" in words
 
 
 VARIANTS = {
