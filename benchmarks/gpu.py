@@ -33,26 +33,26 @@ BYTES_PER_PARAMETER = 44  # that a LAMB step has to move: 4 for the norm, 24 for
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute the step: arguments of BertForPreTraining, and options of torch.compile, or None for eager."""
+    """A way to compute the step: arguments of BertForPreTraining, and whether it is compiled, and recorded."""
 
     model: dict
-    compiled: dict | None = None
+    compiled: bool = False
+    cuda_graphs: bool = False
 
 
 SDPA, VARLEN = {"attention": "sdpa"}, {"attention": "varlen"}
-GRAPHS = {"mode": "reduce-overhead"}
 VARIANTS = {
     "plain": Variant({"attention": "plain"}),
     "sdpa": Variant(SDPA),
     "varlen": Variant(VARLEN),
     "varlen, loss in chunks": Variant({**VARLEN, "loss_chunk": 512}),
     "varlen, recomputed layers": Variant({**VARLEN, "checkpoint_activations": True}),
-    "sdpa, compiled": Variant(SDPA, {}),
-    "varlen, compiled": Variant(VARLEN, {}),
-    "sdpa, compiled, CUDA graphs": Variant(SDPA, GRAPHS),
-    "varlen, compiled, CUDA graphs": Variant(VARLEN, GRAPHS),
+    "sdpa, compiled": Variant(SDPA, compiled=True),
+    "varlen, compiled": Variant(VARLEN, compiled=True),
+    "sdpa, compiled, CUDA graphs": Variant(SDPA, compiled=True, cuda_graphs=True),
+    "varlen, compiled, CUDA graphs": Variant(VARLEN, compiled=True, cuda_graphs=True),
     "transformers": Variant({}),
-    "transformers, compiled": Variant({}, {}),
+    "transformers, compiled": Variant({}, compiled=True),
 }
 
 
@@ -196,14 +196,12 @@ def timed(bench: Bench, step) -> list[float]:
 
 def step_of(bench: Bench, config, name: str, batch: dict):
     """A function that runs forward and backward of one variant."""
-    import torch
-
     variant = VARIANTS[name]
     if name.startswith("transformers"):
         from benchmarks.train_step import transformers_loss, transformers_model
 
         model = transformers_model(config).to(bench.device.torch_device)
-        if variant.compiled is not None:
+        if variant.compiled:
             model.compile(dynamic=False)
         forward = transformers_loss(model, batch)
     else:
@@ -211,7 +209,6 @@ def step_of(bench: Bench, config, name: str, batch: dict):
         forward = loss_of(model, batch)
 
     def step():
-        torch.compiler.cudagraph_mark_step_begin()
         model.zero_grad()
         with bench.precision.autocast():
             loss = forward()
@@ -230,8 +227,8 @@ def our_model(bench: Bench, config, variant: Variant, precision=None):
     precision = precision or bench.precision
     model = BertForPreTraining(config, autocast=precision.autocast, casts_off=precision.casts_off, **variant.model)
     model.to_device(bench.device.torch_device).train()
-    if variant.compiled is not None:
-        compile_model(bench.device, model, **variant.compiled)
+    if variant.compiled:
+        compile_model(bench.device, model, variant.cuda_graphs)
     return model
 
 
@@ -269,7 +266,6 @@ def training_losses(bench: Bench, variant: Variant, precision, batch: dict):
     few = {key: values[:8] for key, values in batch.items()}
     losses = []
     for _ in range(CHECKED_STEPS):
-        torch.compiler.cudagraph_mark_step_begin()
         with precision.autocast():
             loss = model(few)["loss"]
         precision.backward(loss)
