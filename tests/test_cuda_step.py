@@ -72,7 +72,8 @@ def train(tmp_path, monkeypatch):
             "--train_batch_size=8", "--gradient_accumulation_steps=2", "--peak_tflops=1", *flags])
         return found
 
-    return train
+    yield train
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("flags", [
