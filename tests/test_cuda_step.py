@@ -78,6 +78,8 @@ def train(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     ["--hmp", "--attention=varlen"],
+    ["--hmp", "--hmp_bf16=ops_bf16_bert_pt.txt", "--hmp_fp32=ops_fp32_bert_pt.txt", "--attention=varlen"],
+    ["--hmp", "--hmp_bf16=ops_bf16_bert_pt.txt", "--hmp_fp32=ops_fp32_bert_pt.txt", "--attention=sdpa"],
     ["--fp16", "--attention=sdpa", "--checkpoint_activations"],
     ["--hmp", "--attention=varlen", "--mlm_loss_chunk=5", "--use_fused_lamb"],
 ])
