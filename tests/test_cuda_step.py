@@ -50,10 +50,8 @@ def train(tmp_path, monkeypatch):
     samples.write_config(tmp_path / "config.json")
     samples.write_dataset(tmp_path / "data")
     monkeypatch.setattr(devices, "select", lambda args, local_rank: GpuWithoutValues())
-    for name, answer in (("can_use_flash_attention", True), ("_is_computing_meta_flops", False)):
-        monkeypatch.setattr(torch.nested._internal.sdpa, name, lambda *_, answer=answer, **__: answer)
-    monkeypatch.setattr(torch.nested._internal.sdpa, "_autocast", lambda *inputs: inputs)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    let_flash_attention_take_meta_tensors(monkeypatch)
     found = []
 
     def take_steps(trainer) -> dict:
@@ -63,8 +61,9 @@ def train(tmp_path, monkeypatch):
         found.extend((trainer, copies.found))
         return {"final_loss": None}
 
+    monkeypatch.setattr(Trainer, "train", take_steps)
+
     def train(*flags):
-        monkeypatch.setattr(Trainer, "train", take_steps)
         run_pretraining.main([
             "--do_train", f"--input_dir={tmp_path / 'data'}", f"--output_dir={tmp_path / 'out'}", "--skip_checkpoint",
             f"--config_file={tmp_path / 'config.json'}", f"--json_summary={tmp_path / 'log.json'}", "--max_steps=8",
@@ -74,6 +73,14 @@ def train(tmp_path, monkeypatch):
 
     yield train
     torch.compiler.reset()
+
+
+def let_flash_attention_take_meta_tensors(monkeypatch) -> None:
+    """Lead nested tensors to the kernel that a GPU takes: PyTorch would choose by the device, and cast for autocast."""
+    sdpa = torch.nested._internal.sdpa
+    monkeypatch.setattr(sdpa, "can_use_flash_attention", lambda *_, **__: True)
+    monkeypatch.setattr(sdpa, "_is_computing_meta_flops", lambda query: False, raising=False)
+    monkeypatch.setattr(sdpa, "_autocast", lambda *inputs: inputs, raising=False)
 
 
 @pytest.mark.parametrize("flags", [
@@ -104,3 +111,6 @@ def test_recorded_graphs_hear_of_each_pass_and_never_own_the_gradients(train, mo
     assert len(begun) == 4 * 2
     assert all(parameter.grad is gradient
                for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True))
+    with torch.no_grad():
+        trainer.model.eval().logits(trainer.batch)
+    assert len(begun) == 4 * 2 + 1, "an evaluation, too"
