@@ -19,14 +19,14 @@ def compile_training(device, model: torch.nn.Module, optimizer: torch.optim.Opti
     problem = compiler_problem(device)
     if problem:
         return f"--use_torch_compile: not compiled: {problem}"
-    compile_model(device, model, **({"mode": "reduce-overhead"} if cuda_graphs else {}))
+    compile_model(device, model, cuda_graphs)
     update = "FusedLamb is fused already"
     if isinstance(optimizer, NVLAMB):
         update = optimizer.compile(device.compiler, device.compiles_in_parts)
     return f"--use_torch_compile: the model is compiled by {device.compiler}; {update}"
 
 
-def compile_model(device, model: torch.nn.Module, **options) -> None:
+def compile_model(device, model: torch.nn.Module, cuda_graphs=False) -> None:
     """In place, so that the names in its state dict stay the same.
 
     inductor gets a layer at a time: all layers share one graph, compiled once, whatever the depth.  So BERT-base is
@@ -36,7 +36,20 @@ def compile_model(device, model: torch.nn.Module, **options) -> None:
     if device.compiles_in_parts:
         parts = [*model.bert.encoder.layer, model.bert.embeddings, model.bert.pooler, model.cls.predictions]
     for part in parts:
-        part.compile(backend=device.compiler, **options)
+        part.compile(backend=device.compiler, **({"mode": "reduce-overhead"} if cuda_graphs else {}))
+    if cuda_graphs:
+        prepare_replay(model)
+
+
+def prepare_replay(model: torch.nn.Module) -> None:
+    """Make what recorded graphs compute outlast them: the next pass writes its results to the same memory.
+
+    Where a pass begins, it says so, since the graphs cannot tell it from the many parts that it is compiled in.
+    Gradients lie in memory of their own, to which a backward pass adds: zero_grad has to leave them there.
+    """
+    model.bert.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def compiler_problem(device) -> str | None:

@@ -22,7 +22,6 @@ from op_list_mode import DtypeReport, OpListMode, check_names
 from op_lists import OpLists
 
 SCALE_KEYS = ("scale", "_growth_tracker")  # of GradScaler.state_dict
-NEVER = 2**31 - 1  # steps
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,9 @@ class Precision:
         self.casts = choose_casts(args, device)
         self.casts_off = self.casts.off
         self.observers = [DtypeReport()] if args.hmp and args.hmp_verbose and not device.hmp else []
-        scale = args.loss_scale or args.init_loss_scale
-        growth_interval = NEVER if args.loss_scale else 2000  # a constant scale never grows
-        self.scaler = torch.amp.GradScaler("cuda", init_scale=scale, growth_interval=growth_interval, enabled=args.fp16)
+        self.fixed_scale = args.loss_scale or None
+        self.scaler = torch.amp.GradScaler("cuda", init_scale=self.fixed_scale or args.init_loss_scale,
+                                           enabled=args.fp16)
 
     def describe(self) -> str:
         return self.casts.description
@@ -67,7 +66,7 @@ class Precision:
         """The optimizer step; under loss scaling it is left out where a gradient overflowed."""
         with self.casts_off():
             self.scaler.step(optimizer)
-            self.scaler.update()
+            self.scaler.update(self.fixed_scale)
 
     def state(self) -> dict:
         """The loss scale and what makes it change, in plain numbers; empty without loss scaling."""
@@ -76,7 +75,7 @@ class Precision:
 
     def restore(self, state: dict) -> None:
         """Go on with a dynamic loss scale; one that a flag fixes stays."""
-        if self.scaler.is_enabled() and self.scaler.get_growth_interval() != NEVER:
+        if self.scaler.is_enabled() and self.fixed_scale is None:
             known = {key: state[key] for key in SCALE_KEYS if isinstance(state.get(key), int | float)}
             self.scaler.load_state_dict({**self.scaler.state_dict(), **known})
 

@@ -141,13 +141,13 @@ class Trainer:
         self.loss_sums += with_count(losses)
         self.reduction.finish()
         self.precision.step(self.optimizer)
-        self.optimizer.zero_grad()
+        self.model.zero_grad(set_to_none=not self.args.cuda_graphs)  # as compilation.prepare_replay wants it
         self.device.mark_step()
         self.throughput.add_step()
         return losses
 
     def zero_losses(self, more: int = 0) -> torch.Tensor:
-        return torch.zeros(len(LOSSES) + more).to(self.device.torch_device)
+        return torch.zeros(len(LOSSES) + more).to(self.device.torch_device, non_blocking=True)
 
     def first_batch(self) -> dict[str, torch.Tensor]:
         """The micro-batch that the next step starts with."""

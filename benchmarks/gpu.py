@@ -1,9 +1,10 @@
 """BERT-Large on one GPU: every variant of the training step checked, timed, and set beside transformers and the limits.
 
 Batches are sequences of the lengths that English Wikipedia has: a row each at 128 tokens, packed at 512 by this
-repository's packer; transformers, which does not know packed rows, gets the same number of unpacked rows.  Timed is
-forward and backward of one micro-batch with dropout, then one LAMB step.  Before, each variant trains two layers for
-20 steps without dropout; its losses must be as near to fp32 as three times those of plain operations under autocast.
+repository's packer; transformers, which does not know packed rows, gets the same number of unpacked rows (where
+it is not installed, the others are measured alone).  Timed is forward and backward of one micro-batch with dropout,
+then one LAMB step.  Before, each variant trains two layers for 20 steps without dropout; its losses must be as near to
+fp32 as three times those of plain operations under autocast.
 
     python benchmarks/gpu.py [--variants …] [--rows_128 N] [--rows_512 N] [--json]
 
@@ -12,12 +13,14 @@ It runs on a CPU too, with --no_cuda, a small --config_file and small --sizes.
 
 import argparse
 import contextlib
+import gc
 import io
 import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # synthetic.py
@@ -33,26 +36,26 @@ BYTES_PER_PARAMETER = 44  # that a LAMB step has to move: 4 for the norm, 24 for
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute the step: arguments of BertForPreTraining, and options of torch.compile, or None for eager."""
+    """A way to compute the step: arguments of BertForPreTraining, and whether it is compiled, and recorded."""
 
     model: dict
-    compiled: dict | None = None
+    compiled: bool = False
+    cuda_graphs: bool = False
 
 
 SDPA, VARLEN = {"attention": "sdpa"}, {"attention": "varlen"}
-GRAPHS = {"mode": "reduce-overhead"}
 VARIANTS = {
     "plain": Variant({"attention": "plain"}),
     "sdpa": Variant(SDPA),
     "varlen": Variant(VARLEN),
     "varlen, loss in chunks": Variant({**VARLEN, "loss_chunk": 512}),
     "varlen, recomputed layers": Variant({**VARLEN, "checkpoint_activations": True}),
-    "sdpa, compiled": Variant(SDPA, {}),
-    "varlen, compiled": Variant(VARLEN, {}),
-    "sdpa, compiled, CUDA graphs": Variant(SDPA, GRAPHS),
-    "varlen, compiled, CUDA graphs": Variant(VARLEN, GRAPHS),
+    "sdpa, compiled": Variant(SDPA, compiled=True),
+    "varlen, compiled": Variant(VARLEN, compiled=True),
+    "sdpa, compiled, CUDA graphs": Variant(SDPA, compiled=True, cuda_graphs=True),
+    "varlen, compiled, CUDA graphs": Variant(VARLEN, compiled=True, cuda_graphs=True),
     "transformers": Variant({}),
-    "transformers, compiled": Variant({}, {}),
+    "transformers, compiled": Variant({}, compiled=True),
 }
 
 
@@ -82,7 +85,8 @@ def main(argv=None) -> None:
     torch.manual_seed(0)
     peak = matrix_peak(device.torch_device, torch.bfloat16, PRODUCT_SIZE[device.kind], REPEATS, device.synchronize)
     bench = Bench(args, device, BertConfig.from_json_file(args.config_file), Precision(args, device), peak)
-    figures = {"device": device.describe(), "machine": machine("transformers"), "bf16_peak_tflops": peak / 1e12,
+    rivals = ["transformers"] if find_spec("transformers") else []
+    figures = {"device": device.describe(), "machine": machine(*rivals), "bf16_peak_tflops": peak / 1e12,
                "steps": [figures for length in args.lengths for figures in shape_figures(bench, length)],
                "lamb": lamb_figures(bench) if args.lamb else {}, "failures": bench.failures}
     report(figures, args.json, lines(figures))
@@ -108,8 +112,6 @@ def parse_arguments(argv):
 
 def shape_figures(bench: Bench, length: int) -> list[dict]:
     """The figures of every variant at one row length."""
-    import torch
-
     rows = bench.args.rows_128 if length == 128 else bench.args.rows_512
     unpacked, packed = wikipedia_batches(length, rows)
     found = []
@@ -118,8 +120,19 @@ def shape_figures(bench: Bench, length: int) -> list[dict]:
         with note_failure(bench, f"{length}: {name}"):
             found.append(variant_figures(bench, name, length, batch))
             say(line_of(found[-1]))
-        torch.compiler.reset()  # and give back the memory of recorded graphs
+        forget_compiled()
     return found
+
+
+def forget_compiled() -> None:
+    """Give back the memory of models that are not used any more, and of their graphs.
+
+    Other shapes are compiled anew then: else they would share one graph, of shapes that vary.
+    """
+    import torch
+
+    torch.compiler.reset()
+    gc.collect()
 
 
 @contextlib.contextmanager
@@ -169,9 +182,10 @@ def variant_figures(bench: Bench, name: str, length: int, batch: dict) -> dict:
 
     on_device = bench.device.put(batch)
     error = None if name.startswith("transformers") else checked_error(bench, VARIANTS[name], on_device)
+    forget_compiled()
     step = step_of(bench, bench.config, name, on_device)
+    bench.device.forget_peak_memory()  # before the graphs are recorded: to replay them, nothing is allocated
     step(), step()
-    bench.device.forget_peak_memory()
     seconds = spread(timed(bench, step))
     real_tokens, sequences = int((batch["input_mask"] > 0).sum()), sequences_in(batch)
     flops = NeededFlops(bench.config).of_batch(batch)
@@ -196,14 +210,12 @@ def timed(bench: Bench, step) -> list[float]:
 
 def step_of(bench: Bench, config, name: str, batch: dict):
     """A function that runs forward and backward of one variant."""
-    import torch
-
     variant = VARIANTS[name]
     if name.startswith("transformers"):
         from benchmarks.train_step import transformers_loss, transformers_model
 
         model = transformers_model(config).to(bench.device.torch_device)
-        if variant.compiled is not None:
+        if variant.compiled:
             model.compile(dynamic=False)
         forward = transformers_loss(model, batch)
     else:
@@ -211,7 +223,6 @@ def step_of(bench: Bench, config, name: str, batch: dict):
         forward = loss_of(model, batch)
 
     def step():
-        torch.compiler.cudagraph_mark_step_begin()
         model.zero_grad()
         with bench.precision.autocast():
             loss = forward()
@@ -230,8 +241,8 @@ def our_model(bench: Bench, config, variant: Variant, precision=None):
     precision = precision or bench.precision
     model = BertForPreTraining(config, autocast=precision.autocast, casts_off=precision.casts_off, **variant.model)
     model.to_device(bench.device.torch_device).train()
-    if variant.compiled is not None:
-        compile_model(bench.device, model, **variant.compiled)
+    if variant.compiled:
+        compile_model(bench.device, model, variant.cuda_graphs)
     return model
 
 
@@ -269,7 +280,6 @@ def training_losses(bench: Bench, variant: Variant, precision, batch: dict):
     few = {key: values[:8] for key, values in batch.items()}
     losses = []
     for _ in range(CHECKED_STEPS):
-        torch.compiler.cudagraph_mark_step_begin()
         with precision.autocast():
             loss = model(few)["loss"]
         precision.backward(loss)
@@ -325,6 +335,7 @@ def copy_bandwidth(bench: Bench) -> float:
 def lines(figures: dict) -> list[str]:
     lamb = figures["lamb"]
     found = [f"{figures['device']}, bf16 peak {figures['bf16_peak_tflops']:.0f} TFLOP/s",
+             ", ".join(f"{name} {value}" for name, value in figures["machine"].items()),
              *map(line_of, figures["steps"])]
     if lamb:
         floor = lamb["floor_seconds"]

@@ -174,6 +174,7 @@ def test_what_cuda_runs_in_a_step_asks_the_device_for_no_value(optimizer):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("flags", [["--hmp"], ["--fp16", "--checkpoint_activations"],
                                    ["--hmp", "--use_fused_lamb", "--mlm_loss_chunk=5"],
+                                   ["--hmp", "--hmp_bf16=ops_bf16_bert_pt.txt", "--hmp_fp32=ops_fp32_bert_pt.txt"],
                                    ["--hmp", "--use_torch_compile", "--cuda_graphs"]])
 def test_the_host_waits_for_a_gpu_only_where_it_logs(tmp_path, monkeypatch, flags):
     samples.write_config(tmp_path / "config.json")

@@ -1,6 +1,7 @@
 """The benchmarks run and say what they promise, on small sizes; the figures themselves are no matter of tests."""
 
 import json
+import sys
 
 import pytest
 
@@ -33,10 +34,12 @@ def test_the_gpu_benchmark_checks_and_times_what_needs_no_compiler(capsys, confi
     assert {"NVLAMB", "--use_fused_lamb", "AdamW, fused"} <= set(found["lamb"]["seconds"])
 
 
-def test_the_gpu_benchmark_goes_on_after_a_variant_that_fails_its_check(capsys, config, monkeypatch):
+def test_the_gpu_benchmark_goes_on_after_a_variant_that_fails_and_without_transformers(capsys, config, monkeypatch):
     monkeypatch.setitem(gpu.VARIANTS, "sdpa", gpu.Variant({"attention": "no such attention"}))
-    found = run_gpu(capsys, config, "--lengths=128", "--lamb=no", "--variants", "sdpa", "plain")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    found = run_gpu(capsys, config, "--lengths=128", "--lamb=no", "--variants", "sdpa", "transformers", "plain")
     assert "KeyError" in found["failures"]["128: sdpa"]
+    assert "ModuleNotFoundError" in found["failures"]["128: transformers"] and "transformers" not in found["machine"]
     assert [step["variant"] for step in found["steps"]] == ["plain"]
 
 

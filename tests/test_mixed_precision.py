@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import samples
 from cli import UserError
 from device import Device, LazyDevice
+from lamb import NVLAMB
 from mixed_precision import Precision
 from modeling import BertForPreTraining
 from op_list_mode import DtypeReport, OpListMode, op_name
@@ -233,6 +234,24 @@ def test_faulty_lists_are_refused(tmp_path, bf16, fp32, complaint):
 def test_fp16_without_cuda_is_refused():
     with pytest.raises(UserError, match="--fp16 needs CUDA"):
         Precision(arguments(fp16=True, hmp=False), Device())
+
+
+@pytest.mark.parametrize("given, after_overflow", [(64.0, 64.0), (0.0, 512.0)])
+def test_an_overflow_skips_the_step_and_lowers_no_scale_but_a_dynamic_one(monkeypatch, given, after_overflow):
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    device = Device()
+    device.kind = "cuda"  # the scale lies where the loss does
+    precision = Precision(arguments(hmp=False, fp16=True, loss_scale=given, init_loss_scale=1024.0), device)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = NVLAMB([weight], lr=0.5)
+    precision.backward((weight * float("inf")).sum())
+    precision.step(optimizer)
+    assert precision.state()["scale"] == after_overflow
+    assert torch.equal(weight, torch.ones(3)) and optimizer.skipped_steps == 1
+    optimizer.zero_grad()
+    precision.backward((weight * 0.1).sum())
+    precision.step(optimizer)
+    assert weight.detach().tolist() == pytest.approx([0.5] * 3, rel=1e-3), "LAMB moves it by its own length times 0.5"
 
 
 def test_report_tells_apart_combinations_of_types():
