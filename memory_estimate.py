@@ -22,7 +22,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live = -pool.lent  # which lends without an operation
+        self.live = -pool.bytes_in_use()  # which lends without an operation
         self.trace = []
         self.known = weakref.WeakSet()
 
@@ -31,7 +31,7 @@ class LiveBytes(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for storage in storages(result):
             self.count(storage, present)
-        self.trace.append(self.live + pool.lent)
+        self.trace.append(self.live + pool.bytes_in_use())
         return result
 
     def count(self, storage, present) -> None:
