@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import samples
-from benchmarks import gpu, train_step
+from benchmarks import gpu, products, train_step
 
 
 @pytest.fixture
@@ -54,3 +54,14 @@ def test_the_training_step_is_compared_with_the_fastest_rival(capsys, monkeypatc
     train_step.main(["--model=base_packed", "--repeats=2", "--json", "--profile"])
     parts = json.loads(capsys.readouterr().out)["milliseconds"]
     assert all(parts[name] > 0 for name in train_step.KERNELS if name != "zero fills")
+
+
+def test_the_products_of_a_step_are_all_its_flops_but_those_of_attention(capsys, monkeypatch):
+    monkeypatch.setitem(train_step.SHAPES, "mini", (2, 32, 2, 3, 128, 1))
+    products.main(["--repeats=1", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    flops = sum(product["times_a_step"] * product["gflops"]["kernels"] * product["seconds"]["kernels"]["median"]
+                for product in found["products"])
+    tokens, masked = 3 * 128, 3 * 20
+    assert flops * 1e9 == pytest.approx(6 * (tokens * 2 * 12 * 32**2 + masked * 32 * train_step.VOCABULARY))
+    assert found["ratio_vs_pytorch"] > 0
