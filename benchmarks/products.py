@@ -31,7 +31,8 @@ def main(argv=None) -> None:
                "ratio_vs_pytorch": totals["pytorch"] / totals["kernels"], "machine": machine()}
     report(figures, args.json, [
         f"products of a step of BERT-{args.model}, {args.threads} threads: GFLOP/s of the kernels, of PyTorch",
-        *(f"  {found['name']:34s}{found['shape']:24s}{found['gflops']['kernels']:6.0f}{found['gflops']['pytorch']:6.0f}"
+        *(f"  {found['name']:44s}{found['shape']:22s}"
+          f"{found['gflops']['kernels']:6.0f}{found['gflops']['pytorch']:6.0f}"
           for found in products),
         f"  in all {totals['kernels']:.3f} s against {totals['pytorch']:.3f} s: "
         f"{figures['ratio_vs_pytorch']:.2f} times as fast"])
