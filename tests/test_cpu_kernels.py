@@ -1,6 +1,9 @@
 """The kernels for CPUs against PyTorch's operations.  Without dropout, test_modeling.py compares whole models too."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ def kernels():
 def pair(seed: int = 0, **config) -> tuple[BertForPreTraining, BertForPreTraining]:
     """The same model twice: through the kernels, and through plain operations."""
     torch.manual_seed(seed)
-    fast = BertForPreTraining(samples.config(initializer_range=0.2, **config), "kernels").train()
+    fast = BertForPreTraining(samples.config(**{"initializer_range": 0.2, **config}), "kernels").train()
     plain = BertForPreTraining(fast.config, "plain").train()
     plain.load_state_dict(fast.state_dict())
     return fast, plain
@@ -151,6 +154,32 @@ def test_products_of_any_size_are_those_of_fp64(rows, columns, depth, a_transpos
     assert start != "into" or found is into
 
 
+BEFORE_FORBIDDEN_PAGES = """
+import ctypes, itertools, mmap
+import numpy, torch
+import cpu_layers
+
+def factor(rows, columns):
+    size = 4 * rows * columns
+    end = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, end + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + end
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    return torch.from_numpy(numpy.frombuffer(memory, numpy.float32, rows * columns, end - size).reshape(rows, columns))
+
+for rows, columns, depth in itertools.product((1, 15, 17, 40, 200), (1, 31, 40, 200), (1, 15, 17, 40, 300)):
+    firsts, seconds = ((factor(*shape), factor(*shape[::-1]).t()) for shape in ((rows, depth), (depth, columns)))
+    for a, b in itertools.product(firsts, seconds):
+        a.normal_(), b.normal_()
+        torch.testing.assert_close(cpu_layers.product(a, b), a @ b, rtol=0, atol=1e-4)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are forbidden by Linux's mprotect")
+def test_products_read_nothing_behind_their_factors():
+    subprocess.run([sys.executable, "-c", BEFORE_FORBIDDEN_PAGES], check=True, cwd=Path(cpu_layers.__file__).parent)
+
+
 def test_products_of_parts_of_wider_matrices_read_their_part_alone():
     wide = torch.full((40, 100), float("nan"))
     wide[:, 30:60] = torch.randn(40, 30)
@@ -168,6 +197,18 @@ def test_attention_over_many_blocks_of_queries_is_the_plain_one(lengths):
         model(batch)["loss"].backward()
     for (name, found), expected in zip(fast.named_parameters(), plain.parameters(), strict=True):
         assert_close(found.grad, expected.grad, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_layers_wider_than_a_block_of_a_product_are_the_plain_ones():
+    """Heads too: 528 wide."""
+    fast, plain = pair(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.02,
+                       hidden_size=1056, intermediate_size=1100, num_attention_heads=2, num_hidden_layers=1)
+    batch = samples.unpacked_batch([24, 5, 11])
+    for model in (fast, plain):
+        model(batch)["loss"].backward()
+    for (name, found), expected in zip(fast.named_parameters(), plain.parameters(), strict=True):
+        tolerance = 1e-4 * expected.grad.abs().max().item() + 1e-7
+        assert_close(found.grad, expected.grad, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("key", ["input_ids", "segment_ids", "positions"])
