@@ -12,17 +12,38 @@ namespace {
 constexpr int64_t ROWS_APART = 96;  // of a thread, or columns: fewer do not pay for copies of its own
 constexpr int64_t QUERIES = 128;  // whose scores of 512 tokens stay in the second cache
 
-// The heads of one row of the batch, in arrays (T, D) or (T, 3·D), whose rows are `step` apart.
 Matrix rows_of(const float* data, int64_t step) { return {data, step, 1}; }
 
 Matrix transposed(Matrix matrix) { return {matrix.data, matrix.column, matrix.row}; }
 
-// The tokens that those from `begin` to `end` may look at, where each sequence lies in one piece, up to whole tiles.
-Share visible(const int32_t* sequence, int64_t S, int64_t begin, int64_t end) {
-    Share found{begin, end};
-    while (found.begin > 0 && sequence[found.begin - 1] == sequence[begin]) found.begin--;
-    while (found.end < S && sequence[found.end] == sequence[end - 1]) found.end++;
-    return {found.begin / WIDTH * WIDTH, std::min(S, (found.end + WIDTH - 1) / WIDTH * WIDTH)};
+// A head of a row of the batch, in arrays (T, 3·D) of query, key and value and (T, D) of the context.
+struct Head {
+    Matrix query, key, value;
+    const int32_t* numbers;  // of its tokens' sequences
+    int64_t place, context;  // of its first number in the arrays
+};
+
+Head head_of(const float* qkv, const int32_t* sequence, int64_t head, int64_t N, int64_t S, int64_t H) {
+    const int64_t D = N * H, token = head / N * S, column = head % N * H;
+    const Matrix query = rows_of(qkv + token * 3 * D + column, 3 * D);
+    return {query, query.from(0, D), query.from(0, 2 * D), sequence + token, token * 3 * D + column,
+            token * D + column};
+}
+
+// Queries from `begin` on, and the `others` tokens from `seen` on that they may look at, where each sequence lies in
+// one piece, up to whole tiles.  `first` is the place of their first weight in (B, N, S, S).
+struct Block {
+    int64_t begin, count, seen, others, first;
+};
+
+Block block_of(const int32_t* numbers, int64_t head, int64_t S, int64_t begin) {
+    const int64_t count = std::min(QUERIES, S - begin), last = begin + count - 1;
+    int64_t seen = begin, end = last + 1;
+    while (seen > 0 && numbers[seen - 1] == numbers[begin]) seen--;
+    while (end < S && numbers[end] == numbers[last]) end++;
+    seen = seen / WIDTH * WIDTH;
+    end = std::min(S, (end + WIDTH - 1) / WIDTH * WIDTH);
+    return {begin, count, seen, end - seen, (head * S + begin) * S + seen};
 }
 
 // scores x (count) of a token of sequence `own` → softmax(x·scale) over the tokens of that sequence, in place
@@ -244,27 +265,24 @@ void attention(const float* qkv, const int32_t* sequence, float* weights, float*
     const int64_t D = N * H;
     const float scale = 1.0f / std::sqrt(static_cast<float>(H));
 #pragma omp parallel for
-    for (int64_t head = 0; head < B * N; head++) {
-        const int64_t b = head / N, offset = b * S * 3 * D + head % N * H;
-        const int32_t* numbers = sequence + b * S;
-        const Matrix query = rows_of(qkv + offset, 3 * D), key = query.from(0, D), value = query.from(0, 2 * D);
+    for (int64_t number = 0; number < B * N; number++) {
+        const Head head = head_of(qkv, sequence, number, N, S, H);
         const Team alone{1, 0, block_memory(std::max(S, H), std::max(S, H))};
         float* dropped = scratch<1>(QUERIES * S);
         for (int64_t begin = 0; begin < S; begin += QUERIES) {
-            const int64_t count = std::min(QUERIES, S - begin);
-            const Share seen = visible(numbers, S, begin, begin + count);
-            const int64_t others = seen.end - seen.begin, first = (head * S + begin) * S + seen.begin;
-            float* x = weights + first;
-            multiply(alone, query.from(begin, 0), transposed(key.from(seen.begin, 0)), nullptr, x, S, count, others, H,
-                     false, nothing);
+            const Block block = block_of(head.numbers, number, S, begin);
+            const int64_t count = block.count, others = block.others;
+            float* x = weights + block.first;
+            multiply(alone, head.query.from(begin, 0), transposed(head.key.from(block.seen, 0)), nullptr, x, S, count,
+                     others, H, false, nothing);
             for (int64_t i = 0; i < count; i++) {
-                softmax_within(x + i * S, numbers + seen.begin, numbers[begin + i], others, scale);
+                softmax_within(x + i * S, head.numbers + block.seen, head.numbers[begin + i], others, scale);
                 if (p > 0.0f)
-                    drop(x + i * S, dropped + i * others, others, dropout, static_cast<uint32_t>(first + i * S));
+                    drop(x + i * S, dropped + i * others, others, dropout, static_cast<uint32_t>(block.first + i * S));
             }
             const Matrix kept = p > 0.0f ? rows_of(dropped, others) : rows_of(x, S);
-            multiply(alone, kept, value.from(seen.begin, 0), nullptr, context + (b * S + begin) * D + head % N * H, D,
-                     count, H, others, false, nothing);
+            multiply(alone, kept, head.value.from(block.seen, 0), nullptr, context + head.context + begin * D, D, count,
+                     H, others, false, nothing);
         }
     }
 }
@@ -277,42 +295,39 @@ void attention_backward(const float* gradient, const float* qkv, const int32_t* 
     const int64_t D = N * H;
     const float scale = 1.0f / std::sqrt(static_cast<float>(H));
 #pragma omp parallel for
-    for (int64_t head = 0; head < B * N; head++) {
-        const int64_t b = head / N, offset = b * S * 3 * D + head % N * H;
-        const int32_t* numbers = sequence + b * S;
-        const Matrix query = rows_of(qkv + offset, 3 * D), key = query.from(0, D), value = query.from(0, 2 * D);
-        const Matrix above = rows_of(gradient + b * S * D + head % N * H, D);
-        float *d_query = qkv_gradient + offset, *d_key = d_query + D, *d_value = d_key + D;
+    for (int64_t number = 0; number < B * N; number++) {
+        const Head head = head_of(qkv, sequence, number, N, S, H);
+        const Matrix above = rows_of(gradient + head.context, D);
+        float *d_query = qkv_gradient + head.place, *d_key = d_query + D, *d_value = d_key + D;
         for (int64_t s = 0; s < S; s++)
             for (float* start : {d_key, d_value}) std::fill(start + s * 3 * D, start + s * 3 * D + H, 0.0f);
         const Team alone{1, 0, block_memory(std::max(S, H), std::max(S, H))};
         float *dropped = scratch<1>(QUERIES * S), *d_scores = scratch<2>(QUERIES * S);
         for (int64_t begin = 0; begin < S; begin += QUERIES) {
-            const int64_t count = std::min(QUERIES, S - begin);
-            const Share seen = visible(numbers, S, begin, begin + count);
-            const int64_t others = seen.end - seen.begin, first = (head * S + begin) * S + seen.begin;
-            const float* x = weights + first;
+            const Block block = block_of(head.numbers, number, S, begin);
+            const int64_t count = block.count, others = block.others, seen = block.seen;
+            const float* x = weights + block.first;
             const Matrix own = above.from(begin, 0);
-            multiply(alone, own, transposed(value.from(seen.begin, 0)), nullptr, d_scores, others, count, others, H,
+            multiply(alone, own, transposed(head.value.from(seen, 0)), nullptr, d_scores, others, count, others, H,
                      false, nothing);
             for (int64_t i = 0; i < count; i++) {
                 float *y = dropped + i * others, *g = d_scores + i * others;
-                drop(x + i * S, y, others, dropout, static_cast<uint32_t>(first + i * S));
+                drop(x + i * S, y, others, dropout, static_cast<uint32_t>(block.first + i * S));
                 softmax_backward(g, x + i * S, y, others, scale);
             }
             const Matrix kept = rows_of(dropped, others), scores = rows_of(d_scores, others);
-            multiply(alone, scores, key.from(seen.begin, 0), nullptr, d_query + begin * 3 * D, 3 * D, count, H, others,
+            multiply(alone, scores, head.key.from(seen, 0), nullptr, d_query + begin * 3 * D, 3 * D, count, H, others,
                      false, nothing);
-            multiply(alone, transposed(scores), query.from(begin, 0), nullptr, d_key + seen.begin * 3 * D, 3 * D,
-                     others, H, count, true, nothing);
-            multiply(alone, transposed(kept), own, nullptr, d_value + seen.begin * 3 * D, 3 * D, others, H, count, true,
+            multiply(alone, transposed(scores), head.query.from(begin, 0), nullptr, d_key + seen * 3 * D, 3 * D, others,
+                     H, count, true, nothing);
+            multiply(alone, transposed(kept), own, nullptr, d_value + seen * 3 * D, 3 * D, others, H, count, true,
                      nothing);
         }
-        for (int64_t which = 0; which < 3; which++) {
-            float* total = sums + (b * 3 + which) * D + head % N * H;
+        float* total = sums + head.place - number / N * (S - 1) * 3 * D;  // the head's place in a row of (B, 3·D)
+        for (int64_t which = 0; which < 3; which++, total += D) {
             std::fill(total, total + H, 0.0f);
             for (int64_t s = 0; s < S; s++)
-                for (int64_t h = 0; h < H; h++) total[h] += d_query[s * 3 * D + which * D + h];
+                for (int64_t h = 0; h < H; h++) total[h] += d_query[(s * 3 + which) * D + h];
         }
     }
 }
