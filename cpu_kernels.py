@@ -126,4 +126,4 @@ def openmp_library() -> list[str]:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    return sorted({line.split()[-1] for line in lines if "/libgomp" in line})
+    return sorted({line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line})  # a path may hold spaces

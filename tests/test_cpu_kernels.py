@@ -288,6 +288,19 @@ def test_kernels_are_compiled_once(fresh):
     assert [path] == list(fresh.rglob("*.so")) and path.stat().st_mtime_ns == before
 
 
+def test_torchs_openmp_library_is_found_in_a_folder_with_a_space(fresh, monkeypatch):
+    (library,) = cpu_kernels.openmp_library()
+    link = fresh / "new user" / "libgomp.so.1"
+    link.parent.mkdir()
+    link.symlink_to(library)
+    maps = f"7f00-7f10 r-xp 00000000 08:01 42    {link}\n"
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: maps if str(self) == "/proc/self/maps" else
+                        read(self, **options))
+    assert cpu_kernels.openmp_library() == [str(link)]
+    assert cpu_kernels.problem() is None
+
+
 def test_a_damaged_library_is_named(fresh):
     cpu_kernels.load()
     (path,) = fresh.rglob("*.so")
