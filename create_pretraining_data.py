@@ -25,13 +25,12 @@ from random import Random
 
 import numpy as np
 
-import cli
-import shards
-from cli import UserError
-from data import vocabulary
+from common import cli
+from common.cli import UserError
+from common.files import local_file
+from data import shards, vocabulary
+from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
 from data.wordpiece import Encoder
-from file_utils import local_file
-from masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
 
 READ_BYTES = 1 << 21  # text read at a time; a block of documents holds up to twice that
 BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time

@@ -5,9 +5,9 @@
 
 import json
 
-import cli
-import gaudi_environment
-from arguments import add_device_choice
+from common import cli
+from devices import gaudi_environment
+from training.arguments import add_device_choice
 
 
 def main(argv=None):
@@ -19,11 +19,11 @@ def main(argv=None):
 def print_figures(args) -> None:
     import torch
 
-    import checkpoint
-    import device as devices
-    import shards
-    from evaluation import describe, evaluate
+    from checkpoint import folder as checkpoint
+    from data import shards
+    from devices import device as devices
     from modeling import BertConfig, BertForPreTraining
+    from training.evaluation import describe, evaluate
 
     device = devices.select(args)
     config = BertConfig.from_json_file(args.config_file)

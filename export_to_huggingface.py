@@ -9,8 +9,8 @@ such a folder as its --init_checkpoint.  transformers itself is not needed here.
 
 from pathlib import Path
 
-import cli
-from cli import UserError
+from common import cli
+from common.cli import UserError
 
 # What a model card tells of the flags of a run (a PARAMETER line of its log)
 CARD_FLAGS = ("input_dir", "max_seq_length", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
@@ -22,8 +22,8 @@ CARD_FIGURES = ("final_loss", "eval_mlm_loss", "eval_mlm_accuracy", "eval_nsp_ac
 def main(argv=None) -> None:
     args = parse_arguments(argv)
     refuse_folder_in_use(args.output_dir)
-    import checkpoint
-    import huggingface
+    from checkpoint import folder as checkpoint
+    from checkpoint import huggingface
     from modeling import BertConfig, BertForPreTraining
 
     config = BertConfig.from_json_file(args.config_file)

@@ -8,15 +8,15 @@ Without a sentence, sentences are read line by line from the terminal or a pipe.
 
 import sys
 
-import cli
-from cli import UserError
+from common import cli
+from common.cli import UserError
 
 PROMPT = "a sentence with [MASK] (empty line: end)> "
 
 
 def main(argv=None) -> None:
     args = parse_arguments(argv)
-    from huggingface import read_vocabulary, tokenizer_of
+    from checkpoint.huggingface import read_vocabulary, tokenizer_of
     from modeling import BertConfig
 
     config = BertConfig.from_json_file(args.config_file)
@@ -44,7 +44,7 @@ def parse_arguments(argv):
 
 
 def load_model(config, path: str):
-    import checkpoint
+    from checkpoint import folder as checkpoint
     from modeling import BertForPreTraining
 
     model = BertForPreTraining(config).eval()

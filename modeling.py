@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import cpu_layers
-from attention import ATTENTIONS, KERNELS
-from cli import UserError
+from common.cli import UserError
+from ops import cpu_layers
+from ops.attention import ATTENTIONS, KERNELS
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 LAYER_NORM_EPS = 1e-12

@@ -19,19 +19,19 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import cli
-import packing_plot
-import packing_shards
-import shards
-from cli import UserError
-from data.pool import open_pool, ordered_map
-from file_utils import write_json
-from masking import MOST_SEQUENCES
-from packing import Recipe, by_longest_pack_first, knapsack
-from packing_cutting_stock import cutting_stock
-from packing_nnls import MAX_DEPTH as NNLS_MAX_DEPTH
-from packing_nnls import nnls
-from packing_placement import Placement
+from common import cli
+from common.cli import UserError
+from common.files import write_json
+from data import shards
+from data.masking import MOST_SEQUENCES
+from data.packing import plot as packing_plot
+from data.packing import scatter_gather as packing_shards
+from data.packing.cutting_stock import cutting_stock
+from data.packing.nnls import MAX_DEPTH as NNLS_MAX_DEPTH
+from data.packing.nnls import nnls
+from data.packing.placement import Placement
+from data.packing.recipe import Recipe, by_longest_pack_first, knapsack
+from data.workers import open_pool, ordered_map
 
 METHODS = {"cutting_stock": cutting_stock, "nnls": nnls, "lpfhp": by_longest_pack_first}
 PART_NAME = "mixed_strategies_part_{}.hdf5"

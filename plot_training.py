@@ -10,9 +10,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cli
-from cli import UserError
-from file_utils import replacing
+from common import cli
+from common.cli import UserError
+from common.files import replacing
 
 PANELS = (  # title, key in the log, axis label
     ("Training loss", "average_loss", "MLM + NSP, nats"),

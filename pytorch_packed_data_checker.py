@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import cli
-import shards
-from cli import UserError
-from data.pool import open_pool, ordered_map
+from common import cli
+from common.cli import UserError
+from data import shards
+from data.packing.checks import faults, fingerprints
+from data.packing.scatter_gather import Block, blocks_of
+from data.workers import open_pool, ordered_map
 from pack_pretraining_data_pytorch import UNFINISHED, metadata_path
-from packing_checks import faults, fingerprints
-from packing_shards import Block, blocks_of
 
 BUCKETS = 2**16  # fingerprints are compared by the sums of so many groups of them
 

@@ -8,11 +8,11 @@ training.py holds the loop.  torch is imported after the flags are read: Gaudi's
 
 from functools import partial
 
-import cli
-import gaudi_environment
-from arguments import parse_arguments
-from cli import UserError
-from shard_reader import ShardReader
+from common import cli
+from common.cli import UserError
+from data.shard_reader import ShardReader
+from devices import gaudi_environment
+from training.arguments import parse_arguments
 
 
 def main(argv=None) -> None:
@@ -23,7 +23,7 @@ def main(argv=None) -> None:
 
 def pretrain(args, reader) -> dict:
     """Train as the flags say; the figures of the summary."""
-    import distributed
+    from parallel import ranks as distributed
 
     with distributed.join(args) as process:
         return run(args, process, reader)
@@ -31,19 +31,19 @@ def pretrain(args, reader) -> dict:
 
 def run(args, process, reader) -> dict:
     """The part of one rank in the training.  Nothing is written before everything has been checked."""
-    import attention
-    import checkpoint
-    import dataset
-    import device as devices
-    import dry_run
-    from compilation import compile_training
-    from gradient_reduction import build_reduction, share_weights
-    from mixed_precision import Precision
+    from checkpoint import folder as checkpoint
+    from data import dataloader as dataset
+    from devices import device as devices
+    from devices.precision import Precision
     from modeling import BertConfig, BertForPreTraining
-    from optimizers import build_optimizer, local_part, restore_skip_counts
-    from tensorboard_log import summary_writer
-    from training import BatchPlan, Trainer
-    from training_log import TrainingLog
+    from ops import attention
+    from optim.build import build_optimizer, local_part, restore_skip_counts
+    from parallel.gradient_reduction import build_reduction, share_weights
+    from training import dry_run
+    from training.compilation import compile_training
+    from training.log import TrainingLog
+    from training.tensorboard_log import summary_writer
+    from training.trainer import BatchPlan, Trainer
 
     device = devices.select(args, process.local_rank)
     precision = Precision(args, device)
@@ -120,8 +120,8 @@ def facts(args, config, shards, device, start) -> dict[str, str]:
 
 def training_shards(args, config, reader, report) -> list:
     """The shards of --input_dir, checked against the flags and the config."""
-    import dataset
-    import shards as shard_files
+    from data import dataloader as dataset
+    from data import shards as shard_files
 
     unreadable = [] if args.skip_bad_shards else None
     found = shard_files.find(args.input_dir, inspect=partial(reader.call, shard_files.inspect), unreadable=unreadable)
@@ -149,7 +149,7 @@ def training_shards(args, config, reader, report) -> list:
 
 
 def held_out_shards(args, config, reader) -> list | None:
-    import shards as shard_files
+    from data import shards as shard_files
 
     if not args.eval_dir:
         return None
@@ -159,7 +159,7 @@ def held_out_shards(args, config, reader) -> list | None:
 
 
 def tensorboard_log(args, start):
-    from tensorboard_log import TensorBoardLog
+    from training.tensorboard_log import TensorBoardLog
 
     if not args.tensorboard_logdir:
         return None

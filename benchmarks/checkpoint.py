@@ -20,11 +20,10 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from measuring import ROOT, machine, report, spread  # puts the repository's root on the path
 
-import cli  # noqa: E402
-from benchmarks.measuring import machine, report, spread  # noqa: E402
+# isort: split
+from common import cli
 
 SHAPES = {  # layers, hidden size, heads, rows
     "mini": (4, 256, 4, 8),
@@ -79,7 +78,7 @@ def write_inputs(folder: Path, args) -> list[str]:
     """Config and data; the flags of a training with them."""
     import numpy as np
 
-    from synthetic import VOCAB_SIZE, write_unpacked_shard
+    from tests.support.synthetic import VOCAB_SIZE, write_unpacked_shard
 
     layers, hidden, heads, rows = SHAPES[args.model]
     config = {"attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
@@ -98,7 +97,7 @@ def write_inputs(folder: Path, args) -> list[str]:
 def timed_training(flags: list[str]) -> tuple[list[tuple[float, bool]], list[float]]:
     """Seconds of each step after the warm-up, with whether a checkpoint was being written, and of each stall."""
     import run_pretraining
-    import training
+    from training import trainer as training
 
     steps, stalls = [], []
     train_step, save = training.Trainer.train_step, training.Trainer.save
@@ -128,7 +127,7 @@ def quietly(function, *arguments) -> None:
 
 def parameters_and_copy(path: Path, repeats: int = 5) -> tuple[int, list[float]]:
     """How many parameters a checkpoint holds, and seconds for a bare copy of all its bytes."""
-    import checkpoint
+    from checkpoint import folder as checkpoint
 
     state = checkpoint.load(path)
     weights = {weight.data_ptr(): weight for weight in state["model"].values()}.values()

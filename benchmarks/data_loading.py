@@ -7,18 +7,16 @@ folder; then whole epochs are read, each by a fresh stream, waiting for every ba
     python benchmarks/data_loading.py [--json]
 """
 
-import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # synthetic.py
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from measuring import machine, report, spread  # puts the repository's root on the path
 
-import cli
-from benchmarks.measuring import machine, report, spread
-from shard_reader import ShardReader
+# isort: split
+from common import cli
+from data.shard_reader import ShardReader
 
 VOCABULARY = 30522
 
@@ -52,7 +50,7 @@ def main(argv=None) -> None:
 def write_unpacked(folder: Path, count: int, rows: int, dynamic: bool = False) -> None:
     import numpy as np
 
-    import synthetic
+    from tests.support import synthetic
 
     for number in range(count):
         lengths = np.random.default_rng(number).integers(20, 129, rows)
@@ -64,8 +62,8 @@ def write_packed(folder: Path, count: int, rows: int) -> None:
     """Rows of two sequences of 256 tokens each."""
     import numpy as np
 
-    import shards
-    import synthetic
+    from data import shards
+    from tests.support import synthetic
 
     for number in range(count):
         one, other = (synthetic.unpacked_rows(np.full(rows, 256), np.random.default_rng([number, half]), 256, 40)
@@ -84,8 +82,8 @@ def write_packed(folder: Path, count: int, rows: int) -> None:
 
 def epoch_rate(folder: Path, batch_size: int, reader) -> float:
     """Rows a second of one epoch read by a new stream."""
-    import dataset
-    import shards
+    from data import dataloader as dataset
+    from data import shards
 
     found = shards.find(folder, inspect=partial(reader.call, shards.inspect))
     batches = sum(shard.rows for shard in found) // batch_size

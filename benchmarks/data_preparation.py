@@ -18,13 +18,12 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from measuring import ROOT, alternate, processor, report, spread  # puts the repository's root on the path
 
-import cli
-from benchmarks.measuring import alternate, processor, report, spread
-from data import downloads, estimates
+# isort: split
+from common import cli
+from data.preparation import downloads, estimates
 
-ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_MB = 2.6  # text of the sample
 SIZES = (20, 200)  # MB of text
 FULL_SIZE = 2000
@@ -160,7 +159,7 @@ def one_shard(text: Path, vocab_file: Path, repeats: int) -> dict:
 
 def splitters(text: Path) -> dict:
     """Speed of the sentence splitters on one core, and how their sentence ends agree with NLTK's."""
-    from data.sentences import split_document
+    from data.preparation.sentences import split_document
 
     documents = text.read_text().splitlines()
     size = sum(len(document.encode()) for document in documents) / 1e6

@@ -23,13 +23,12 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # synthetic.py
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from measuring import ROOT, machine, report, spread  # puts the repository's root on the path
+from train_step import transformers_loss, transformers_model
 
-import cli
-from benchmarks.measuring import machine, report, spread
+# isort: split
+from common import cli
 
-ROOT = Path(__file__).resolve().parent.parent
 CHECKED_STEPS, MOST_ERROR = 20, 3.0
 BYTES_PER_PARAMETER = 44  # that a LAMB step has to move: 4 for the norm, 24 for the moments, 16 for the update
 
@@ -76,10 +75,10 @@ def main(argv=None) -> None:
     args = parse_arguments(argv)
     import torch
 
-    import device as devices
-    from mixed_precision import Precision
+    from devices import device as devices
+    from devices.precision import Precision
     from modeling import BertConfig
-    from utilization import PRODUCT_SIZE, REPEATS, matrix_peak
+    from training.metrics import PRODUCT_SIZE, REPEATS, matrix_peak
 
     device = devices.select(args)
     torch.manual_seed(0)
@@ -93,7 +92,7 @@ def main(argv=None) -> None:
 
 
 def parse_arguments(argv):
-    from arguments import add_device_choice
+    from training.arguments import add_device_choice
 
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--config_file", default=str(ROOT / "bert_config.json"), help="the architecture")
@@ -154,11 +153,11 @@ def wikipedia_batches(length: int, rows: int) -> tuple[dict, dict]:
     """The same kind of sequences as a batch of unpacked and as one of packed rows."""
     import numpy as np
 
-    import dataset
-    import shards
-    import synthetic
-    from benchmarks.packing import wikipedia_histogram
+    from packing import wikipedia_histogram
+    from data import dataloader as dataset
+    from data import shards
     from pack_pretraining_data_pytorch import main as pack
+    from tests.support import synthetic
 
     histogram = wikipedia_histogram()
     sequences = 4 * rows  # more than two in a row are rare: enough to fill the rows once packed
@@ -177,8 +176,8 @@ def wikipedia_batches(length: int, rows: int) -> tuple[dict, dict]:
 
 def variant_figures(bench: Bench, name: str, length: int, batch: dict) -> dict:
     """Check a variant, then time it on a batch of the host."""
-    from dataset import sequences_in
-    from utilization import NeededFlops
+    from data.dataloader import sequences_in
+    from training.metrics import NeededFlops
 
     on_device = bench.device.put(batch)
     error = None if name.startswith("transformers") else checked_error(bench, VARIANTS[name], on_device)
@@ -212,7 +211,6 @@ def step_of(bench: Bench, config, name: str, batch: dict):
     """A function that runs forward and backward of one variant."""
     variant = VARIANTS[name]
     if name.startswith("transformers"):
-        from benchmarks.train_step import transformers_loss, transformers_model
 
         model = transformers_model(config).to(bench.device.torch_device)
         if variant.compiled:
@@ -235,8 +233,8 @@ def loss_of(model, batch: dict):
 
 
 def our_model(bench: Bench, config, variant: Variant, precision=None):
-    from compilation import compile_model
     from modeling import BertForPreTraining
+    from training.compilation import compile_model
 
     precision = precision or bench.precision
     model = BertForPreTraining(config, autocast=precision.autocast, casts_off=precision.casts_off, **variant.model)
@@ -251,7 +249,7 @@ def checked_error(bench: Bench, variant: Variant, batch: dict) -> float:
 
     ValueError where that is too far.
     """
-    from mixed_precision import Precision
+    from devices.precision import Precision
 
     length = batch["input_ids"].shape[1]
     if length not in bench.references:
@@ -271,7 +269,7 @@ def training_losses(bench: Bench, variant: Variant, precision, batch: dict):
     import torch
 
     from lamb import NVLAMB
-    from optimizers import parameter_groups
+    from optim.build import parameter_groups
 
     config = replace(bench.config, num_hidden_layers=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     torch.manual_seed(0)
@@ -293,10 +291,10 @@ def lamb_figures(bench: Bench) -> dict:
     """Seconds of an optimizer step over the whole model, and what share of the memory's bandwidth it uses."""
     import torch
 
-    from fused_lamb import MultiTensorNVLAMB
     from lamb import NVLAMB
     from modeling import BertForPreTraining
-    from optimizers import parameter_groups
+    from optim.build import parameter_groups
+    from optim.fused_lamb import MultiTensorNVLAMB
 
     model = BertForPreTraining(bench.config).to_device(bench.device.torch_device)
     for parameter in model.parameters():

@@ -4,13 +4,11 @@
 """
 
 import copy
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from measuring import alternate, machine, report, spread  # puts the repository's root on the path
 
-import cli
-from benchmarks.measuring import alternate, machine, report, spread
+# isort: split
+from common import cli
 
 BERT_BASE = {"attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768,
              "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 512,
@@ -46,10 +44,10 @@ def optimizer_steps() -> tuple[dict, int]:
     """A step function for each optimizer, each with parameters and gradients of its own."""
     import torch
 
-    from fused_lamb import CpuFusedNVLAMB
     from lamb import NVLAMB
     from modeling import BertConfig, BertForPreTraining
-    from optimizers import parameter_groups
+    from optim.build import parameter_groups
+    from optim.fused_lamb import CpuFusedNVLAMB
 
     makers = {"lamb": lambda groups: CpuFusedNVLAMB(groups, lr=1e-3),
               "lamb_in_slices": lambda groups: NVLAMB(groups, lr=1e-3),

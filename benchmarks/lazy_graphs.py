@@ -7,20 +7,17 @@ the op lists, 2 accumulation steps; log lines and dropout as in a real run.  The
 """
 
 import json
-import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
+from measuring import ROOT, machine, report  # puts the repository's root on the path
 
-import cli
-from benchmarks.measuring import machine, report
+# isort: split
+from common import cli
 
-ROOT = Path(__file__).resolve().parent.parent
 SEQUENCE_LENGTH, PREDICTIONS, ROWS = 32, 5, 3
 STEPS, ACCUMULATION_STEPS, SETTLED_STEP = 8, 2, 3
 CONFIG = {"attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 32,
@@ -56,7 +53,7 @@ def write_data(folder: Path) -> dict[str, float]:
     import numpy as np
 
     import pack_pretraining_data_pytorch
-    from synthetic import write_unpacked_shard
+    from tests.support.synthetic import write_unpacked_shard
 
     lengths = np.random.default_rng(0).integers(5, SEQUENCE_LENGTH + 1, 60)
     write_unpacked_shard(folder / "unpacked" / "sample_training_0.hdf5", lengths, 0, SEQUENCE_LENGTH, PREDICTIONS)
@@ -70,8 +67,8 @@ def write_data(folder: Path) -> dict[str, float]:
 def counted_run(folder: Path, data: str, sequences_per_row: float, flags: list[str]) -> dict:
     """Train, with the lazy device's counters read before each step and after each mark_step of it."""
     import run_pretraining
-    from device import LazyDevice
-    from training import Trainer
+    from devices.device import LazyDevice
+    from training.trainer import Trainer
 
     mark_step, train_step, readings = LazyDevice.mark_step, Trainer.train_step, []
 

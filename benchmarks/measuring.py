@@ -6,6 +6,10 @@ import statistics
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # here for all benchmarks: each imports this file before the repository's modules
 
 
 def alternate(functions: dict, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:

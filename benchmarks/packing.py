@@ -18,16 +18,14 @@ import numpy as np
 import scipy.optimize
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
+from measuring import ROOT, machine, report  # puts the repository's root on the path
 
-import cli
-import packing_nnls
-from benchmarks.measuring import machine, report
+# isort: split
+from common import cli
+from data.packing import nnls as packing_nnls
 from pack_pretraining_data_pytorch import METHODS
-from synthetic import write_unpacked_shard
+from tests.support.synthetic import write_unpacked_shard
 
-ROOT = Path(__file__).resolve().parent.parent
 DEPTHS = (3, 4, 8, 16)
 SMALL_SET = 10_000  # sequences drawn from the histogram
 ROWS_PER_SHARD, PREDICTIONS = 20_000, 80

@@ -3,14 +3,13 @@
     python benchmarks/products.py [--model mini|base] [--json]
 """
 
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
-from benchmarks.measuring import alternate, machine, report, spread
-from benchmarks.train_step import PREDICTIONS, SHAPES, VOCABULARY
+from measuring import alternate, machine, report, spread  # puts the repository's root on the path
+from train_step import PREDICTIONS, SHAPES, VOCABULARY
+
+# isort: split
+from common import cli
 
 
 def main(argv=None) -> None:
@@ -55,8 +54,8 @@ def measure(name: str, rows: int, columns: int, depth: int, transposed: str, tim
     """Figures of one product (M, K) · (K, N), whose result goes to memory that is there."""
     import torch
 
-    from buffers import pool
-    from cpu_layers import product
+    from ops.cpu_layers import product
+    from ops.memory_pool import pool
 
     def factor(rows, columns, transposed):
         return (pool.empty(columns, rows).normal_().t() if transposed else pool.empty(rows, columns).normal_())

@@ -15,13 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # ranks.py
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tqdm import tqdm
 
-import cli
-from benchmarks.measuring import machine, report
+from measuring import machine, report  # puts the repository's root on the path
+
+# isort: split
+from common import cli
 
 MODES = {
     "ddp": {},
@@ -75,7 +74,7 @@ def wire() -> tuple[list[str], str]:
 
 def train_all(folder: Path, counts: list[int]) -> dict[str, dict]:
     """mode → number of ranks → what its runs sent and how its losses went, as far as they differ from one rank's."""
-    import ranks
+    from tests.support import ranks
 
     ranks.write_workspace(folder)
     train(folder, 1, "one", STEPS, {})
@@ -93,7 +92,7 @@ def train_all(folder: Path, counts: list[int]) -> dict[str, dict]:
 
 def train(folder: Path, count: int, output: str, steps: int, mode: dict) -> int:
     """Train so many ranks to that step of the same schedule; the bytes that went over the wire."""
-    import ranks
+    from tests.support import ranks
 
     command = [*ranks.TRAIN, *ranks.flags(count, output, max_steps=STEPS, steps_this_run=steps, **mode)]
     if count > 1:
@@ -105,7 +104,7 @@ def train(folder: Path, count: int, output: str, steps: int, mode: dict) -> int:
 
 
 def run_whole(command: list[str], folder: Path) -> None:
-    import ranks
+    from tests.support import ranks
 
     done = ranks.run(command, folder)
     if done.returncode:
@@ -116,9 +115,7 @@ def waiting_shares(folder: Path) -> dict[int, float]:
     """number of ranks → the share of a step that the first rank waits for data, after the warm-up."""
     import numpy as np
 
-    import ranks
-    import samples
-    import synthetic
+    from tests.support import ranks, samples, synthetic
 
     samples.write_config(folder / "mini.json", **MINI)
     for number in range(3):
@@ -149,7 +146,7 @@ def print_state_bytes(count: int) -> None:
     import torch
 
     from modeling import BertConfig, BertForPreTraining
-    from zero import parameters
+    from optim.zero import parameters
 
     config = BertConfig.from_json_file(Path(__file__).resolve().parent.parent / "bert_config.json")
     with torch.device("meta"):
@@ -173,8 +170,8 @@ def local_optimizer(model, rank: int, count: int):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from lamb import NVLAMB
-    from optimizers import parameter_groups
-    from zero import ShardedOptimizer
+    from optim.build import parameter_groups
+    from optim.zero import ShardedOptimizer
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=count)
     try:

@@ -8,13 +8,12 @@ is less work than to keep them apart.
     python benchmarks/train_step.py [--model mini|base|base_packed] [--rivals …] [--profile] [--json]
 """
 
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
-from benchmarks.measuring import alternate, machine, report, spread
+from measuring import alternate, machine, report, spread  # puts the repository's root on the path
+
+# isort: split
+from common import cli
 
 SHAPES = {  # layers, hidden size, heads, rows, tokens, sequences a row
     "mini": (4, 256, 4, 32, 128, 1),
@@ -60,7 +59,7 @@ def main(argv=None) -> None:
 
 def compare(config, batch: dict, seconds: dict) -> dict:
     """What the seconds of ours and of the others say."""
-    from utilization import NeededFlops, cpu_peak
+    from training.metrics import NeededFlops, cpu_peak
 
     ours, best = seconds["ours"]["median"], min(set(seconds) - {"ours"}, key=lambda name: seconds[name]["median"])
     flops, peak = NeededFlops(config).of_batch(batch), cpu_peak(2048, 5)
@@ -155,7 +154,7 @@ def transformers_loss(model, batch: dict):
     return lambda: model(**inputs).loss
 
 
-KERNELS = {  # how the functions of cpu_layers.cpp and PyTorch's operations are summed up
+KERNELS = {  # how the functions of csrc/layers.cpp and PyTorch's operations are summed up
     "matrix products, with bias": ("product", "aten::mm", "aten::addmm"),
     "matrix products, with dropout and LayerNorm after": ("dense_residual_norm",),
     "matrix products, with GELU after": ("dense_gelu", "gelu_backward"),

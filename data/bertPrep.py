@@ -13,13 +13,13 @@ create_datasets_from_start.sh runs the whole chain.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository's root, in place of data/
 
-import cli  # noqa: E402
+from common import cli  # noqa: E402
 from create_pretraining_data import SampleOptions, add_sample_flags, sample_options  # noqa: E402
-from data import stages  # noqa: E402
-from data.inputs import DATASETS  # noqa: E402
-from data.sentences import METHODS  # noqa: E402
+from data.preparation import stages  # noqa: E402
+from data.preparation.inputs import DATASETS  # noqa: E402
+from data.preparation.sentences import METHODS  # noqa: E402
 
 
 def parse(argv):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from cli import UserError
-from file_utils import replacing
+from common.cli import UserError
+from common.files import replacing
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LARGEST_ALPHABET = 1000  # characters, as in BERT's own vocabulary

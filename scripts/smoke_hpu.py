@@ -12,9 +12,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import cli
+from common import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQUENCE_LENGTH, PREDICTIONS, STEPS, WARM_UP = 128, 20, 12, 3
@@ -84,7 +83,7 @@ class Checks:
     def write_inputs(self) -> None:
         import numpy as np
 
-        from synthetic import write_unpacked_shard
+        from tests.support.synthetic import write_unpacked_shard
 
         lengths = np.random.default_rng(0).integers(SEQUENCE_LENGTH // 8, SEQUENCE_LENGTH + 1, 256)
         write_unpacked_shard(self.folder / "data" / "smoke_training_0.hdf5", lengths, 0, SEQUENCE_LENGTH, PREDICTIONS)
@@ -179,7 +178,7 @@ def last_words(done: subprocess.CompletedProcess) -> str:
 
 
 def print_cards() -> None:
-    from device import HpuDevice
+    from devices.device import HpuDevice
 
     print(HpuDevice(lazy=True).cards())
 
@@ -189,7 +188,7 @@ def all_reduce() -> None:
     import torch
     import torch.distributed as dist
 
-    from device import HpuDevice
+    from devices.device import HpuDevice
 
     device = HpuDevice(lazy=True)
     device.register_backend()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from preparation import STAGES, prepare
+from tests.support.preparation import STAGES, prepare
 
 
 def pytest_addoption(parser):

@@ -9,10 +9,10 @@ import pytest
 import transformers
 
 import fill_mask
-import saved_model
-from cli import UserError
-from huggingface import read_vocabulary, tokenizer_of
+from checkpoint.huggingface import read_vocabulary, tokenizer_of
+from common.cli import UserError
 from modeling import BertConfig
+from tests.support import saved_model
 
 ROOT = Path(fill_mask.__file__).parent
 FLAGS = saved_model.command_line()

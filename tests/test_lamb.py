@@ -8,11 +8,11 @@ import torch
 from torch.testing import assert_close
 
 import lamb
-import samples
-from fused_lamb import CpuFusedNVLAMB, MultiTensorNVLAMB
 from lamb import NVLAMB
 from modeling import BertForPreTraining
-from optimizers import parameter_groups
+from optim.build import parameter_groups
+from optim.fused_lamb import CpuFusedNVLAMB, MultiTensorNVLAMB
+from tests.support import samples
 
 
 def by_hand(weights, gradients_of_steps, rate, decays):

@@ -5,10 +5,10 @@ import torch
 import transformers
 from torch.testing import assert_close
 
-import samples
-from attention import ATTENTIONS
-from cli import UserError
+from common.cli import UserError
 from modeling import BertConfig, BertForPreTraining, losses
+from ops.attention import ATTENTIONS
+from tests.support import samples
 
 RENAMED = {"intermediate.dense_act": "intermediate.dense", "pooler.dense_act": "pooler.dense",
            "transform.dense_act": "transform.dense"}

@@ -4,8 +4,8 @@ import pytest
 from matplotlib.image import imread
 
 import plot_training
-from cli import UserError
-from training_log import TrainingLog
+from common.cli import UserError
+from training.log import TrainingLog
 
 
 def write_log(path, steps, phase2=False, output_dir="out", held_out=True):

@@ -24,18 +24,18 @@ from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT))
 
-import malformed  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import seed as hypothesis_seed  # noqa: E402
-from malformed import Kind  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import cli  # noqa: E402
 import run_pretraining  # noqa: E402
-from cli import UserError  # noqa: E402
-from shard_reader import ShardReader  # noqa: E402
+from common import cli  # noqa: E402
+from common.cli import UserError  # noqa: E402
+from data.shard_reader import ShardReader  # noqa: E402
+from tools import malformed  # noqa: E402
+from tools.malformed import Kind  # noqa: E402
 
 ROUND = 100  # inputs that Hypothesis draws in one go
 LONGEST_ROUND = 600.0  # seconds; a round without an end is a hang

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-import checkpoint_file
-import optimizer_state
-import samples
-import shards
-import synthetic
-from masking import MaskingRule
+from checkpoint import file as checkpoint_file
+from checkpoint import optimizer_shards as optimizer_state
+from data import shards
+from data.masking import MaskingRule
+from tests.support import samples, synthetic
 
 LENGTH, PREDICTIONS, VOCABULARY = 24, 4, 99
 RULE = MaskingRule(0.15, PREDICTIONS, VOCABULARY, (0, 1, 2, 3, 4))
@@ -92,10 +91,10 @@ def write_data(folder: Path) -> None:
 
 def write_checkpoints(folder: Path) -> None:
     """A checkpoint of step 1, one whose optimizer state is sharded, and a folder of transformers; untrained weights."""
-    import huggingface
+    from checkpoint import huggingface
     from lamb import NVLAMB
     from modeling import BertConfig, BertForPreTraining
-    from optimizers import parameter_groups
+    from optim.build import parameter_groups
 
     model = BertForPreTraining(BertConfig.from_json_file(folder / "config.json"))
     optimizer = NVLAMB(parameter_groups(model))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
+from common import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS_PER_SERVER = 8
@@ -130,7 +130,7 @@ def buckets(sizes: list[int]) -> list[list[int]]:
     """The weights as gradient_reduction.py puts them together."""
     import torch
 
-    import gradient_reduction
+    from parallel import gradient_reduction
 
     return [[weight.numel() for weight in bucket]
             for bucket in gradient_reduction.buckets([torch.empty(size, device="meta") for size in sizes])]

@@ -28,11 +28,11 @@ from io import StringIO
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
-import cli  # noqa: E402
+from common import cli  # noqa: E402
 
 FORMS = ("unpacked", "packed")
 LENGTHS = {1: 24, 2: 32}  # tokens, by phase
@@ -152,7 +152,7 @@ class Torturer:
 def prepare(folder: Path) -> None:
     """A config, and shards of both phases in both forms."""
     import pack_pretraining_data_pytorch as packer
-    import samples
+    from tests.support import samples
 
     samples.write_config(folder / "config.json")
     for phase, length in LENGTHS.items():
@@ -263,7 +263,7 @@ def last_words(folder: Path) -> str:
 
 def finished(output: Path, phase: int) -> bool:
     """Whether the last checkpoint of a phase is there."""
-    import checkpoint
+    from checkpoint import folder as checkpoint
 
     return checkpoint.path_of(output, sum(STEPS[number] for number in range(1, phase + 1))).exists()
 
@@ -277,7 +277,7 @@ def check_ending(codes: list[int], expected: int, where: str, words: str) -> Non
 
 def check_saved(output: Path, phase: int, tally: Tally) -> None:
     """A run that was asked to stop has a checkpoint of the last step that it logged."""
-    import checkpoint
+    from checkpoint import folder as checkpoint
 
     last = max((step for place, step in dict(log_lines(output)) if place == phase), default=0)
     number = last + (STEPS[1] if phase == 2 else 0)
@@ -288,8 +288,8 @@ def check_saved(output: Path, phase: int, tally: Tally) -> None:
 
 def whole_checkpoints(output: Path) -> list[int]:
     """The steps of the checkpoints that can be read."""
-    import checkpoint
-    from cli import UserError
+    from checkpoint import folder as checkpoint
+    from common.cli import UserError
 
     whole = []
     for step in checkpoint.steps(output):
@@ -303,7 +303,7 @@ def whole_checkpoints(output: Path) -> list[int]:
 
 def check_checkpoints(output: Path, before: list[int], tally: Tally) -> None:
     """There must be as many checkpoints as before, up to three, none of them damaged, and the newest no older."""
-    import checkpoint
+    from checkpoint import folder as checkpoint
 
     now, named = whole_checkpoints(output), checkpoint.steps(output)
     fewer = len(now) < min(3, len(before)) or (STEPS[1] in before and STEPS[1] not in now)
@@ -335,7 +335,7 @@ def compare(peaceful: Path, output: Path, tally: Tally) -> None:
     """Every logged step against the undisturbed run's, and the weights at the end."""
     import torch
 
-    import checkpoint
+    from checkpoint import folder as checkpoint
 
     expected, found = dict(log_lines(peaceful)), log_lines(output)
     for place, figures in found:

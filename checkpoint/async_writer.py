@@ -1,0 +1,88 @@
+"""Writing checkpoints beside the training, which waits only while its state is copied to host memory."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from checkpoint import folder as checkpoint
+from common.cli import UserError
+from common.files import remove_leftovers
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one after the other, in a thread.
+
+    A disk that is full, or fails, ends no run: `warn` says so, the checkpoints before stay, and the next one is tried
+    when it is due.  Only the last one of the run must be written: close() tries again, and raises UserError.
+    """
+
+    def __init__(self, folder, device, say, warn, protected: int = -1):
+        self.folder = folder
+        self.device = device
+        self.say = say
+        self.warn = warn
+        self.protected = protected
+        self.started = time.time()
+        self.copies: dict[torch.Tensor, torch.Tensor] = {}
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
+        self.writing: Future | None = None
+        self.unwritten: tuple[int, dict] | None = None  # number and state of the newest one, until it is on disk
+
+    def save(self, number: int, state: dict) -> None:
+        """Begin to write ckpt_<number>.pt.  Waits for the one before, since both are copied to the same memory."""
+        self.finish()
+        self.unwritten = number, self.copied(state)
+        self.device.synchronize()
+        self.writing = self.thread.submit(self.write)
+
+    def copied(self, state: dict) -> dict:
+        """Nested dicts and lists with every tensor in host memory; a tensor that occurs twice is copied once.
+
+        The memory is that of the copy before, where there was one: fresh memory would take as long as the copy itself.
+        """
+        before, self.copies = self.copies, {}
+
+        def copied(value):
+            if isinstance(value, torch.Tensor):
+                if value not in self.copies:
+                    self.copies[value] = self.device.host_copy(value, before.get(value))
+                return self.copies[value]
+            if isinstance(value, dict):
+                return {key: copied(item) for key, item in value.items()}
+            return [copied(item) for item in value] if isinstance(value, list) else value
+
+        return copied(state)
+
+    def write(self):
+        remove_leftovers(self.folder, before=self.started)
+        return checkpoint.save(self.folder, *self.unwritten, self.protected)
+
+    def finish(self) -> None:
+        """Wait until what is being written is, and report what became of it."""
+        if self.writing is None:
+            return
+        writing, self.writing = self.writing, None
+        try:
+            self.say(f"saved {writing.result()}")
+            self.unwritten = None
+        except OSError as error:
+            self.warn(f"ckpt_{self.unwritten[0]}.pt could not be written ({error}); those before it are kept, "
+                      f"and the training goes on")
+
+    def report_when_written(self) -> None:
+        if self.writing is not None and self.writing.done():
+            self.finish()
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is written.  UserError where it cannot be."""
+        self.finish()
+        self.thread.shutdown()
+        if self.unwritten is None:
+            return
+        try:
+            self.say(f"saved {self.write()}")
+        except OSError as error:
+            kept = [str(checkpoint.path_of(self.folder, step)) for step in checkpoint.steps(self.folder)]
+            raise UserError(f"ckpt_{self.unwritten[0]}.pt, the last of this run, could not be written: {error}; "
+                            f"the newest is {kept[-1] if kept else 'none'}") from None

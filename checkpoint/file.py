@@ -1,0 +1,103 @@
+"""One file of a checkpoint: plain values and tensors in PyTorch's format, which torch.load(weights_only=True) reads,
+sealed by a checksum.
+
+The seal stands in the comment at the end of the zip archive that such a file is: sha256: and 64 hex digits, those of
+the file as PyTorch wrote it, without a comment (`unzip -z` shows it).  A file that holds the key CHECKSUM and has no
+seal is damaged; one without either was written elsewhere, and is as good as torch.load finds it.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from common.cli import UserError
+from common.files import PatientFile, replacing
+
+CHECKSUM = "checksum"
+MARK = b"sha256:"
+COMMENT_SIZE = len(MARK) + 64
+SEAL_SIZE = 2 + COMMENT_SIZE  # the archive ends in the comment's length, two bytes, and the comment
+BLOCK = 1 << 20
+
+
+def write(path, state: dict) -> None:
+    """Write a file whole or not at all; it is on disk when this returns.  OSError where the disk does not take it."""
+    with replacing(path) as temporary, HashedFile(temporary, "w+") as file:
+        torch.save({**state, CHECKSUM: "sha256"}, file)
+        file.seek(-2, os.SEEK_END)
+        seal = MARK + file.digest.hexdigest().encode()
+        file.write(COMMENT_SIZE.to_bytes(2, "little") + seal)
+        if file.failure:
+            raise OSError(file.failure.errno, file.failure.strerror, str(path))
+
+
+class HashedFile(PatientFile):
+    """Hashes what is written.  Patient, since PyTorch's archive writer does not survive a write that fails."""
+
+    def __init__(self, path, mode: str):
+        super().__init__(path, mode)
+        self.digest = hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        return super().write(data)
+
+
+def read(path) -> dict:
+    """The contents of a file, on the host.  Nothing in it is executed.
+
+    Raises UserError where there is no such file, where it is damaged, and where it holds no dictionary.
+    """
+    path = Path(path)
+    try:
+        sealed = check_seal(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torch.load raises whatever a damaged zip or pickle happens to cause
+        raise UserError(f"{path}: not a readable checkpoint: {first_line(error)}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: not a checkpoint: it holds no dictionary")
+    if state.pop(CHECKSUM, None) is not None and not sealed:
+        raise UserError(f"{path}: not a readable checkpoint: its checksum is missing")
+    return state
+
+
+def check_sealed(path: Path) -> None:
+    """UserError where a file that `write` has written is not as it was, or cannot be read."""
+    try:
+        sealed = check_seal(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not sealed:
+        raise UserError(f"{path}: not a readable checkpoint: its checksum is missing")
+
+
+def check_seal(path: Path) -> bool:
+    """Whether a file has a seal.  UserError where it is not the file's."""
+    rest = path.stat().st_size - SEAL_SIZE
+    with open(path, "rb") as file:
+        file.seek(max(0, rest))
+        end = file.read()
+        if not end.startswith(COMMENT_SIZE.to_bytes(2, "little") + MARK):
+            return False
+        file.seek(0)
+        digest = hashlib.sha256()
+        while rest > 0:
+            block = file.read(min(BLOCK, rest))
+            if not block:
+                break
+            digest.update(block)
+            rest -= len(block)
+    digest.update(b"\0\0")  # the length of a comment that was not there yet
+    if end[2 + len(MARK):] != digest.hexdigest().encode():
+        raise UserError(f"{path}: not a readable checkpoint: its bytes do not have the checksum that it ends in")
+    return True
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,213 @@
+"""The folder that the transformers library keeps a BERT in, written from our weights and read back into them.
+
+    config.json               the architecture
+    model.safetensors         all weights, without the padding of the vocabulary: BertForPreTraining
+    model.VARIANT.safetensors the weights that one other class uses (VARIANTS)
+    vocabulary_padding.safetensors   the rows of the padded vocabulary, which only we read: the way back is exact
+    vocab.txt, tokenizer.json, tokenizer_config.json, special_tokens_map.json   the tokenizer
+
+Only safetensors, tokenizers and torch are needed; transformers is not.
+"""
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, processors
+
+from common.cli import UserError
+from common.files import local_file, replacing_files
+from data import vocabulary
+from data.wordpiece import reference_tokenizer
+from modeling import LAYER_NORM_EPS, BertConfig
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # where their weights are spread over several files
+OLD_WEIGHTS = "pytorch_model.bin"
+PADDING = "vocabulary_padding.safetensors"
+# Their class, the prefixes of the weights that it uses: transformers 5 warns of every weight that a class leaves over.
+VARIANTS = {"masked_lm": ("BertForMaskedLM", ("bert.embeddings.", "bert.encoder.", "cls.predictions.")),
+            "encoder": ("BertModel", ("bert.",))}
+WORDS, BIAS, DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.decoder"
+NEVER_PREDICTED = -10000.0  # the bias of an added entry of the vocabulary: exp() of its score is 0
+
+
+def to_theirs(name: str) -> str:
+    """The name that a weight has in transformers, from ours."""
+    return name.replace(".dense_act.", ".dense.")
+
+
+def to_ours(name: str) -> str:
+    """Our name, from that in transformers or in the TensorFlow checkpoints before it (gamma, beta).
+
+        >>> to_ours("bert.encoder.layer.0.intermediate.dense.weight")
+        'bert.encoder.layer.0.intermediate.dense_act.weight'
+    """
+    for module in ("intermediate", "pooler", "transform"):
+        name = name.replace(f"{module}.dense.", f"{module}.dense_act.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def config_values(config: BertConfig) -> dict:
+    """Their config.json."""
+    return {"architectures": ["BertForPreTraining"], "model_type": "bert", **vars(config),
+            "layer_norm_eps": LAYER_NORM_EPS, "pad_token_id": 0, "tie_word_embeddings": True, "dtype": "float32"}
+
+
+# --- writing ---
+
+def save(folder, model, tokens: list[str], lower_case: bool, card: str, variants: bool = True) -> None:
+    """Write the folder.  All its files get their names at the end, or none does."""
+    from safetensors.torch import save_file
+
+    contents = {
+        "config.json": as_json(config_values(model.config) | {"pad_token_id": tokens.index("[PAD]")}),
+        "vocab.txt": "".join(f"{token}\n" for token in tokens),
+        "tokenizer.json": tokenizer_of(tokens, lower_case).to_str(pretty=True),
+        "tokenizer_config.json": as_json(tokenizer_settings(model.config, lower_case)),
+        "special_tokens_map.json": as_json(special_tokens()),
+        "README.md": card,
+    }
+    tensors = weight_files(model, variants)
+    with replacing_files(folder, [*tensors, *contents]) as paths:
+        for text, path in zip(contents.values(), paths[len(tensors):], strict=True):
+            path.write_text(text, encoding="utf-8")
+        for weights, path in zip(tensors.values(), paths, strict=False):
+            save_file(weights, path, metadata={"format": "pt"})
+            shutil.copymode(paths[-1], path)  # save_file makes files that nobody else may read
+
+
+def weight_files(model, variants: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """File name → their names and tensors."""
+    weights = {to_theirs(name): value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+               if not name.startswith(DECODER)}  # the word embeddings again
+    words = model.config.vocab_size
+    padding = {name: weights[name][words:].clone() for name in (WORDS, BIAS)}
+    weights |= {name: weights[name][:words].clone() for name in (WORDS, BIAS)}
+    files = {WEIGHTS: weights}
+    for variant, (_, prefixes) in VARIANTS.items() if variants else ():
+        files[f"model.{variant}.safetensors"] = {name: value for name, value in weights.items()
+                                                 if name.startswith(prefixes)}
+    if len(padding[BIAS]):
+        files[PADDING] = padding
+    return files
+
+
+def read_vocabulary(path, config: BertConfig) -> list[str]:
+    """The tokens of a vocabulary file (or URL), which must be as many as the config says."""
+    tokens = vocabulary.read(local_file(path))
+    if len(tokens) != config.vocab_size:
+        raise UserError(f"--vocab_file {path}: {len(tokens)} tokens, but vocab_size in the config is "
+                        f"{config.vocab_size}")
+    return tokens
+
+
+def tokenizer_of(tokens: list[str], lower_case: bool) -> Tokenizer:
+    """BERT's tokenizer: [CLS] A [SEP], [CLS] A [SEP] B [SEP]; the special tokens count as such within a text."""
+    tokenizer = reference_tokenizer(tokens, lower_case)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
+                                  for token in vocabulary.SPECIAL_TOKENS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, tokens.index(token)) for token in ("[CLS]", "[SEP]")])
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return tokenizer
+
+
+def tokenizer_settings(config: BertConfig, lower_case: bool) -> dict:
+    return {"tokenizer_class": "BertTokenizer", "do_lower_case": lower_case, "strip_accents": None,
+            "tokenize_chinese_chars": True, "model_max_length": config.max_position_embeddings, **special_tokens()}
+
+
+def special_tokens() -> dict[str, str]:
+    return {f"{token.strip('[]').lower()}_token": token for token in vocabulary.SPECIAL_TOKENS}
+
+
+def as_json(value) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+# --- reading ---
+
+def load(folder) -> dict:
+    """The weights of such a folder under our names, and its architecture, as a checkpoint: {"model": …, "config": …}.
+
+    Theirs has no padded vocabulary; the entries that are added here have no weight and are never predicted.
+    Raises UserError where the folder holds no BERT that we can be.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    weights = {to_ours(name): value for name, value in read_weights(folder).items()}
+    if WORDS not in weights:
+        raise UserError(f"{folder}: no weight {WORDS} in it (a BertForPreTraining has one)")
+    bias = weights.pop(f"{DECODER}.bias", None)
+    if bias is not None:
+        weights.setdefault(BIAS, bias)
+    decoder = weights.pop(f"{DECODER}.weight", None)
+    if decoder is not None and not torch.equal(decoder, weights[WORDS]):
+        raise UserError(f"{folder}: {DECODER}.weight is not the word embedding; ours shares the two")
+    add_padding(folder, weights)
+    weights[f"{DECODER}.weight"] = weights[WORDS]
+    return {"model": weights, "config": config}
+
+
+def add_padding(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Pad the vocabulary as BertConfig.padded_vocab_size does, with the rows that were exported where there are any."""
+    words = weights[WORDS]
+    missing = -len(words) % 8
+    stored = read_tensors(folder / PADDING) if (folder / PADDING).is_file() else {}
+    fresh = {WORDS: words.new_zeros(missing, *words.shape[1:])}
+    if BIAS in weights:
+        fresh[BIAS] = weights[BIAS].new_full((missing,), NEVER_PREDICTED)
+    for name, rows in fresh.items():
+        padding = stored.get(name, rows)
+        if padding.shape != rows.shape:
+            raise UserError(f"{folder / PADDING}: {name} has shape {tuple(padding.shape)}, not {tuple(rows.shape)}")
+        weights[name] = torch.cat([weights[name], padding])
+
+
+def read_config(folder: Path) -> dict:
+    """The architecture in their config.json, in our keys."""
+    path = folder / "config.json"
+    try:
+        values = dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: a folder without config.json is no model of transformers") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not readable: {error}") from None
+    required = {"model_type": "bert", "layer_norm_eps": LAYER_NORM_EPS, "position_embedding_type": "absolute",
+                "is_decoder": False, "tie_word_embeddings": True}
+    for key, value in required.items():
+        if values.get(key, value) != value:
+            raise UserError(f"{path}: {key} is {values[key]!r}, our BERT has {value!r}")
+    return {field.name: values[field.name] for field in fields(BertConfig) if field.name in values}
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the folder, under their names."""
+    if (folder / WEIGHTS).is_file():
+        return read_tensors(folder / WEIGHTS)
+    if (folder / INDEX).is_file():
+        try:
+            names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{folder / INDEX}: not readable: {error!r}") from None
+        return {name: value for file in sorted(names) for name, value in read_tensors(folder / Path(file).name).items()}
+    if (folder / OLD_WEIGHTS).is_file():
+        try:
+            return torch.load(folder / OLD_WEIGHTS, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises whatever a damaged zip or pickle happens to cause
+            raise UserError(f"{folder / OLD_WEIGHTS}: not readable: {type(error).__name__}") from None
+    raise UserError(f"{folder}: neither {WEIGHTS} nor {OLD_WEIGHTS} in it")
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None

@@ -1,0 +1,193 @@
+"""Reading a remote file from any offset: http(s):// with `requests`, s3:// with boto3.
+
+Both sources answer open(offset) with a Reply, whose version tells whether it continues what is here already.  What went
+wrong for now and is worth another try raises Interrupted; what no repetition mends (404, no credentials) raises
+UserError.  file_utils.fetch is the loop around them.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from common.cli import UserError
+
+CONNECT_SECONDS, READ_SECONDS = 10, 60
+BLOCK = 1 << 18
+WORTH_A_RETRY = {408, 425, 429, 500, 502, 503, 504}
+
+
+class Interrupted(Exception):
+    """The transfer failed for now.  `wait`: seconds that the server asks for; `damaged`: what came cannot be kept."""
+
+    def __init__(self, reason, wait: float | None = None, damaged: bool = False):
+        super().__init__(str(reason))
+        self.wait, self.damaged = wait, damaged
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that is being read.  `start`: offset of its first byte; `size`: of the whole file, None if unknown."""
+
+    start: int
+    size: int | None
+    version: str | None  # what the server calls this state of the file (ETag or date); None if it does not say
+    framed: bool  # whether a cut connection is noticed even where the size is unknown
+    blocks: Iterator[bytes]
+
+
+def source(url: str):
+    """The source for a URL; UserError where its scheme is none of http, https and s3."""
+    scheme = urlsplit(url).scheme
+    if scheme in ("http", "https"):
+        return HttpSource(url)
+    if scheme == "s3":
+        return S3Source(url)
+    raise UserError(f"{url}: neither http(s):// nor s3://")
+
+
+class HttpSource:
+    """A file behind http(s).  Proxies and certificates as the environment says (HTTPS_PROXY, REQUESTS_CA_BUNDLE)."""
+
+    def __init__(self, url: str):
+        import requests
+
+        self.url, self.requests = url, requests
+        self.session = requests.Session()
+
+    def open(self, offset: int, version: str | None = None) -> Reply:
+        """The bytes from `offset` on, or from 0 where the server ignores ranges or the file is not `version`."""
+        headers = {"Accept-Encoding": "identity"}  # the file itself, not a compressed form with other offsets
+        if offset:
+            headers |= {"Range": f"bytes={offset}-"} | ({"If-Range": version} if version else {})
+        try:
+            response = self.session.get(self.url, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS))
+        except self.requests.RequestException as error:
+            reason = getattr(error.args[0], "reason", error) if error.args else error
+            raise Interrupted(f"no answer from {urlsplit(self.url).netloc} ({type(reason).__name__})") from None
+        if response.status_code == 416:  # nothing behind this offset: the file is another one now
+            response.close()
+            return self.open(0)
+        self.check_status(response)
+        return self.reply(response)
+
+    def check_status(self, response) -> None:
+        if response.status_code in WORTH_A_RETRY:
+            wait = response.headers.get("Retry-After", "")
+            response.close()
+            raise Interrupted(f"{self.url}: the server answers {response.status_code} {response.reason}",
+                              float(wait) if wait.isdecimal() else None)
+        if response.status_code not in (200, 206):
+            response.close()
+            raise UserError(f"{self.url}: the server answers {response.status_code} {response.reason}")
+
+    def reply(self, response) -> Reply:
+        start, size = 0, response.headers.get("Content-Length")
+        size = int(size) if size else None
+        if response.status_code == 206:
+            start, size = content_range(self.url, response.headers.get("Content-Range", ""))
+        version = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        if version and version.startswith("W/"):
+            version = response.headers.get("Last-Modified")  # a weak ETag does not promise equal bytes
+        framed = response.headers.get("Transfer-Encoding", "").lower() == "chunked"
+        return Reply(start, size, version, framed, self.blocks(response))
+
+    def blocks(self, response) -> Iterator[bytes]:
+        from urllib3.exceptions import HTTPError
+
+        try:
+            with response:
+                yield from response.raw.stream(BLOCK, decode_content=False)
+        except (self.requests.RequestException, HTTPError, OSError) as error:
+            raise Interrupted(error) from None
+
+
+class S3Source:
+    """An object of S3 or a server that speaks its language (AWS_ENDPOINT_URL); credentials as boto3 finds them."""
+
+    def __init__(self, url: str):
+        parts = urlsplit(url)
+        self.url, self.bucket, self.key = url, parts.netloc, parts.path.lstrip("/")
+        if not self.bucket or not self.key:
+            raise UserError(f"{url}: not of the form s3://bucket/key")
+        self.client = s3_client(attempts=1)  # file_utils.fetch repeats, with the same patience as for http
+
+    def open(self, offset: int, version: str | None = None) -> Reply:
+        """The bytes from `offset` on, of whatever version the object is."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        wanted = {"Range": f"bytes={offset}-"} if offset else {}
+        try:
+            answer = self.client.get_object(Bucket=self.bucket, Key=self.key, **wanted)
+        except ClientError as error:
+            if offset and status_of(error) == 416:  # nothing behind this offset: the object is another one now
+                return self.open(0)
+            raise failure(self.url, error) from None
+        except BotoCoreError as error:
+            raise failure(self.url, error) from None
+        start, size = 0, answer["ContentLength"]
+        if "ContentRange" in answer:
+            start, size = content_range(self.url, answer["ContentRange"])
+        return Reply(start, size, answer.get("ETag"), True, self.blocks(answer["Body"]))
+
+    def blocks(self, body) -> Iterator[bytes]:
+        from botocore.exceptions import BotoCoreError, FlexibleChecksumError, HTTPClientError
+        from urllib3.exceptions import HTTPError
+
+        try:
+            yield from body.iter_chunks(BLOCK)
+        except FlexibleChecksumError as error:
+            raise Interrupted(error, damaged=True) from None
+        except (BotoCoreError, HTTPClientError, HTTPError, OSError) as error:
+            raise Interrupted(error) from None
+
+
+def s3_client(attempts: int):
+    """A client of S3 that tries so often by itself."""
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS,
+                    retries={"total_max_attempts": attempts, "mode": "standard"})
+    try:
+        return boto3.client("s3", config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise UserError(f"s3://: {error}") from None
+
+
+def s3_keys(url: str) -> list[str]:
+    """The URLs of all objects whose keys start with that of `url`, in order."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    parts = urlsplit(url)
+    prefix = parts.path.lstrip("/")
+    try:
+        pages = s3_client(attempts=5).get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix)
+        return [f"s3://{parts.netloc}/{entry['Key']}" for page in pages for entry in page.get("Contents", [])]
+    except (ClientError, BotoCoreError) as error:
+        raise UserError(f"{url}: {error}") from None
+
+
+def status_of(error) -> int:
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+def failure(url: str, error) -> Exception:
+    """Interrupted where another try may help; UserError where object, bucket or the right to read is missing."""
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
+    from botocore.parsers import ResponseParserError
+
+    if isinstance(error, ClientError) and (status_of(error) in WORTH_A_RETRY or status_of(error) >= 500):
+        return Interrupted(f"{url}: {error}")
+    if isinstance(error, (ConnectionError, HTTPClientError, ResponseParserError)):
+        return Interrupted(error)
+    return UserError(f"{url}: {error}")
+
+
+def content_range(url: str, header: str) -> tuple[int, int]:
+    """(first byte, size of the whole) from "bytes 200-999/1000"."""
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", header.strip())
+    if not match:
+        raise Interrupted(f"{url}: a partial answer with Content-Range {header!r}")
+    return int(match.group(1)), int(match.group(2))

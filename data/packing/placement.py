@@ -1,0 +1,78 @@
+"""Which row of the packed set, and which slot in it, every sequence goes to: a pure function of the seed.
+
+A sequence is named by its length and by its rank among the sequences of that length, in the order of the input.  So it
+can be placed by whoever reads it, in any process, and no table of all sequences is ever held.
+"""
+
+import numpy as np
+
+from data.counter_rng import scrambled
+from data.packing.recipe import Recipe
+
+
+class Placement:
+    """Where every sequence goes: the recipe's slots, handed out pseudo-randomly among sequences of equal length."""
+
+    def __init__(self, recipe: Recipe, histogram: np.ndarray, seed: int):
+        """Lay the slots of the recipe out by length; `histogram` is the one that the recipe was made for."""
+        strategies = sorted(recipe.rows)
+        counts = np.array([recipe.rows[strategy] for strategy in strategies])
+        first_rows = np.cumsum(counts) - counts
+        runs = [(length, first_row, slot, count)  # `count` slots of this length, in consecutive rows
+                for strategy, first_row, count in zip(strategies, first_rows, counts, strict=True)
+                for slot, length in enumerate(strategy)]
+        lengths, self.run_rows, self.run_slots, run_counts = np.array(sorted(runs)).T
+        assert (np.bincount(lengths, run_counts, len(histogram)) == histogram).all(), "the recipe drops a sequence"
+        self.run_ends = np.cumsum(run_counts)
+        self.run_starts = self.run_ends - run_counts
+        self.histogram = histogram
+        self.first_slots = np.cumsum(histogram) - histogram
+        self.row_count = int(counts.sum())
+        self.slot_seed, self.row_seed = np.random.SeedSequence(seed).spawn(2)
+
+    def rows_and_slots(self, lengths: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The row in the shuffled output, and the slot in it, of the sequences with these lengths and ranks."""
+        slots = self.first_slots[lengths] + shuffled(ranks, self.histogram[lengths], self.slot_seed)
+        runs = np.searchsorted(self.run_ends, slots, side="right")
+        rows = self.run_rows[runs] + slots - self.run_starts[runs]
+        return shuffled(rows, self.row_count, self.row_seed), self.run_slots[runs]
+
+
+def shuffled(indices: np.ndarray, size, seed: np.random.SeedSequence) -> np.ndarray:
+    """The places of `indices` in a pseudo-random permutation of range(size); `size` may differ from index to index.
+
+    A Feistel network over the smallest even number of bits that holds `size`, applied again where the result is not
+    below `size` (cycle walking).  Unlike a shuffled array it takes no memory, however many rows there are.
+    """
+    keys = seed.generate_state(6, np.uint64)
+    size = np.broadcast_to(np.asarray(size, np.uint64), indices.shape)
+    bits = np.frexp((size - np.uint64(1)).astype(np.float64))[1]
+    half_bits = ((bits + 1) // 2).astype(np.uint64)
+    places = indices.astype(np.uint64)
+    walking = np.arange(len(places))
+    while len(walking):
+        places[walking] = feistel(places[walking], half_bits[walking], keys)
+        walking = walking[places[walking] >= size[walking]]
+    return places.astype(np.int64)
+
+
+def feistel(values: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """A permutation of the numbers of 2 * half_bits bits: each round swaps the halves and scrambles one of them."""
+    low_bits = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & low_bits
+    for key in keys:
+        left, right = right, left ^ (scrambled(right ^ key) & low_bits)
+    return (left << half_bits) | right
+
+
+def ranks_within(lengths: np.ndarray) -> np.ndarray:
+    """The rank of each sequence among those of its length, in order.
+
+    >>> ranks_within(np.array([7, 5, 7, 7, 5]))
+    array([0, 0, 1, 2, 1])
+    """
+    order = np.argsort(lengths, kind="stable")
+    counts = np.bincount(lengths)
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(len(lengths)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return ranks

@@ -1,0 +1,257 @@
+"""Packing files: from unpacked shards and a recipe to packed shards, in bounded memory and with bounded open files.
+
+Three passes, each over independent pieces of work that may run in processes of their own:
+
+1. survey:  block by block of input rows, check the rows and count the lengths.  The recipe is made from the counts.
+2. scatter: read every block again; each sequence looks up its row and slot, and goes to the temporary files of its
+            block, sorted by the part (output shard) that the row is in.
+3. gather:  part by part, collect the part's sequences from all blocks and write the packed shard.
+
+Where a sequence goes is a pure function of its length, its rank among the sequences of that length (in the order of the
+input) and the seed, so the result does not depend on the number of processes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.cli import UserError
+from data import shards
+from data.masking import MaskingRule
+from data.packing.placement import Placement, ranks_within
+
+TOKENS_PER_BLOCK = 2**22  # of the input; a process holds one block or part at a time, up to 100 bytes a token
+TOKENS_PER_PART = 2**23   # of the output, padding included: 16,384 rows of 512
+
+SEQUENCE = np.dtype([("row", "i4"), ("slot", "i4"), ("length", "i4"), ("predictions", "i4"), ("label", "i1")])
+TOKEN = np.dtype([("input_ids", "i4"), ("segment_ids", "i1")])
+PREDICTION = np.dtype([("position", "i4"), ("id", "i4")])  # the position counts from the sequence's own start
+RECORDS = {"sequences": SEQUENCE, "tokens": TOKEN, "predictions": PREDICTION}
+INDEX_LINE = len(RECORDS) * 8  # bytes: where a part begins in each of the three files
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of an unpacked shard, few enough to be held in memory."""
+
+    number: int
+    shard: shards.Shard
+    start: int
+    stop: int
+
+    def row(self, index: int) -> str:
+        """How an error message names a row of this block."""
+        return f"{self.shard.path}: row {self.start + index}"
+
+
+def blocks_of(found: list[shards.Shard]) -> list[Block]:
+    """Cut the shards into blocks, in the order of the shards."""
+    blocks = []
+    for shard in found:
+        rows = max(1, TOKENS_PER_BLOCK // shard.sequence_length)
+        for start in range(0, shard.rows, rows):
+            blocks.append(Block(len(blocks), shard, start, min(start + rows, shard.rows)))
+    return blocks
+
+
+# --- survey ---
+
+@dataclass(frozen=True)
+class Survey:
+    """What the recipe needs to know of a block: both arrays are indexed by length, from 0 to the row length."""
+
+    histogram: np.ndarray
+    most_predictions: np.ndarray  # the most masked tokens in a sequence of that length
+    predictions: int              # all masked tokens that the block's rows hold: none where the training masks them
+
+
+def survey(block: Block) -> Survey:
+    """Count the lengths of a block's sequences.  Raises UserError naming file and row where a row cannot be packed."""
+    keys = [key for key in block.shard.keys if key in ("input_mask", "masked_lm_positions")]
+    rows = shards.read(block.shard, keys, rows=slice(block.start, block.stop))
+    lengths = checked_lengths(block, rows["input_mask"])
+    rule = block.shard.rule
+    predictions = (rule.predictions(lengths) if rule else
+                   checked_predictions(block, rows["masked_lm_positions"], lengths))
+    most_predictions = np.zeros(block.shard.sequence_length + 1, np.int64)
+    np.maximum.at(most_predictions, lengths, predictions)
+    histogram = np.bincount(lengths, minlength=block.shard.sequence_length + 1)
+    return Survey(histogram, most_predictions, 0 if rule else int(predictions.sum()))
+
+
+def checked_lengths(block: Block, input_mask: np.ndarray) -> np.ndarray:
+    """The number of tokens in each row, (n,), from masks (n, S) that must be ones followed by zeros."""
+    lengths = np.count_nonzero(input_mask, axis=1)
+    refuse_rows(block, lengths == 0, "is empty (input_mask is 0 everywhere)")
+    refuse_rows(block, ((input_mask != 0) & (input_mask != 1)).any(axis=1),
+                "has an input_mask that is not 0 or 1: is the shard packed already?")
+    expected = np.arange(input_mask.shape[1]) < lengths[:, None]
+    refuse_rows(block, (expected != input_mask).any(axis=1), "has a gap in its input_mask")
+    return lengths
+
+
+def checked_predictions(block: Block, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The number of masked tokens in each row, (n,); each must lie inside its sequence."""
+    refuse_rows(block, ((positions < 0) | (positions >= lengths[:, None])).any(axis=1),
+                "has a masked_lm_position outside its sequence")
+    return np.count_nonzero(positions, axis=1)
+
+
+def refuse_rows(block: Block, bad: np.ndarray, fault: str) -> None:
+    if bad.any():
+        raise UserError(f"{block.row(np.argmax(bad))} {fault}")
+
+
+# --- scatter ---
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of the output, and the folder of the temporary files."""
+
+    row_count: int
+    rows_per_part: int
+    row_length: int
+    max_sequences: int    # N
+    max_predictions: int  # P
+    folder: Path
+    rule: MaskingRule | None = None  # of shards without masks
+
+    @property
+    def prediction_slots(self) -> int:
+        return self.max_predictions + self.max_sequences
+
+    @property
+    def part_count(self) -> int:
+        return -(-self.row_count // self.rows_per_part)
+
+    def rows_in(self, part: int) -> int:
+        return min(self.rows_per_part, self.row_count - part * self.rows_per_part)
+
+    def file(self, block_number: int, records: str) -> Path:
+        return self.folder / f"block_{block_number}.{records}"
+
+
+def rows_per_part(row_length: int) -> int:
+    return max(1, TOKENS_PER_PART // row_length)
+
+
+def temporary_bytes(surveys: list[Survey], part_count: int) -> int:
+    """What the temporary files of all blocks take on disk."""
+    histogram = sum(survey.histogram for survey in surveys)
+    sequences, tokens = int(histogram.sum()), int(histogram @ np.arange(len(histogram)))
+    predictions = sum(survey.predictions for survey in surveys)
+    return (sequences * SEQUENCE.itemsize + tokens * TOKEN.itemsize + predictions * PREDICTION.itemsize
+            + len(surveys) * (part_count + 1) * INDEX_LINE)
+
+
+def scatter(block: Block, placement: Placement, ranks_before: np.ndarray, layout: Layout) -> None:
+    """Write the sequences of a block to its temporary files, sorted by the part that they go to.
+
+    `ranks_before[length]` counts the sequences of that length in the blocks before this one.
+    """
+    rows = shards.read(block.shard, rows=slice(block.start, block.stop))
+    lengths = np.count_nonzero(rows["input_mask"], axis=1)
+    output_rows, slots = placement.rows_and_slots(lengths, ranks_before[lengths] + ranks_within(lengths))
+    parts, rows_in_part = np.divmod(output_rows, layout.rows_per_part)
+    order = np.argsort(parts, kind="stable")
+    rows = {key: values[order] for key, values in rows.items()}
+    sequences, tokens, predictions = records_of(rows, lengths[order], rows_in_part[order], slots[order])
+
+    # the index: in each of the three files, where every part begins, and at last where the last one ends
+    firsts = np.searchsorted(parts[order], np.arange(layout.part_count + 1))
+    amounts = np.stack([np.ones(len(order), np.int64), sequences["length"], sequences["predictions"]], axis=1)
+    begins = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(amounts, axis=0)])[firsts]
+    begins.tofile(layout.file(block.number, "index"))
+    for name, records in zip(RECORDS, (sequences, tokens, predictions), strict=True):
+        records.tofile(layout.file(block.number, name))
+
+
+def records_of(rows: dict, lengths, output_rows, slots) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The sequences, tokens and predictions of unpacked rows, without their padding, in the order of the rows."""
+    is_token = rows["input_mask"] != 0
+    tokens = np.empty(np.count_nonzero(is_token), TOKEN)
+    for key in TOKEN.names:
+        tokens[key] = rows[key][is_token]
+
+    positions, ids = (rows.get(key, np.zeros((len(lengths), 0), np.int32)) for key in shards.MASK_KEYS)
+    is_prediction = positions > 0
+    predictions = np.empty(np.count_nonzero(is_prediction), PREDICTION)
+    predictions["position"] = positions[is_prediction]
+    predictions["id"] = ids[is_prediction]
+
+    sequences = np.empty(len(lengths), SEQUENCE)
+    sequences["row"] = output_rows
+    sequences["slot"] = slots
+    sequences["length"] = lengths
+    sequences["predictions"] = np.count_nonzero(is_prediction, axis=1)
+    sequences["label"] = rows["next_sentence_labels"]
+    return sequences, tokens, predictions
+
+
+# --- gather ---
+
+def gather(part: int, block_count: int, layout: Layout, path: Path) -> int:
+    """Write one packed shard from the temporary files of all blocks; returns the number of sequences in it."""
+    pieces = [read_piece(block_number, part, layout) for block_number in range(block_count)]
+    sequences, tokens, predictions = (np.concatenate(records) for records in zip(*pieces, strict=True))
+    rows = packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part))
+    shards.write(path, rows, layout.rule, layout.prediction_slots)
+    return len(sequences)
+
+
+def read_piece(block_number: int, part: int, layout: Layout) -> list[np.ndarray]:
+    """The sequences, tokens and predictions that a block holds for a part."""
+    begins, ends = np.fromfile(layout.file(block_number, "index"), np.int64, count=6,
+                               offset=part * INDEX_LINE).reshape(2, 3)
+    return [np.fromfile(layout.file(block_number, name), record, count=end - begin, offset=begin * record.itemsize)
+            for (name, record), begin, end in zip(RECORDS.items(), begins, ends, strict=True)]
+
+
+def packed_rows(sequences, tokens, predictions, layout: Layout, row_count: int) -> dict[str, np.ndarray]:
+    """Lay sequences out in rows: the packed form of the schema, from records in any order.
+
+    Within a row the sequences stand in the order of their slots, which are 0, 1, … without a gap.
+    """
+    shape = (row_count, layout.max_sequences)
+    place = (sequences["row"], sequences["slot"])
+    lengths, prediction_counts, labels = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int8)
+    lengths[place] = sequences["length"]
+    prediction_counts[place] = sequences["predictions"]
+    labels[place] = sequences["label"]
+    starts = np.cumsum(lengths, axis=1) - lengths
+    prediction_starts = np.cumsum(prediction_counts, axis=1) - prediction_counts
+
+    rows = {"next_sentence_positions": np.where(lengths > 0, starts, 0), "next_sentence_labels": labels,
+            "next_sentence_weights": (lengths > 0).astype(np.int32)}
+
+    positions = ramps(sequences["length"])
+    targets = np.repeat(sequences["row"] * layout.row_length + starts[place], sequences["length"]) + positions
+    token_values = {"input_ids": tokens["input_ids"], "segment_ids": tokens["segment_ids"], "positions": positions,
+                    "input_mask": np.repeat(sequences["slot"] + 1, sequences["length"])}
+    for key, values in token_values.items():
+        rows[key] = spread(values, targets, (row_count, layout.row_length))
+
+    width = layout.prediction_slots
+    targets = np.repeat(sequences["row"] * width + prediction_starts[place], sequences["predictions"])
+    targets += ramps(sequences["predictions"])
+    offsets = np.repeat(starts[place], sequences["predictions"])
+    rows["masked_lm_positions"] = spread(predictions["position"] + offsets, targets, (row_count, width))
+    rows["masked_lm_ids"] = spread(predictions["id"], targets, (row_count, width))
+    return rows
+
+
+def ramps(counts: np.ndarray) -> np.ndarray:
+    """0, 1, … for every count, one after the other.
+
+    >>> ramps(np.array([3, 0, 2]))
+    array([0, 1, 2, 0, 1], dtype=int32)
+    """
+    return np.arange(counts.sum(), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32)
+
+
+def spread(values: np.ndarray, targets: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """An array of zeros with `values` at the flat indices `targets`."""
+    array = np.zeros(shape, values.dtype)
+    array.reshape(-1)[targets] = values
+    return array

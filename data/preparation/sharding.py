@@ -1,0 +1,149 @@
+"""sharding: documents, one a line, into text shards of equal numbers of sentences.
+
+Documents stream through in windows.  Within a window the longest are placed first, each in the shard that has the
+fewest sentences so far, of the split (training or test) that is furthest behind its share.  Placing by the numbers of
+sentences alone makes the shards level without knowing the corpus in advance, and the same for any number of processes.
+A window is written out before the next is placed, so memory does not grow with the corpus.
+"""
+
+from collections import Counter, deque
+from heapq import heapify, heappop, heappush
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.cli import UserError
+from common.files import replacing_files
+from data.preparation import records
+from data.preparation.formatting import describe
+from data.preparation.layout import shard_names
+from data.preparation.sentences import split_lines
+from data.workers import ordered_map
+
+CHUNK_BYTES = 1 << 20  # lines handed to a worker at a time
+WINDOW_BYTES = 1 << 23  # text placed at a time; the last window evens out what the others left
+
+
+class Placement:
+    """Which shard each document goes to: documents are placed window by window, by their numbers of sentences."""
+
+    def __init__(self, training_shards: int, test_shards: int, fraction_test_set: float):
+        self.fraction_test_set = fraction_test_set
+        self.sentences = [0] * (training_shards + test_shards)
+        self.splits = ([(0, shard) for shard in range(training_shards)],
+                       [(0, training_shards + shard) for shard in range(test_shards)])
+        self.totals = [0, 0]  # sentences in training and test
+        self.empty = [training_shards, test_shards]
+        for split in self.splits:
+            heapify(split)
+
+    def place(self, sizes: list[int], last: bool) -> list[int]:
+        """The shard of each document of a window, given the documents' numbers of sentences.
+
+        In the last window the smallest documents are kept for shards that are still empty, where there are any.
+        """
+        shards = [0] * len(sizes)
+        order = sorted(range(len(sizes)), key=lambda document: (-sizes[document], document))
+        for placed, document in enumerate(order):
+            if last and sum(self.empty) >= len(sizes) - placed:
+                split = 0 if self.empty[0] else 1
+            else:
+                split = self.furthest_behind(sizes[document])
+            shards[document] = self.place_in(split, sizes[document])
+        return shards
+
+    def furthest_behind(self, size: int) -> int:
+        """The split (0 training, 1 test) that a document of this size brings nearer to its share."""
+        behind = self.fraction_test_set * (sum(self.totals) + size) - self.totals[1]
+        return 1 if 2 * behind >= size else 0
+
+    def place_in(self, split: int, size: int) -> int:
+        """Put a document into the shard of a split that has the fewest sentences."""
+        filled, shard = heappop(self.splits[split])
+        self.empty[split] -= not filled
+        heappush(self.splits[split], (filled + size, shard))
+        self.sentences[shard] += size
+        self.totals[split] += size
+        return shard
+
+
+def shard_documents(folder, dataset: str, texts: list[Path], inputs: dict, options: dict, pool) -> dict:
+    """Write folder/DATASET/DATASET_training_N.txt and …_test_N.txt from files of one document a line.
+
+    options: training_shards, test_shards, fraction_test_set, segmentation_method.  All shards appear together, after
+    the last document.  Returns the record.
+    """
+    names = shard_names(dataset, options["training_shards"], options["test_shards"])
+    placement = Placement(options["training_shards"], options["test_shards"], options["fraction_test_set"])
+    counts = Counter()
+    records.forget(folder, dataset)
+    with replacing_files(folder / dataset, [f"{name}.txt" for name in names]) as temporary:
+        documents = [0] * len(names)
+        for window, last in windows(split_all(texts, options["segmentation_method"], pool, counts)):
+            shards = placement.place([sentences for _, sentences in window], last)
+            append(temporary, window, shards)
+            for shard in shards:
+                documents[shard] += 1
+        check_filled(dataset, documents, options)
+    outputs = {f"{dataset}/{name}.txt": {"documents": documents[shard], "sentences": placement.sentences[shard]}
+               for shard, name in enumerate(names)}
+    counts["sentences"] = sum(placement.sentences)
+    counts["test_sentences"] = placement.totals[1]
+    return records.write(folder, dataset, inputs, options, outputs, dict(counts))
+
+
+def check_filled(dataset: str, documents: list[int], options: dict) -> None:
+    """Every shard holds a document, or there were too few of them."""
+    if not all(documents):
+        raise UserError(f"{dataset}: {sum(documents)} documents are too few for {options['training_shards']} training "
+                        f"and {options['test_shards']} test shards (--n_training_shards, --n_test_shards)")
+
+
+def split_all(texts, method: str, pool, counts: Counter):
+    """Yield (sentences as lines, their number) for each document of the files, in order; `counts` is added to."""
+    total = sum(path.stat().st_size for path in texts)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="sharding") as bar:
+        chunks = ((chunk, method) for chunk in line_chunks(texts, bar.update))
+        for documents, found in ordered_map(pool, split_lines, chunks):
+            counts.update(found)
+            bar.set_postfix_str(describe(counts), refresh=False)
+            yield from documents
+
+
+def line_chunks(paths, progress=lambda size: None):
+    """Yield the bytes of the files in pieces of about 1 MB that end where a line ends."""
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                if not chunk.endswith(b"\n"):
+                    chunk += file.readline()
+                progress(len(chunk))
+                yield chunk
+
+
+def windows(documents):
+    """Yield (documents, whether these are the last), in order.
+
+    All windows hold about WINDOW_BYTES of text, the last one up to twice that: it is never a small rest.
+    """
+    waiting, size = deque(), 0
+    for document in documents:
+        waiting.append(document)
+        size += len(document[0])
+        if size > 2 * WINDOW_BYTES:
+            window = []
+            while size > WINDOW_BYTES:
+                window.append(waiting.popleft())
+                size -= len(window[-1][0])
+            yield window, False
+    yield list(waiting), True
+
+
+def append(paths: list[Path], window, shards: list[int]) -> None:
+    """Append the documents of a window to their shards, with a blank line after each."""
+    texts = [[] for _ in paths]
+    for (text, _), shard in zip(window, shards, strict=True):
+        texts[shard].append(text)
+    for path, documents in zip(paths, texts, strict=True):
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{document}\n\n" for document in documents)

@@ -1,0 +1,162 @@
+"""Articles out of a MediaWiki XML dump, read as a stream: the .bz2 is never unpacked to disk.
+
+Wikimedia's multistream dumps are cut between their bzip2 streams, and the workers decompress them; of any other dump,
+the main process decompresses the XML and cuts it between pages.  The workers extract the articles with `wikiextractor`,
+whose functions are called directly (its command line decompresses in one process and knows no resuming).
+
+Templates are dropped, not expanded: expanding needs all 900,000 template pages of a dump in memory, which the pages do
+not repay in running text.  Nothing in the output depends on today's date, as it would through {{CURRENTYEAR}}.
+"""
+
+import bz2
+import html
+import lzma
+import re
+from collections import Counter
+from pathlib import Path
+
+from wikiextractor.extract import Extractor, clean, compact
+
+from common.cli import UserError
+
+BATCH_BYTES = 1 << 20  # XML handed to a worker at a time
+LONGEST_PAGE = 1 << 28  # more than this without the end of a page is no dump
+STREAM_BYTES = 1 << 18  # compressed streams handed to a worker at a time
+LOOKAHEAD = 1 << 24  # a second stream starts within this, or the file is one stream
+
+STREAM_START = re.compile(rb"BZh[1-9]1AY&SY")
+
+PAGE_END, DOC_END = b"</page>", b"</doc>"
+PAGE = re.compile(rb"<page>(.*?)</page>", re.DOTALL)
+DOC = re.compile(r"<doc\b[^>]*>\n?(.*?)</doc>", re.DOTALL)
+TITLE = re.compile(r"<title>(.*?)</title>", re.DOTALL)
+NAMESPACE = re.compile(r"<ns>(-?\d+)</ns>")
+TEXT = re.compile(r"<text\b[^>]*?(?:/>|>(.*?)</text>)", re.DOTALL)
+
+
+def batches(path, progress=lambda position: None, end: bytes = PAGE_END):
+    """Yield a dump as (bytes of whole pages, whether they are still compressed), each about 1 MB of XML.
+
+    `progress` is called with the position in the file.  Raises UserError for a damaged file, or one without pages.
+    """
+    compressed = is_multistream(path)
+    for batch in stream_batches(path, progress) if compressed else page_batches(path, progress, end):
+        yield batch, compressed
+
+
+def is_multistream(path) -> bool:
+    """Whether a file consists of many bzip2 streams, as Wikimedia's multistream dumps do: one for every 100 pages."""
+    with open(path, "rb") as file:
+        return len(STREAM_START.findall(file.read(LOOKAHEAD))) > 1
+
+
+def stream_batches(path, progress):
+    """Yield whole bzip2 streams, as they are, in pieces of about 256 kB.  Pages do not cross streams."""
+    waiting = b""
+    with open(path, "rb") as file:
+        while block := file.read(STREAM_BYTES):
+            progress(file.tell())
+            waiting += block
+            starts = [found.start() for found in STREAM_START.finditer(waiting)]
+            if len(starts) > 1:
+                yield waiting[:starts[-1]]
+                waiting = waiting[starts[-1]:]
+    yield waiting
+
+
+def page_batches(path, progress, end: bytes):
+    """Yield the XML of a dump in pieces of about 1 MB that end where a page ends; this process decompresses it."""
+    rest, found = b"", False
+    try:
+        with open(path, "rb") as raw, decompressed(path, raw) as stream:
+            while block := stream.read(BATCH_BYTES):
+                progress(raw.tell())
+                rest += block
+                cut = rest.rfind(end) + len(end)
+                if cut >= len(end):
+                    found = True
+                    yield rest[:cut]
+                    rest = rest[cut:]
+                if len(rest) > LONGEST_PAGE:
+                    raise UserError(f"{path}: no {end.decode()} in {len(rest)} bytes; is this what it should be?")
+    except (EOFError, OSError, lzma.LZMAError) as error:
+        raise UserError(f"{path}: damaged or cut short ({error})") from None
+    if not found:
+        raise UserError(f"{path}: no {end.decode()} in it; is this what it should be?")
+
+
+def decompressed(path, raw):
+    """The bytes of the open file `raw`, decompressed as the ending of its name says."""
+    if Path(path).suffix == ".bz2":
+        return bz2.open(raw)
+    if Path(path).suffix == ".xz":
+        return lzma.open(raw)
+    return raw
+
+
+def extract_articles(xml: bytes, compressed: bool) -> tuple[list[str], dict, list[str]]:
+    """The articles of a batch of pages, each as one line; how many pages were kept and left out for what reason; and
+    the titles of those that should have been readable but were not.
+
+    Redirects and pages of other namespaces (talk, templates, files) are left out, and so is a page that is not UTF-8 or
+    that the extractor cannot read.
+    """
+    articles, counts, skipped = [], Counter(), []
+    if compressed:
+        xml = decompress(xml)
+    for page in PAGE.findall(xml):
+        try:
+            text, outcome = article_text(page.decode("utf-8"))
+        except UnicodeDecodeError:
+            text, outcome = "", "not_utf8"
+        counts[outcome] += 1
+        if text:
+            articles.append(text)
+        elif outcome in ("not_utf8", "unreadable_markup"):
+            title = TITLE.search(page.decode("utf-8", errors="replace"))
+            skipped.append(f"{title.group(1) if title else '(no title)'}: {outcome}")
+    return articles, dict(counts), skipped
+
+
+def decompress(streams: bytes) -> bytes:
+    try:
+        return bz2.decompress(streams)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the dump is damaged or cut short ({error})") from None
+
+
+def read_extracted(docs: bytes, _) -> tuple[list[str], dict, list[str]]:
+    """The same of a batch of <doc …> elements, which wikiextractor's own command line writes."""
+    articles, counts = [], Counter()
+    for doc in DOC.findall(docs.decode("utf-8", errors="replace")):
+        text = one_line(html.unescape(doc).split("\n")[1:])  # without the title
+        counts["documents" if text else "empty"] += 1
+        articles += [text] if text else []
+    return articles, dict(counts), []
+
+
+def article_text(page: str) -> tuple[str, str]:
+    """The article in the XML of a page as one line, and "documents"; or "" and the reason why it is none."""
+    namespace, text = NAMESPACE.search(page), TEXT.search(page)
+    if not namespace or namespace.group(1) != "0":
+        return "", "other_namespaces"
+    if "<redirect" in page[:text.start() if text else None]:
+        return "", "redirects"
+    title = TITLE.search(page)
+    try:
+        line = plain_text(title.group(1) if title else "", text.group(1) or "" if text else "")
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):  # odd markup
+        return "", "unreadable_markup"
+    return (line, "documents") if line else ("", "empty")
+
+
+def plain_text(title: str, wikitext: str) -> str:
+    """The running text of an article on one line, its paragraphs separated by tabs."""
+    extractor = Extractor("", "", "", title, [])
+    text = clean(extractor, wikitext, expand_templates=True, html_safe=False)
+    return one_line(compact(text, extractor=extractor))
+
+
+def one_line(paragraphs) -> str:
+    """Paragraphs on one line: single spaces inside, tabs between."""
+    return "\t".join(filter(None, (" ".join(paragraph.split()) for paragraph in paragraphs)))

@@ -1,0 +1,115 @@
+"""Reads shards in a child process: what a damaged file does to libhdf5 must not be done to the training.
+
+A damaged HDF5 file can crash the library that reads it, or keep it busy for ever.  Then the child dies, and the parent
+has a UserError that names the file; for the next file there is a new child.  Decompression, too, takes no time from
+the interpreter that drives the device.
+
+    with ShardReader() as reader:
+        rows = reader.call(shards.read_checked, shard, vocab_size)
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from common.cli import UserError
+
+LONGEST_CALL = 600.0  # seconds of processor time; a shard of a gigabyte takes a few
+ROOT = Path(__file__).resolve().parent.parent
+CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); from data.shard_reader import main; main()"
+PIPE_SIZE = 1 << 20  # bytes; the usual 64 KiB make the processes take turns sixteen times as often
+
+
+class ShardReader:
+    """Calls functions in the child process, for one caller at a time.
+
+    The child starts with the block, while its parent has other things to do, or with the first call.  A call that takes
+    more than `longest_call` seconds of processor time ends it.
+    """
+
+    def __init__(self, longest_call: float = LONGEST_CALL):
+        self.longest_call = longest_call
+        self.child: subprocess.Popen | None = None
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> "ShardReader":
+        self.start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.close()
+
+    def call(self, function, subject, *arguments):
+        """function(subject, *arguments), called in the child.  Function (of a module without torch), arguments and
+        result are pickled; `subject` is a path or a shard.
+
+        Raises UserError where the function does, and where it took the child's life twice (once can be an accident).
+        """
+        with self.lock:
+            for _ in range(2):
+                try:
+                    reply = self.ask((function, subject, *arguments))
+                except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+                    death = self.bury()
+                    continue
+                if isinstance(reply, UserError):
+                    raise reply
+                return reply
+        raise UserError(f"{getattr(subject, 'path', subject)}: not a readable HDF5 file (reading it {death})")
+
+    def start(self) -> None:
+        self.child = subprocess.Popen([sys.executable, "-c", CHILD, str(ROOT), str(self.longest_call)],
+                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, pipesize=PIPE_SIZE)
+
+    def ask(self, request):
+        if self.child is None:
+            self.start()
+        pickle.dump(request, self.child.stdin)
+        self.child.stdin.flush()
+        return pickle.load(self.child.stdout)
+
+    def bury(self) -> str:
+        """What became of the child, in words."""
+        child, self.child = self.child, None
+        child.stdout.close()
+        code = child.wait()
+        if code == -signal.SIGPROF:
+            return f"took more than {self.longest_call:.0f} seconds of processor time"
+        return f"ended the process with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+
+    def close(self) -> None:
+        """End the child.  No call may be under way."""
+        if self.child is not None:
+            self.child.kill()
+            self.child.communicate()
+            self.child = None
+
+
+def serve(requests, replies, longest_call: float) -> None:
+    """The child: answer requests until there are no more, which is also when the parent was killed."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # they reach all processes of a run; the parent decides when it ends
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent was killed: nobody wants the rows any more
+    while True:
+        try:
+            function, *arguments = pickle.load(requests)
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_PROF, longest_call)
+        try:
+            reply = function(*arguments)
+        except UserError as error:
+            reply = error
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        pickle.dump(reply, replies, protocol=pickle.HIGHEST_PROTOCOL)
+        replies.flush()
+
+
+def main() -> None:
+    replies_only = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not get between the replies
+    serve(sys.stdin.buffer, replies_only, float(sys.argv[1]))

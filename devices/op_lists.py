@@ -1,0 +1,77 @@
+"""Lists of ops for bf16 training: read, checked, and translated into the names that Gaudi's autocast goes by.
+
+A list is a text file with one op a line, in the names that Gaudi's mixed precision has used from its first release on
+(ops_bf16_bert_pt.txt, ops_fp32_bert_pt.txt).  No torch here: Gaudi's software reads its lists while torch is imported.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.cli import UserError
+
+# Other names of an op → the one used here.  `a / b` is div, and whoever lists truediv means it too.
+SAME_OP = {"truediv": "div", "true_divide": "div", "divide": "div", "itruediv": "idiv", "multiply": "mul",
+           "subtract": "sub", "cross_entropy_loss": "cross_entropy", "nll_loss_nd": "nll_loss"}
+
+# The names used here → those of the aten ops behind them, where they differ.
+ATEN_NAMES = {"cross_entropy": ("cross_entropy_loss",), "nll_loss": ("nll_loss", "nll_loss_nd"),
+              "div": ("div", "true_divide")}
+
+IN_PLACE = {"iadd", "isub", "imul", "idiv", "ipow"}  # never cast, and Gaudi's autocast knows no such names
+
+# What Gaudi's autocast runs in bf16 and in fp32 when it is given no list.
+AUTOCAST_BF16 = frozenset({
+    "addmm", "addbmm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "dot", "dropout", "group_norm", "layer_norm",
+    "leaky_relu", "linear", "log_softmax", "matmul", "mean", "mm", "mul", "mv", "scaled_dot_product_attention",
+    "softmax"})
+AUTOCAST_FP32 = frozenset({"cross_entropy", "div", "embedding", "exp", "log", "nll_loss", "pow", "rsqrt"})
+
+
+@dataclass(frozen=True)
+class OpLists:
+    """The ops that run in bf16 and those that run in fp32, no op in both."""
+
+    bf16: frozenset[str] = AUTOCAST_BF16
+    fp32: frozenset[str] = AUTOCAST_FP32
+
+
+def given_lists(args) -> OpLists | None:
+    """The lists of --hmp_bf16 and --hmp_fp32; None where neither is given or --hmp_opt_level says to ignore them.
+
+    Where only one is given, the other is Gaudi's default without the ops of the given one.
+    """
+    if args.hmp_opt_level == "O2" or not (args.hmp_bf16 or args.hmp_fp32):
+        return None
+    bf16 = read_list(args.hmp_bf16, "--hmp_bf16") if args.hmp_bf16 else None
+    fp32 = read_list(args.hmp_fp32, "--hmp_fp32") if args.hmp_fp32 else None
+    both = sorted((bf16 or frozenset()) & (fp32 or frozenset()))
+    if both:
+        raise UserError(f"--hmp_bf16 {args.hmp_bf16} and --hmp_fp32 {args.hmp_fp32} both list {', '.join(both)}")
+    return OpLists(AUTOCAST_BF16 - fp32 if bf16 is None else bf16, AUTOCAST_FP32 - bf16 if fp32 is None else fp32)
+
+
+def read_list(path, flag: str) -> frozenset[str]:
+    """The ops of a list file by the names used here.  UserError where it cannot be read or a line is blank."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{flag} {path}: not a text file") from None
+    for number, line in enumerate(lines, start=1):
+        if len(line.split()) != 1:
+            raise UserError(f"{flag} {path}: line {number} is {line[:50]!r}, not the name of one op")
+    return frozenset(canonical(line.strip()) for line in lines)
+
+
+def canonical(name: str) -> str:
+    return SAME_OP.get(name, name)
+
+
+def aten_names(ops) -> list[str]:
+    """The names by which Gaudi's autocast finds these ops.
+
+        >>> aten_names({"cross_entropy", "iadd", "mm"})
+        ['cross_entropy_loss', 'mm']
+    """
+    return sorted(name for op in ops - IN_PLACE for name in ATEN_NAMES.get(op, (op,)))

@@ -1,0 +1,230 @@
+"""Embeddings, layers and masked-LM loss of BERT for training in fp32 on CPUs, by the kernels of csrc/layers.cpp.
+
+The same numbers as the modules of modeling.py, whose parameters they take, but: whatever follows a matrix product is
+done while the cache holds its rows, gradients that meet are added by the product that makes the second one, attention
+reads the heads where they lie and only the tokens that it may see, dropout draws no random numbers and keeps no mask,
+and results lie in memory that the step before used.
+
+Legend as in modeling.py, T = B·S.
+"""
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ops import cpu_kernels
+from ops.memory_pool import pool
+
+ACTIVATION = "gelu"  # the one that the kernels know
+FEWEST_LANES = 8  # of AVX2, with which the kernels' matrix products are faster than PyTorch's
+
+
+def reason_against(args, device, config) -> str | None:
+    """Why a run does not compute its layers here, or None."""
+    if device.kind != "cpu":
+        return f"the kernels are for CPUs, not {device.kind}"
+    if args.hmp:
+        return "the kernels compute in fp32 only"
+    if not args.use_cpu_kernels:
+        return "--use_cpu_kernels False"
+    if args.use_torch_compile:
+        return "--use_torch_compile, in place of the kernels for this CPU, which are faster"
+    if config.hidden_act != ACTIVATION:
+        return f"no kernel for {config.hidden_act}"
+    return cpu_kernels.problem() or too_few_lanes(cpu_kernels.load().lanes)
+
+
+def too_few_lanes(lanes: int) -> str | None:
+    """Not measured, so that a run that is repeated chooses alike, whatever else the machine does meanwhile."""
+    if lanes >= FEWEST_LANES:
+        return None
+    return f"PyTorch's matrix products are faster than the kernels' where a vector holds {lanes} numbers"
+
+
+def layer(modules, hidden, sequence):
+    """What modeling.Layer computes.  hidden (B, S, D), sequence (B, S): the number of each token's sequence."""
+    projections = modules.attention.self
+    parameters = [parameter for linear in (projections.query, projections.key, projections.value)
+                  for parameter in (linear.weight, linear.bias)]
+    for output in (modules.attention.output, modules.output):
+        parameters += [output.dense.weight, output.dense.bias, output.LayerNorm.weight, output.LayerNorm.bias]
+    parameters += [modules.intermediate.dense_act.weight, modules.intermediate.dense_act.bias]
+    dropout = [projections.dropout_prob, modules.attention.output.dropout.p, modules.output.dropout.p]
+    dropout = dropout if modules.training else [0.0] * 3
+    settings = (projections.heads, modules.output.LayerNorm.eps, dropout)
+    return LayerFunction.apply(hidden.contiguous(), sequence.int().contiguous(), settings, *parameters)
+
+
+def embed(modules, input_ids, segment_ids, positions):
+    """What modeling.Embeddings computes.  All inputs (B, S), whole numbers → (B, S, D)."""
+    tables = [modules.word_embeddings.weight, modules.position_embeddings.weight, modules.token_type_embeddings.weight]
+    indices = [index.int().contiguous() for index in (input_ids, positions, segment_ids)]
+    for index, table in zip(indices, tables, strict=True):
+        lowest, highest = index.aminmax()
+        if lowest < 0 or highest >= len(table):
+            raise IndexError(f"from {lowest} to {highest}: out of the range of a table of {len(table)} embeddings")
+    settings = (modules.LayerNorm.eps, modules.dropout.p if modules.training else 0.0)
+    return EmbedFunction.apply(*indices, settings, *tables, modules.LayerNorm.weight, modules.LayerNorm.bias)
+
+
+def mean_cross_entropy(hidden, weight, bias, labels):
+    """Cross entropy of the scores hidden·weightᵀ + bias, averaged over the labels that are not negative (none: 0).
+
+    hidden (…, D), weight (V, D), bias (V), labels (…).  Scores become their own gradient while the cache holds them.
+    """
+    return CrossEntropyFunction.apply(hidden.flatten(0, -2), weight, bias, labels.flatten())
+
+class LayerFunction(Function):
+    """The layer as one step of autograd.  The order of the parameters is that of `layer`."""
+
+    @staticmethod
+    def forward(ctx, hidden, sequence, settings, *parameters):
+        heads, eps, dropout = settings
+        seeds = torch.randint(2**63 - 1, (3,)).tolist()
+        x = hidden.view(-1, hidden.shape[-1])
+        projections, first, second, inner = parameters[:6], parameters[6:10], parameters[10:14], parameters[14:]
+        context, attention = attend(x, sequence, projections, heads, dropout[0], seeds[0])
+        between, total1, statistics1 = residual_norm(context, x, first, eps, dropout[1], seeds[1])
+        activated, preactivation = dense_gelu(between, inner)
+        out, total2, statistics2 = residual_norm(activated, between, second, eps, dropout[2], seeds[2])
+        ctx.settings, ctx.seeds = settings, seeds
+        ctx.save_for_backward(x, sequence, *attention, context, total1, statistics1, between, preactivation, activated,
+                              total2, statistics2, *parameters)
+        return out.view(hidden.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (x, sequence, qkv, weights, context, total1, statistics1, between, preactivation, activated, total2,
+         statistics2, *parameters) = ctx.saved_tensors
+        _, _, dropout = ctx.settings
+        projections, first, second, inner = parameters[:6], parameters[6:10], parameters[10:14], parameters[14:]
+        gradient = gradient.contiguous().view(x.shape)
+
+        d_product, d_between, d_second = residual_norm_backward(gradient, total2, statistics2, activated, second,
+                                                                dropout[2], ctx.seeds[2])
+        d_inner = dense_gelu_backward(d_product, second[0], preactivation, between, inner, into=d_between)
+        d_product, d_x, d_first = residual_norm_backward(d_between, total1, statistics1, context, first, dropout[1],
+                                                         ctx.seeds[1])
+        d_context = product(d_product, first[0])
+        d_projections = attend_backward(d_context, (qkv, weights, sequence), x, projections, dropout[0], ctx.seeds[0],
+                                        into=d_x)
+        return d_x.view(*sequence.shape, -1), None, None, *d_projections, *d_first, *d_second, *d_inner
+
+
+def product(a, b, bias=None, into=None):
+    """a (M, K) · b (K, N) + bias (N), either matrix possibly a transposed view; added to `into` where that is given."""
+    out = pool.empty(len(a), b.shape[1]) if into is None else into
+    cpu_kernels.load().product(*matrix(a), *matrix(b), bias, out, *out.shape, a.shape[1], into is not None)
+    return out
+
+
+def matrix(tensor) -> tuple[int, int, int]:
+    """Address and strides of a matrix, as the kernels take it."""
+    assert tensor.device.type == "cpu" and tensor.dtype == torch.float32, (tensor.device, tensor.dtype)
+    return tensor.data_ptr(), *tensor.stride()
+
+
+def attend(x, sequence, projections, heads: int, dropout: float, seed: int):
+    """x (T, D) → the context (T, D), and what the way back needs: heads, and weights before dropout."""
+    rows, length = sequence.shape
+    qkv = product(x, torch.cat(projections[::2]).t(), torch.cat(projections[1::2]))  # (T, 3·D)
+    weights, context = pool.empty(rows, heads, length, length), pool.empty(*x.shape)
+    cpu_kernels.load().attention(qkv, sequence, weights, context, *weights.shape[:3], x.shape[1] // heads, dropout,
+                                 seed)
+    return context, (qkv, weights)
+
+
+def attend_backward(gradient, saved, x, projections, dropout: float, seed: int, into):
+    """Gradient of the context (T, D) → those of the projections; that of x is added to `into`."""
+    qkv, weights, sequence = saved
+    rows, heads, length, _ = weights.shape
+    d_qkv, sums = pool.empty(*qkv.shape), x.new_empty(rows, qkv.shape[1])
+    cpu_kernels.load().attention_backward(gradient, qkv, sequence, weights, d_qkv, sums, rows, heads, length,
+                                          x.shape[1] // heads, dropout, seed)
+    product(d_qkv, torch.cat(projections[::2]), into=into)
+    d_weights, d_biases = product(d_qkv.t(), x).chunk(3), sums.sum(0).chunk(3)
+    return [gradient for pair in zip(d_weights, d_biases, strict=True) for gradient in pair]
+
+
+def residual_norm(x, residual, parameters, eps: float, dropout: float, seed: int):
+    """LayerNorm(residual + dropout(dense(x))); the sum in it, and mean and 1/deviation of the rows of that."""
+    total, out, statistics = pool.empty(*residual.shape), pool.empty(*residual.shape), x.new_empty(len(x), 2)
+    weight, bias, *norm = parameters
+    cpu_kernels.load().dense_residual_norm(x, weight, bias, residual, *norm, total, out, statistics, *total.shape,
+                                           x.shape[1], eps, dropout, seed)
+    return out, total, statistics
+
+
+def residual_norm_backward(gradient, total, statistics, x, parameters, dropout: float, seed: int):
+    """Gradients of the matrix product in it, of the residual, and of the parameters."""
+    d_residual, d_product = pool.empty(*total.shape), pool.empty(*total.shape)
+    sums = total.new_empty(3, total.shape[1])
+    cpu_kernels.load().residual_norm_backward(gradient, total, statistics, parameters[2], d_residual, d_product, sums,
+                                              *total.shape, dropout, seed)
+    d_norm_weight, d_norm_bias, d_bias = sums
+    return d_product, d_residual, (product(d_product.t(), x), d_bias, d_norm_weight, d_norm_bias)
+
+
+def dense_gelu(x, parameters):
+    """GELU(dense(x)), and dense(x)."""
+    weight, bias = parameters
+    inner, out = pool.empty(len(x), len(weight)), pool.empty(len(x), len(weight))
+    cpu_kernels.load().dense_gelu(x, weight, bias, inner, out, *inner.shape, x.shape[1])
+    return out, inner
+
+
+def dense_gelu_backward(gradient, next_weight, inner, x, parameters, into):
+    """Gradients of the parameters, from that of GELU(dense(x)) · next_weightᵀ; that of x is added to `into`."""
+    weight, bias = parameters
+    d_inner, d_bias = pool.empty(*inner.shape), torch.empty_like(bias)
+    cpu_kernels.load().gelu_backward(gradient, next_weight, inner, d_inner, d_bias, *inner.shape, gradient.shape[1])
+    product(d_inner, weight, into=into)
+    return product(d_inner.t(), x), d_bias
+
+
+class EmbedFunction(Function):
+    """ids, positions, segments (B, S), their tables (…, D), weight and bias of LayerNorm (D) → (B, S, D)."""
+
+    @staticmethod
+    def forward(ctx, ids, positions, segments, settings, *parameters):
+        eps, dropout = settings
+        seed = torch.randint(2**63 - 1, ()).item()
+        tokens, width = ids.numel(), parameters[0].shape[1]
+        total, out, statistics = pool.empty(tokens, width), pool.empty(tokens, width), torch.empty(tokens, 2)
+        cpu_kernels.load().embed(ids, positions, segments, *parameters, total, out, statistics, tokens, width, eps,
+                                 dropout, seed)
+        ctx.dropout, ctx.seed = dropout, seed
+        ctx.save_for_backward(ids, positions, segments, total, statistics, *parameters)
+        return out.view(*ids.shape, width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        *indices, total, statistics, words, places, types, norm_weight, _ = ctx.saved_tensors
+        gradient = pool.empty(*total.shape).copy_(gradient.reshape(total.shape))  # the kernel works in its place
+        d_tables = [pool.empty(*table.shape).zero_() for table in (words, places, types)]
+        sums = total.new_empty(2, total.shape[1])
+        cpu_kernels.load().embed_backward(gradient, *indices, total, statistics, norm_weight, *d_tables, sums,
+                                          *total.shape, ctx.dropout, ctx.seed)
+        return None, None, None, None, *d_tables, *sums
+
+
+class CrossEntropyFunction(Function):
+    """hidden (T, D), weight (V, D), bias (V), labels (T) → the mean loss; its gradients are made on the way."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels):
+        scores = product(hidden, weight.t())
+        losses, d_bias = scores.new_empty(len(scores)), torch.empty_like(bias)
+        share = 1.0 / max(1, int((labels >= 0).sum()))
+        cpu_kernels.load().cross_entropy(scores, bias, labels.contiguous(), losses, d_bias, *scores.shape, share)
+        ctx.save_for_backward(hidden, weight, scores, d_bias)
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        hidden, weight, d_scores, d_bias = ctx.saved_tensors
+        d_weight = product(d_scores.t(), hidden * gradient)
+        return product(d_scores, weight).mul_(gradient), d_weight, d_bias * gradient, None

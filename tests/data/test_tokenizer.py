@@ -1,0 +1,123 @@
+"""Claims about vocabularies and token ids: they are those of transformers' BertTokenizer, by whatever library."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertTokenizer
+
+from common.cli import UserError
+from data import vocabulary
+from data.wordpiece import PROBE, Encoder
+from tests.support.preparation import ROOT, SAMPLE, sentences, text_shards, write_vocabulary
+
+ODD = [
+    *PROBE[:-1],
+    "Ὀδυσσεύς ἄνδρα μοι ἔννεπε; Čeština, íslenska, Việt Nam, Türkçe, ŁÓDŹ, Æsop, œuvre, ﬃ, Ⅻ, ½",
+    "प्रकृति, தமிழ், ಕನ್ನಡ, ქართული, አማርኛ, ខ្មែរ, ᏣᎳᎩ, ພາສາລາວ, ދިވެހި",
+    "漢字かな交じり文、「引用」。한글과 漢字 〇一二三 ㈱ ㌔ 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 𒀭",
+    "a\u0301e\u0308 n\u0303 ｶﾞ か\u3099 \u0130stanbul ı I\u0307 ẞ ﬀ \u1e9e \u212b \u2126",
+    "\u00a0\u1680\u2003\u202f\u205f\u3000spaces\u0085next\u2028line\u2029end \u200e\u200f\u202a\u2060 zero",
+    "\x01\x02\x1b[0m control \x7f\x80\x9f \ufffe \uffff \U0010ffff private \ue000",
+    "👍🏽 👩🏾‍🚀 🏳️‍🌈 1️⃣ ❤️ ☎︎ 🇩🇪🇯🇵 ©®™ ←↑→ ∑∫√≈ €£¥₿ “quotes” ‘single’ – — … † ‡ § ¶ • ′ ″",
+    "don't won't it's o'clock rock'n'roll e-mail x_y a+b=c #tag @name http://example.org/a?b=c&d#e 3.14 1,000 50%",
+    "", " ", "\t\n", "a" * 100, "b" * 101, "[UNK", "UNK]",
+]
+
+
+@pytest.fixture(scope="module")
+def tokens(sample):
+    return vocabulary.read(sample / "vocab" / SAMPLE / "vocab.txt")
+
+
+def reference(tokens, lower_case: bool):
+    """transformers' BertTokenizer as encode(texts) -> ids of each."""
+    tokenizer = BertTokenizer(vocab={token: number for number, token in enumerate(tokens)}, do_lower_case=lower_case)
+    return lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def rows(encoded) -> list[list[int]]:
+    ids, offsets = encoded
+    return [ids[start:stop].tolist() for start, stop in zip(offsets, offsets[1:], strict=False)]
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["nanotoken", "tokenizers"])
+def test_tokens_of_every_sentence_of_the_sample_are_berttokenizers(sample, tokens, fast):
+    lines = [line for path in text_shards(sample) for line in path.read_text().split("\n") if line]
+    lines = lines if fast else lines[::20]
+    encoder = Encoder(tokens, True, fast)
+    assert encoder.choice.split()[0] == ("nanotoken" if fast else "tokenizers")
+    assert rows(encoder.encode(lines)) == reference(tokens, True)(lines)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["nanotoken", "tokenizers"])
+@pytest.mark.parametrize("lower_case", [True, False])
+def test_tokens_of_odd_text_are_berttokenizers(tokens, fast, lower_case):
+    vocab = [*tokens, *sorted({character for line in ODD for character in line if character > "\x80"} - set(tokens))]
+    assert rows(Encoder(vocab, lower_case, fast).encode(ODD)) == reference(vocab, lower_case)(ODD)
+
+
+@given(st.lists(st.text(max_size=30), max_size=5))
+@settings(max_examples=300, deadline=None)
+def test_nanotoken_gives_the_ids_of_tokenizers(texts):
+    tokens = [*vocabulary.SPECIAL_TOKENS, *"abcdeé漢", *(f"##{letter}" for letter in "abcde")]
+    assert rows(Encoder(tokens, True).encode(texts)) == rows(Encoder(tokens, True, fast=False).encode(texts))
+
+
+def test_special_tokens_in_a_text_are_ordinary_text(tokens):
+    encoded, = rows(Encoder(tokens, True).encode(["the [SEP] and [MASK]"]))
+    assert not set(encoded) & {tokens.index("[SEP]"), tokens.index("[MASK]"), tokens.index("[UNK]")}
+
+
+def test_an_encoder_whose_fast_library_errs_goes_on_with_the_reference(tokens):
+    encoder = Encoder(tokens, True)
+    encoder.fast = Encoder(tokens[::-1], True).fast  # other ids, as a faulty library would give
+    with pytest.warns(UserWarning, match="gave other ids"):
+        wrong = rows(encoder.encode(["the sea"]))
+    assert wrong == rows(Encoder(tokens, True, fast=False).encode(["the sea"])) and encoder.fast is None
+
+
+def test_training_gives_the_same_vocabulary_in_every_process(tmp_path):
+    (tmp_path / "x_training_0.txt").write_text("\n".join(sentences(300)) + "\nÉtude 漢字\n")
+    script = ("from data import vocabulary; import sys; "
+              "vocabulary.write(sys.argv[2], vocabulary.train([sys.argv[1]], 70, True))")
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, "-c", script, tmp_path / "x_training_0.txt", tmp_path / name], cwd=ROOT,
+                       env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    first = (tmp_path / "one").read_text().split("\n")
+    assert first == (tmp_path / "two").read_text().split("\n")
+    assert first[:5] == list(vocabulary.SPECIAL_TOKENS) and len(first) == 71
+    assert "e" in first and "漢" in first and "É" not in first
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda text: text.replace("[MASK]\n", ""), r"no \[MASK\] among its"),
+    (lambda text: text + "sea\n", "stand there twice, 'sea' first"),
+    (lambda text: "", "no .PAD., "),
+])
+def test_a_spoilt_vocabulary_is_refused(tmp_path, spoil, message):
+    path = write_vocabulary(tmp_path / "vocab.txt")
+    path.write_text(spoil(path.read_text()))
+    with pytest.raises(UserError, match=message):
+        vocabulary.read(path)
+
+
+def test_a_vocabulary_of_other_line_ends_or_missing_is_read_or_named(tmp_path):
+    path = write_vocabulary(tmp_path / "vocab.txt")
+    tokens = vocabulary.read(path)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert vocabulary.read(path) == tokens
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="vocab.txt: cannot be read"):
+        vocabulary.read(path)
+    with pytest.raises(UserError, match="nowhere.txt: cannot be read"):
+        vocabulary.read(tmp_path / "nowhere.txt")
+
+
+def test_encoding_nothing_gives_nothing(tokens):
+    ids, offsets = Encoder(tokens, True).encode([])
+    assert len(ids) == 0 and np.array_equal(offsets, [0])

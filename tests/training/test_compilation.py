@@ -1,0 +1,102 @@
+"""torch.compile for model and optimizer, on the CPU with backends that need no compiler; and traces of the profiler."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import run_pretraining
+from devices.device import Device
+from devices.precision import Precision
+from lamb import NVLAMB
+from modeling import BertForPreTraining
+from optim.build import parameter_groups
+from tests.support import samples
+from training.compilation import compile_training
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    yield
+    torch._dynamo.reset()
+
+
+def device_compiled_by(compiler) -> Device:
+    """Compiled as on Gaudi: the model and a group's update are one graph each."""
+    device = Device()
+    device.compiler, device.compiles_in_parts = compiler, False
+    return device
+
+
+def arguments(**changes) -> SimpleNamespace:
+    values = {"hmp": False, "fp16": False, "hmp_verbose": False, "hmp_opt_level": "O1", "loss_scale": 1.0,
+              "hmp_bf16": "ops_bf16_bert_pt.txt", "hmp_fp32": "ops_fp32_bert_pt.txt"}
+    return SimpleNamespace(**{**values, **changes})
+
+
+def lamb(seed: int) -> tuple[NVLAMB, list]:
+    torch.manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 7), (3,), (4, 4), (9,))]
+    return NVLAMB([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}], lr=0.1), params
+
+
+def test_compiled_lamb_is_compiled_once_a_group_and_computes_the_same():
+    counter = CompileCounter()
+    (plain, expected), (compiled, found) = lamb(0), lamb(0)
+    compiled.compile(counter, in_parts=False)
+    for step in range(1, 6):
+        for optimizer, params in ((plain, expected), (compiled, found)):
+            for param in params:
+                param.grad = torch.full_like(param, 0.1 * step)  # new each time, as after zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / step
+            optimizer.step()
+    assert counter.frame_count == 2
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("hmp", [False, True])
+def test_compiled_model_has_the_same_losses_and_names(hmp):
+    counter = CompileCounter()
+    precision = Precision(arguments(hmp=hmp), Device())
+    torch.manual_seed(0)
+    model = BertForPreTraining(samples.config(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0), "plain",
+                               autocast=precision.autocast, casts_off=precision.casts_off)
+    names, batch = set(model.state_dict()), samples.unpacked_batch([9, 24, 13])
+    with precision.autocast():
+        expected = model(batch)
+    compile_training(device_compiled_by(counter), model, NVLAMB(parameter_groups(model)))
+    before = counter.frame_count
+    for _ in range(2):
+        with precision.autocast():
+            found = model(batch)
+    assert counter.frame_count == before + (2 if hmp else 1), "with op lists, the losses are a graph of their own"
+    torch.testing.assert_close(found, expected)
+    assert set(model.state_dict()) == names
+
+
+def test_a_compiler_that_is_not_there_is_named_and_the_run_goes_on():
+    model = torch.nn.Linear(3, 2)
+    words = compile_training(device_compiled_by("hpu_backend"), model, NVLAMB(parameter_groups(model)))
+    assert words.startswith("--use_torch_compile: not compiled: hpu_backend on cpu: ")
+    assert model(torch.ones(1, 3)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_profile_writes_a_trace_of_the_steps_that_were_asked_for(tmp_path, lazy):
+    samples.write_config(tmp_path / "config.json")
+    samples.write_dataset(tmp_path / "data", (9,))
+    flags = ["--do_train", f"--input_dir={tmp_path / 'data'}", f"--output_dir={tmp_path / 'out'}", "--skip_checkpoint",
+             f"--config_file={tmp_path / 'config.json'}", f"--json_summary={tmp_path / 'log.json'}", "--max_steps=4",
+             f"--max_seq_length={samples.SEQUENCE_LENGTH}", f"--max_predictions_per_seq={samples.PREDICTIONS}",
+             "--train_batch_size=4", "--use_torch_lazy" if lazy else "--no_cuda"]
+    run_pretraining.main(flags)
+    assert not list(tmp_path.glob("trace*"))
+    run_pretraining.main([*flags, "--profile", "--profile_steps=2:3"])
+    trace = json.loads((tmp_path / "trace_rank0_steps2-3.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert sum(name.startswith("Optimizer.step#NVLAMB.step") for name in names) == 2
+    assert ("aten::embedding" if lazy else "attention_backward") in names

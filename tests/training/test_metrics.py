@@ -1,0 +1,67 @@
+"""The FLOPs that a batch needs, worked out by hand, and the share of the peak that a log line shows."""
+
+import pytest
+import torch
+
+from tests.support import samples
+from training import metrics as utilization
+from training.log import Throughput
+from training.metrics import NeededFlops, cpu_peak, matrix_peak
+
+CONFIG = samples.config(hidden_size=6, intermediate_size=10, num_hidden_layers=2, vocab_size=99)  # 104 when padded
+
+
+def by_hand(lengths, masked: int) -> int:
+    weights = 2 * (4 * 6 * 6 + 2 * 6 * 10)  # of two layers
+    products = sum(6 * length * weights for length in lengths) + masked * 6 * (6 * 6 + 6 * 104)
+    return products + sum(12 * 2 * 6 * length * length for length in lengths)
+
+
+def test_needed_flops_count_real_tokens_only():
+    batch = samples.unpacked_batch([24, 5, 11])
+    masked = int((batch["masked_lm_positions"] > 0).sum())
+    assert NeededFlops(CONFIG).of_batch(batch) == by_hand([24, 5, 11], masked)
+
+
+def test_packed_rows_need_what_their_sequences_need():
+    batch = samples.unpacked_batch([24, 5, 11, 7])
+    packed = samples.packed_batch(batch, [[1, 2, 3], [0]], 26)
+    assert NeededFlops(CONFIG).of_batch(packed) == NeededFlops(CONFIG).of_batch(batch)
+
+
+def test_a_batch_without_sequences_needs_nothing():
+    batch = {key: torch.zeros_like(value) for key, value in samples.unpacked_batch([5]).items()}
+    assert NeededFlops(CONFIG).of_batch(batch) == 0
+
+
+def test_utilization_is_the_share_of_the_peak_since_the_last_line():
+    throughput = Throughput(peak_flops=1e6)
+    for flops in (3e5, 1e5):
+        throughput.add_micro_batch(2, 0.0, flops)
+        throughput.add_step()
+        figures = throughput.read()
+        assert figures["model_flops_utilization"] == pytest.approx(flops / figures["average_training_time_step"] / 1e6)
+    assert "model_flops_utilization" not in read_without_peak()
+
+
+def read_without_peak() -> dict:
+    throughput = Throughput()
+    throughput.add_micro_batch(2, 0.0, 1e5)
+    throughput.add_step()
+    return throughput.read()
+
+
+def test_a_measured_peak_is_that_of_a_computer():
+    assert 1e8 < matrix_peak("cpu", torch.float32, 256, 2) < 1e14
+
+
+def test_the_peak_of_a_cpu_is_that_of_the_faster_products(monkeypatch):
+    """Also where the kernels' are the slower ones, and where they cannot be compiled."""
+    found = {torch.mm: 3.0}
+    monkeypatch.setattr(utilization, "matrix_peak", lambda *_, multiply: found.get(multiply, 5.0))
+    assert cpu_peak(256, 2) == 5.0
+    found[torch.mm] = 7.0
+    assert cpu_peak(256, 2) == 7.0
+    monkeypatch.setattr(utilization.cpu_kernels, "problem", lambda: "no compiler")
+    found[torch.mm] = 3.0
+    assert cpu_peak(256, 2) == 3.0

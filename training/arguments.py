@@ -1,0 +1,219 @@
+"""The flags of run_pretraining.py, each declared once.  No torch here: Gaudi's settings precede its import."""
+
+import argparse
+
+from common.cli import ArgumentParser, boolean, positive_int, proportion
+
+DESCRIPTION = """BERT pre-training (masked LM + next sentence prediction) with LAMB, on Gaudi, CUDA and CPU.
+
+    python3 run_pretraining.py --do_train --config_file bert_config.json --input_dir packed/phase1 \\
+        --output_dir results/checkpoints --train_batch_size 8192 --gradient_accumulation_steps 128 \\
+        --max_seq_length 128 --max_predictions_per_seq 20 --max_steps 7038 --warmup_proportion 0.2843 \\
+        --learning_rate 6e-3
+
+Batch sizes are per card and optimizer step; steps are optimizer steps."""
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    """The flags as a namespace.  One line and exit code 2 where a flag is unknown or flags contradict each other."""
+    parser = ArgumentParser(description=DESCRIPTION)
+    for add in (add_files, add_batches, add_schedule, add_precision, add_device, add_many_cards, add_checkpoints,
+                add_log, add_accepted):
+        add(parser)
+    args = parser.parse_args(argv)
+    problem = contradiction(args)
+    if problem:
+        parser.error(problem)
+    return args
+
+
+def add_files(parser) -> None:
+    group = parser.add_argument_group("what to train on what")
+    group.add_argument("--do_train", action="store_true", help="train; this or --dry_run must be given")
+    group.add_argument("--dry_run", action="store_true", help="instead of training, check everything and tell what the "
+                       "run will take: steps, memory, disk, and time after two timed steps; writes nothing")
+    group.add_argument("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
+    group.add_argument("--config_file", required=True, help="model config, JSON")
+    group.add_argument("--output_dir", required=True, help="folder of the checkpoints")
+    group.add_argument("--bert_model", default="bert-large-uncased", help="a name for logs and export")
+    group.add_argument("--init_checkpoint", help="start from the weights in this checkpoint (path or URL) or folder of "
+                       "transformers, at step 0 (with --resume_from_checkpoint its optimizer moments too)")
+    group.add_argument("--seed", type=int, default=42, help="of the weights, the order of the rows, and dropout")
+
+
+def add_batches(parser) -> None:
+    group = parser.add_argument_group("batches")
+    group.add_argument("--max_seq_length", type=positive_int, default=512, help="tokens a row; the shards' length")
+    group.add_argument("--max_predictions_per_seq", type=positive_int, default=80,
+                       help="most masked tokens in a sequence, at least the shards'")
+    group.add_argument("--train_batch_size", type=positive_int, default=32,
+                       help="sequences per card and optimizer step, over all accumulation steps")
+    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1,
+                       help="micro-batches per optimizer step, on packed data divided by the sequences of a row; "
+                       "must divide --train_batch_size")
+
+
+def add_schedule(parser) -> None:
+    group = parser.add_argument_group("schedule")
+    group.add_argument("--learning_rate", type=float, default=5e-5, help="peak rate")
+    group.add_argument("--max_steps", type=positive_int, default=1000,
+                       help="optimizer steps of this phase, the length of its schedule")
+    group.add_argument("--steps_this_run", type=int, default=-1,
+                       help="end the run at this step of the phase (its number, not a count); -1 = --max_steps")
+    group.add_argument("--warmup_proportion", type=proportion, default=0.01, help="share of --max_steps to warm up in")
+    group.add_argument("--phase2", action="store_true",
+                       help="second phase: goes on from phase 1's last checkpoint with a schedule of its own")
+    group.add_argument("--phase1_end_step", type=int, default=7038, help="the step phase 1 ended at")
+
+
+def add_precision(parser) -> None:
+    group = parser.add_argument_group("precision and memory")
+    group.add_argument("--hmp", "--autocast", action="store_true", help="bf16 mixed precision")
+    group.add_argument("--hmp_bf16", default="", metavar="FILE", help="list of ops run in bf16; '' = the device's own")
+    group.add_argument("--hmp_fp32", default="", metavar="FILE", help="list of ops run in fp32; '' = the device's own")
+    group.add_argument("--hmp_opt_level", choices=("O1", "O2"), default="O1", help="O2 ignores the lists")
+    group.add_argument("--hmp_verbose", action="store_true", help="print the dtypes of each op once")
+    group.add_argument("--fp16", "--amp", action="store_true", help="fp16 mixed precision with loss scaling (CUDA)")
+    group.add_argument("--loss_scale", type=float, default=0.0, help="of --fp16; 0.0 = dynamic")
+    group.add_argument("--init_loss_scale", type=float, default=2.0**20, help="first value of a dynamic loss scale")
+    group.add_argument("--checkpoint_activations", action="store_true",
+                       help="recompute the layers in the backward pass: less memory, more time")
+    group.add_argument("--mlm_loss_chunk", type=positive_int, default=0, metavar="SLOTS",
+                       help="compute the masked-LM loss for so many masked tokens at a time, and its scores again in "
+                       "the backward pass: less memory, slightly more time (default: for all at once)")
+
+
+def add_device(parser) -> None:
+    add_device_choice(parser)
+    group = parser.add_argument_group("what the device does")
+    group.add_argument("--use_torch_compile", action="store_true",
+                       help="compile the model and the optimizer step (HPU: hpu_backend); where that does not work, "
+                       "the run says why and goes on without")
+    group.add_argument("--cuda_graphs", action="store_true",
+                       help="CUDA, with --use_torch_compile: record what is compiled and replay it without the host, "
+                       "which pays where micro-batches are small")
+    group.add_argument("--attention", choices=("plain", "sdpa", "varlen"),
+                       help="elementary operations; fused kernels with a mask; fused kernels for sequences of many "
+                       "lengths (default: what is fastest on the device; CUDA measures the last two at the start)")
+    group.add_argument("--use_cpu_kernels", type=boolean, default=True, metavar="BOOL",
+                       help="CPU, fp32: layers in kernels that a C++ compiler makes as the run starts (default: True; "
+                       "where that does not work, or does not pay, the run says why and uses PyTorch's own operations)")
+    group.add_argument("--use_fused_lamb", action="store_true",
+                       help="the device's fused LAMB, where it has one; on a CPU one compiled kernel")
+
+
+def add_device_choice(parser) -> None:
+    group = parser.add_argument_group("device (without these: CUDA where there is one, else CPU)")
+    group.add_argument("--use_habana", action="store_true", help="run on HPU; an error where none can be used")
+    group.add_argument("--use_lazy_mode", type=boolean, metavar="BOOL",
+                       help="HPU: lazy mode with mark_step, else eager or compiled (default: True, unless "
+                       "PT_HPU_LAZY_MODE or --use_torch_compile says otherwise)")
+    group.add_argument("--no_cuda", action="store_true", help="CPU even where a GPU is present")
+    group.add_argument("--use_torch_lazy", action="store_true",
+                       help="PyTorch's own lazy tensors: checks a change against lazy mode where there is no Gaudi")
+
+
+def add_many_cards(parser) -> None:
+    group = parser.add_argument_group("many cards")
+    group.add_argument("--local_rank", type=int, help="card of this process on its server (default: LOCAL_RANK)")
+    group.add_argument("--allreduce_post_accumulation", action="store_true",
+                       help="one flat all-reduce after the last micro-batch, in place of DDP")
+    group.add_argument("--allreduce_post_accumulation_fp16", action="store_true",
+                       help="that all-reduce in 16 bits on the wire")
+    group.add_argument("--use_zero_optimizer", type=boolean, default=False, metavar="BOOL",
+                       help="shard the optimizer's state over the cards")
+    group.add_argument("--collective_timeout", type=positive_int, default=600, metavar="SECONDS",
+                       help="longest that a rank waits for another before the run ends with an error")
+
+
+def add_checkpoints(parser) -> None:
+    group = parser.add_argument_group("checkpoints, faults and evaluation")
+    group.add_argument("--resume_from_checkpoint", action="store_true", help="go on from a checkpoint in --output_dir")
+    group.add_argument("--resume_step", type=int, default=-1,
+                       help="which one, by the number in its name; -1 = the newest complete one")
+    group.add_argument("--num_steps_per_checkpoint", type=positive_int, default=100,
+                       help="steps between checkpoints; the last step always writes one")
+    group.add_argument("--skip_checkpoint", action="store_true", help="write none")
+    group.add_argument("--max_skipped_steps", type=positive_int, default=10,
+                       help="steps in a row that may be skipped because loss or gradient norm are not finite, before "
+                       "the run ends")
+    group.add_argument("--skip_bad_shards", action="store_true",
+                       help="go on without a training shard that cannot be read or holds impossible values; without "
+                       "this flag it ends the run")
+    group.add_argument("--eval_dir", help="folder of held-out shards (packed, or with 'test' in the name)")
+    group.add_argument("--eval_freq", type=int, default=0, help="steps between evaluations; 0 = only at the end")
+
+
+def add_log(parser) -> None:
+    group = parser.add_argument_group("log")
+    group.add_argument("--log_freq", type=float, default=1.0, help="optimizer steps between log lines")
+    group.add_argument("--json_summary", default="results/dllogger.json", help="log file; its folder is created")
+    group.add_argument("--tensorboard_logdir", metavar="DIR", help="write the figures for TensorBoard there too; "
+                       "needs the package tensorboard")
+    group.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
+    group.add_argument("--peak_tflops", type=float, default=0.0,
+                       help="TFLOP/s of one card that the logged utilization is a share of; 0.0 = measured at the "
+                       "start by a matrix product (CPU, CUDA), not logged on other devices")
+    group.add_argument("--profile", action="store_true", help="write a torch.profiler trace beside the log file")
+    group.add_argument("--profile_steps", type=step_range, default="4:6", metavar="A:B",
+                       help="of these steps of the phase, with --profile")
+
+
+def add_accepted(parser) -> None:
+    group = parser.add_argument_group("accepted for old command lines")
+    group.add_argument("--num_train_epochs", type=float, default=3.0, help="unused: a run ends by its step count")
+    group.add_argument("--enable_packed_data_mode", type=boolean, metavar="BOOL",
+                       help="deprecated: the shards decide; where given it must agree with them")
+    group.add_argument("--avg_seq_per_pack", type=float, help="deprecated, no effect: the data decides")
+    group.add_argument("--use_env", action="store_true", help="no effect")
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """The value of a flag that names steps, A:B, both included."""
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not A:B, two step numbers with 1 <= A <= B")
+    return int(first), int(last)
+
+
+def contradiction(args) -> str | None:
+    """What is wrong with the flags together, or None."""
+    if not args.do_train and not args.dry_run:
+        return "nothing to do: --do_train is not given"
+    if args.train_batch_size % args.gradient_accumulation_steps:
+        return (f"--train_batch_size {args.train_batch_size} is not divisible by "
+                f"--gradient_accumulation_steps {args.gradient_accumulation_steps}")
+    if args.steps_this_run != -1 and not 1 <= args.steps_this_run <= args.max_steps:
+        return f"--steps_this_run {args.steps_this_run} is neither -1 nor from 1 to --max_steps {args.max_steps}"
+    if args.fp16 and args.hmp:
+        return "--fp16 and --hmp exclude each other"
+    if args.allreduce_post_accumulation_fp16 and not args.allreduce_post_accumulation:
+        return "--allreduce_post_accumulation_fp16 is a form of --allreduce_post_accumulation, which is not given"
+    if args.use_lazy_mode and args.use_torch_compile:
+        return "--use_lazy_mode True and --use_torch_compile exclude each other"
+    if args.use_torch_lazy and (args.use_habana or args.use_torch_compile or args.checkpoint_activations):
+        return "--use_torch_lazy goes with none of --use_habana, --use_torch_compile and --checkpoint_activations"
+    if args.attention == "varlen" and (args.use_habana or args.use_torch_lazy):
+        return "--attention varlen is for CUDA and CPU, not for --use_habana or --use_torch_lazy"
+    if args.cuda_graphs and (not args.use_torch_compile or args.no_cuda or args.use_habana):
+        return "--cuda_graphs is for CUDA with --use_torch_compile"
+    last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
+    if args.profile and args.profile_steps[1] > last_step:
+        return f"--profile_steps {args.profile_steps[0]}:{args.profile_steps[1]}, but the run ends at step {last_step}"
+    if args.phase2 and not args.resume_from_checkpoint:
+        return "--phase2 needs --resume_from_checkpoint: it goes on from phase 1's last checkpoint"
+    if args.resume_step != -1 and not args.resume_from_checkpoint:
+        return f"--resume_step {args.resume_step} needs --resume_from_checkpoint"
+    if args.phase2 and args.phase1_end_step < 0:
+        return f"--phase1_end_step {args.phase1_end_step} is below 0"
+    if args.eval_freq < 0 or (args.eval_freq and not args.eval_dir):
+        return f"--eval_freq {args.eval_freq} needs --eval_dir and a number of at least 0"
+    if not 0.0 < args.learning_rate < float("inf"):
+        return f"--learning_rate {args.learning_rate} is not a number above 0"
+    if not 0.0 < args.log_freq < float("inf"):
+        return f"--log_freq {args.log_freq} is not a number above 0"
+    if not 0.0 <= args.peak_tflops < float("inf"):
+        return f"--peak_tflops {args.peak_tflops} is not a number of at least 0"
+    if args.seed < 0:
+        return f"--seed {args.seed} is below 0"
+    return None

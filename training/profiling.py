@@ -1,0 +1,37 @@
+"""A torch.profiler trace of some steps of a run (--profile, --profile_steps A:B), for chrome://tracing or Perfetto."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from common.files import replacing
+
+
+class StepProfiler:
+    """Records the steps that the flags name, and writes the trace beside the log file after the last of them."""
+
+    def __init__(self, args, device, rank: int, report):
+        self.first, self.last = args.profile_steps if args.profile else (0, 0)
+        self.device = device
+        self.report = report
+        self.path = Path(args.json_summary).parent / f"trace_rank{rank}_steps{self.first}-{self.last}.json"
+        self.profile: torch.profiler.profile | None = None
+
+    @contextmanager
+    def around(self, step: int):
+        """A block that is this training step."""
+        if self.first <= step <= self.last and self.profile is None:
+            # No shapes: recording them makes PyTorch's lazy device build other graphs.
+            self.profile = torch.profiler.profile(activities=self.device.profiler_activities())
+            self.profile.start()
+        yield
+        if step == self.last and self.profile is not None:
+            self.write()
+
+    def write(self) -> None:
+        self.device.synchronize()
+        self.profile.stop()
+        with replacing(self.path) as temporary:
+            self.profile.export_chrome_trace(str(temporary))
+        self.report(f"profile of steps {self.first} to {self.last}: {self.path}")
