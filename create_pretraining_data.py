@@ -26,8 +26,8 @@ from random import Random
 import numpy as np
 
 from common import cli
-from common.cli import UserError
-from common.files import local_file
+from common.download import local_file
+from common.errors import UserError
 from data import shards, vocabulary
 from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
 from data.wordpiece import Encoder

@@ -10,7 +10,7 @@ such a folder as its --init_checkpoint.  transformers itself is not needed here.
 from pathlib import Path
 
 from common import cli
-from common.cli import UserError
+from common.errors import UserError
 
 # What a model card tells of the flags of a run (a PARAMETER line of its log)
 CARD_FLAGS = ("input_dir", "max_seq_length", "train_batch_size", "gradient_accumulation_steps", "learning_rate",

@@ -9,7 +9,7 @@ Without a sentence, sentences are read line by line from the terminal or a pipe.
 import sys
 
 from common import cli
-from common.cli import UserError
+from common.errors import UserError
 
 PROMPT = "a sentence with [MASK] (empty line: end)> "
 

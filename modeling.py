@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common.cli import UserError
+from common.errors import UserError
 from ops import cpu_layers
 from ops.attention import ATTENTIONS, KERNELS
 

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import cli
-from common.cli import UserError
+from common.errors import UserError
 from common.files import write_json
 from data import shards
 from data.masking import MOST_SEQUENCES

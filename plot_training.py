@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import cli
-from common.cli import UserError
+from common.errors import UserError
 from common.files import replacing
 
 PANELS = (  # title, key in the log, axis label

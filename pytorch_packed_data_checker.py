@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import cli
-from common.cli import UserError
+from common.errors import UserError
 from data import shards
 from data.packing.checks import faults, fingerprints
 from data.packing.scatter_gather import Block, blocks_of

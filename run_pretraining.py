@@ -9,7 +9,7 @@ training.py holds the loop.  torch is imported after the flags are read: Gaudi's
 from functools import partial
 
 from common import cli
-from common.cli import UserError
+from common.errors import UserError
 from data.shard_reader import ShardReader
 from devices import gaudi_environment
 from training.arguments import parse_arguments

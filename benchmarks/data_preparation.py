@@ -22,6 +22,7 @@ from measuring import ROOT, alternate, processor, report, spread  # puts the rep
 
 # isort: split
 from common import cli
+from common.errors import UserError
 from data.preparation import downloads, estimates
 
 SAMPLE_MB = 2.6  # text of the sample
@@ -118,7 +119,7 @@ def timed(flags: list[str], work: Path) -> dict:
     complaint = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)  # of the process and of all that it waited for
     if status:
-        raise cli.UserError(f"{' '.join(command)}: {complaint.decode()[-500:]}")
+        raise UserError(f"{' '.join(command)}: {complaint.decode()[-500:]}")
     return {"seconds": time.perf_counter() - began, "cpu_seconds": usage.ru_utime + usage.ru_stime,
             "peak_rss_mb": usage.ru_maxrss / 1024}
 
@@ -167,7 +168,7 @@ def splitters(text: Path) -> dict:
     for method in SPLITTERS:
         try:
             split_document("Warm up.", method)
-        except cli.UserError:
+        except UserError:
             continue
         began = time.perf_counter()
         found[method] = [split_document(document, method) for document in documents]

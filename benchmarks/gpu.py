@@ -153,10 +153,10 @@ def wikipedia_batches(length: int, rows: int) -> tuple[dict, dict]:
     """The same kind of sequences as a batch of unpacked and as one of packed rows."""
     import numpy as np
 
-    from packing import wikipedia_histogram
     from data import dataloader as dataset
     from data import shards
     from pack_pretraining_data_pytorch import main as pack
+    from packing import wikipedia_histogram
     from tests.support import synthetic
 
     histogram = wikipedia_histogram()

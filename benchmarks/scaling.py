@@ -21,6 +21,7 @@ from measuring import machine, report  # puts the repository's root on the path
 
 # isort: split
 from common import cli
+from common.errors import UserError
 
 MODES = {
     "ddp": {},
@@ -108,7 +109,7 @@ def run_whole(command: list[str], folder: Path) -> None:
 
     done = ranks.run(command, folder)
     if done.returncode:
-        raise cli.UserError(f"a run failed: {done.stdout[-2000:]}")
+        raise UserError(f"a run failed: {done.stdout[-2000:]}")
 
 
 def waiting_shares(folder: Path) -> dict[int, float]:

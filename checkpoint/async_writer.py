@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from checkpoint import folder as checkpoint
-from common.cli import UserError
+from common.errors import UserError
 from common.files import remove_leftovers
 
 

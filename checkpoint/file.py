@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import UserError
+from common.errors import UserError
 from common.files import PatientFile, replacing
 
 CHECKSUM = "checksum"

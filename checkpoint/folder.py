@@ -16,8 +16,8 @@ import torch
 from checkpoint import file as checkpoint_file
 from checkpoint import huggingface
 from checkpoint import optimizer_shards as optimizer_state
-from common.cli import UserError
-from common.files import local_file
+from common.download import local_file
+from common.errors import UserError
 from optim.build import local_part
 
 KEPT = 3

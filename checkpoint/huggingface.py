@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, processors
 
-from common.cli import UserError
-from common.files import local_file, replacing_files
+from common.download import local_file
+from common.errors import UserError
+from common.files import replacing_files
 from data import vocabulary
 from data.wordpiece import reference_tokenizer
 from modeling import LAYER_NORM_EPS, BertConfig

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import file as checkpoint_file
-from common.cli import UserError
+from common.errors import UserError
 from common.files import sync_folder, write_json
 from optim.build import local_part
 

@@ -9,12 +9,10 @@ import signal
 import sys
 from contextlib import contextmanager
 
+from common.errors import UserError
+
 TRUE_WORDS = ("true", "1", "yes")
 FALSE_WORDS = ("false", "0", "no")
-
-
-class UserError(ValueError):
-    """Something the user gave is wrong.  Its text names the file or flag and the values; scripts then exit with 2."""
 
 
 class ArgumentParser(argparse.ArgumentParser):

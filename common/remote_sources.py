@@ -2,7 +2,7 @@
 
 Both sources answer open(offset) with a Reply, whose version tells whether it continues what is here already.  What went
 wrong for now and is worth another try raises Interrupted; what no repetition mends (404, no credentials) raises
-UserError.  file_utils.fetch is the loop around them.
+UserError.  download.fetch is the loop around them.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from common.cli import UserError
+from common.errors import UserError
 
 CONNECT_SECONDS, READ_SECONDS = 10, 60
 BLOCK = 1 << 18
@@ -110,7 +110,7 @@ class S3Source:
         self.url, self.bucket, self.key = url, parts.netloc, parts.path.lstrip("/")
         if not self.bucket or not self.key:
             raise UserError(f"{url}: not of the form s3://bucket/key")
-        self.client = s3_client(attempts=1)  # file_utils.fetch repeats, with the same patience as for http
+        self.client = s3_client(attempts=1)  # download.fetch repeats, with the same patience as for http
 
     def open(self, offset: int, version: str | None = None) -> Reply:
         """The bytes from `offset` on, of whatever version the object is."""

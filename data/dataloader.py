@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from common.cli import UserError
+from common.errors import UserError
 from data import shards as shard_files
 from data.masking import masked, row_keys
 from data.shard_reader import ShardReader

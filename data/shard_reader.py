@@ -16,7 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
-from common.cli import UserError
+from common.errors import UserError
 
 LONGEST_CALL = 600.0  # seconds of processor time; a shard of a gigabyte takes a few
 ROOT = Path(__file__).resolve().parent.parent

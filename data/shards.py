@@ -16,8 +16,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from common.cli import UserError
-from common.files import PatientFile, local_folder, replacing
+from common.download import local_folder
+from common.errors import UserError
+from common.files import PatientFile, replacing
 from data.masking import LONGEST_ROW, MOST_SEQUENCES, MaskingRule
 
 ROWS_PER_CHUNK = 1024  # of the shards written here: HDF5 compresses and reads this many rows at a time

@@ -15,7 +15,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
-from common.cli import UserError
+from common.errors import UserError
 
 TASKS_AHEAD = 2  # for each worker: enough that none waits, few enough that waiting results stay small
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
-from common.cli import UserError
+from common.errors import UserError
 from devices import gaudi_environment
 
 

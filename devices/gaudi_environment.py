@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from common.cli import UserError
+from common.errors import UserError
 from devices import op_lists
 
 LAZY_MODE = "PT_HPU_LAZY_MODE"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch.overrides import TorchFunctionMode, get_overridable_functions
 
-from common.cli import UserError
+from common.errors import UserError
 from devices import op_lists
 from devices.op_lists import OpLists
 

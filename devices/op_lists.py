@@ -7,7 +7,7 @@ A list is a text file with one op a line, in the names that Gaudi's mixed precis
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import UserError
+from common.errors import UserError
 
 # Other names of an op → the one used here.  `a / b` is div, and whoever lists truediv means it too.
 SAME_OP = {"truediv": "div", "true_divide": "div", "divide": "div", "itruediv": "idiv", "multiply": "mul",

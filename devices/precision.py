@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.cli import UserError
+from common.errors import UserError
 from devices import op_lists
 from devices.op_list_mode import DtypeReport, OpListMode, check_names
 from devices.op_lists import OpLists

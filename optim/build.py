@@ -2,7 +2,7 @@
 
 import torch
 
-from common.cli import UserError
+from common.errors import UserError
 from lamb import NVLAMB
 from ops import cpu_kernels
 from optim.fused_lamb import CpuFusedNVLAMB, MultiTensorNVLAMB

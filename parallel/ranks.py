@@ -20,7 +20,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from common.cli import UserError
+from common.errors import UserError
 from parallel import rendezvous as launch
 from parallel.rendezvous import Place
 from parallel.watchdog import Lifeline

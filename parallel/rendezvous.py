@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from common.cli import UserError
+from common.errors import UserError
 
 DEFAULT_ADDRESS, DEFAULT_PORT = "localhost", 12345
 OTHER_MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK")  # set by MPICH, Intel MPI and srun: an MPI launcher, but not Open MPI's

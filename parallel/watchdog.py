@@ -16,7 +16,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from common.cli import UserError
+from common.errors import UserError
 
 LOOK_EVERY = 1.0  # seconds
 PATIENCE = 5.0  # seconds that a failing rank waits for the others to be told, and they for its last words

@@ -14,6 +14,7 @@ from tempfile import mkdtemp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli
+from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQUENCE_LENGTH, PREDICTIONS, STEPS, WARM_UP = 128, 20, 12, 3
@@ -200,7 +201,7 @@ def all_reduce() -> None:
         device.mark_step()
         total = set(values.float().tolist())
         if total != {ranks * (ranks + 1) / 2}:
-            raise cli.UserError(f"rank {rank}: the {dtype} sum of 1 to {ranks} came out as {sorted(total)}")
+            raise UserError(f"rank {rank}: the {dtype} sum of 1 to {ranks} came out as {sorted(total)}")
     print(f"rank {rank}: all-reduce is right")
     dist.destroy_process_group()
 

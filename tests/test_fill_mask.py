@@ -10,7 +10,7 @@ import transformers
 
 import fill_mask
 from checkpoint.huggingface import read_vocabulary, tokenizer_of
-from common.cli import UserError
+from common.errors import UserError
 from modeling import BertConfig
 from tests.support import saved_model
 

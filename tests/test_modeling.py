@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch.testing import assert_close
 
-from common.cli import UserError
+from common.errors import UserError
 from modeling import BertConfig, BertForPreTraining, losses
 from ops.attention import ATTENTIONS
 from tests.support import samples

@@ -4,7 +4,7 @@ import pytest
 from matplotlib.image import imread
 
 import plot_training
-from common.cli import UserError
+from common.errors import UserError
 from training.log import TrainingLog
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm  # noqa: E402
 
 import run_pretraining  # noqa: E402
 from common import cli  # noqa: E402
-from common.cli import UserError  # noqa: E402
+from common.errors import UserError  # noqa: E402
 from data.shard_reader import ShardReader  # noqa: E402
 from tools import malformed  # noqa: E402
 from tools.malformed import Kind  # noqa: E402

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli
+from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS_PER_SERVER = 8
@@ -57,7 +58,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     odd = [cards for cards in args.cards if cards > CARDS_PER_SERVER and cards % CARDS_PER_SERVER]
     if odd:
-        raise cli.UserError(f"--cards {odd[0]} does not fill servers of {CARDS_PER_SERVER}")
+        raise UserError(f"--cards {odd[0]} does not fill servers of {CARDS_PER_SERVER}")
     found = {phase.name: simulate(phase, args) for phase in PHASES}
     print(json.dumps(found, indent=2) if args.json else "\n".join(table(found)))
 

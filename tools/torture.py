@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from common import cli  # noqa: E402
+from common.errors import UserError  # noqa: E402
 
 FORMS = ("unpacked", "packed")
 LENGTHS = {1: 24, 2: 32}  # tokens, by phase
@@ -43,7 +44,7 @@ PATIENCE = 30  # seconds that a rank waits for one that was killed before they m
 LONGEST_RUN = 300.0  # seconds without an end: a hang
 
 
-class Broken(cli.UserError):
+class Broken(UserError):
     """A run did what it must never do."""
 
 
@@ -73,7 +74,7 @@ def main(argv=None) -> None:
         tally = Torturer(Path(folder), args).run()
     print(json.dumps(vars(tally)) if args.json else describe(tally, args))
     if tally.mismatches or tally.checkpoints_lost:
-        raise cli.UserError("a training that was killed is not the one that was not: see above")
+        raise UserError("a training that was killed is not the one that was not: see above")
 
 
 def describe(tally: Tally, args) -> str:
@@ -289,7 +290,7 @@ def check_saved(output: Path, phase: int, tally: Tally) -> None:
 def whole_checkpoints(output: Path) -> list[int]:
     """The steps of the checkpoints that can be read."""
     from checkpoint import folder as checkpoint
-    from common.cli import UserError
+    from common.errors import UserError
 
     whole = []
     for step in checkpoint.steps(output):

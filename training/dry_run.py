@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import folder as checkpoint
-from common.cli import UserError
+from common.errors import UserError
 from data import shards as shard_files
 from data.dataloader import batches_once
 from training import memory_estimate

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.cli import UserError
+from common.errors import UserError
 
 WARM_UP_STEPS = 2  # left out of the throughput: compilation, caches, the first reading of data
 

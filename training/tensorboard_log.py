@@ -5,7 +5,7 @@
     tensorboard --logdir results/tensorboard
 """
 
-from common.cli import UserError
+from common.errors import UserError
 
 TAGS = {  # key in the log → name in TensorBoard, grouped by what stands before the slash
     "average_loss": "loss/total", "mlm_loss": "loss/mlm", "nsp_loss": "loss/nsp",

@@ -12,7 +12,7 @@ import lamb
 from checkpoint import folder as checkpoint
 from checkpoint import optimizer_shards as optimizer_state
 from checkpoint.async_writer import CheckpointWriter
-from common.cli import UserError
+from common.errors import UserError
 from data.dataloader import sequences_in
 from optim import build as optimizers
 from optim.lr_schedule import learning_rate

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import UserError
+from common.errors import UserError
 from data import shards
 from data.masking import MaskingRule
 from data.packing.placement import Placement, ranks_within

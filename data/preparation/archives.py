@@ -7,8 +7,9 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from common.cli import UserError
-from common.files import is_remote, replacing
+from common.download import is_remote
+from common.errors import UserError
+from common.files import replacing
 from common.remote_sources import Interrupted, source
 
 BLOCK = 1 << 20

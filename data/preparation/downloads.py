@@ -15,8 +15,9 @@ from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
-from common.cli import UserError
-from common.files import TRIES, checksum, fetch, is_remote, replacing
+from common.download import TRIES, checksum, fetch, is_remote
+from common.errors import UserError
+from common.files import replacing
 from common.remote_sources import Interrupted
 from data.preparation import archives
 

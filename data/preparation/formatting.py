@@ -7,7 +7,7 @@ a record of its own: after an interruption the parts that are there are kept, an
 from collections import Counter
 from itertools import groupby
 
-from common.cli import UserError
+from common.errors import UserError
 from common.files import replacing
 from data.preparation import records
 from data.workers import ordered_map

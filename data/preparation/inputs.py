@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from common.cli import UserError
-from common.files import is_remote, local_file
+from common.download import is_remote, local_file
+from common.errors import UserError
 from data.preparation import layout, records
 
 WIKIPEDIA, BOOKS, BOTH = "wikicorpus_en", "bookscorpus", "books_wiki_en_corpus"

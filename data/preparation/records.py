@@ -10,7 +10,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from common.files import checksum, write_json
+from common.download import checksum
+from common.files import write_json
 
 
 def fingerprint(path) -> dict:

@@ -7,7 +7,7 @@ nothing is downloaded while it runs.  benchmarks/README.md holds the comparison 
 
 from functools import lru_cache
 
-from common.cli import UserError
+from common.errors import UserError
 
 LONGEST_PIECE = 1 << 20  # characters given to a splitter at once: memory and time stay linear in bad input
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.cli import UserError
+from common.errors import UserError
 from common.files import replacing_files
 from data.preparation import records
 from data.preparation.formatting import describe

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.cli import UserError
-from common.files import local_file, remove_leftovers
+from common.download import local_file
+from common.errors import UserError
+from common.files import remove_leftovers
 from create_pretraining_data import create_shard
 from data import vocabulary
 from data.preparation import books, downloads, estimates, formatting, inputs, layout, records, sharding, wikipedia

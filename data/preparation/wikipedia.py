@@ -17,7 +17,7 @@ from pathlib import Path
 
 from wikiextractor.extract import Extractor, clean, compact
 
-from common.cli import UserError
+from common.errors import UserError
 
 BATCH_BYTES = 1 << 20  # XML handed to a worker at a time
 LONGEST_PAGE = 1 << 28  # more than this without the end of a page is no dump

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # the repository's root, for cli
 
 from common import cli  # noqa: E402
-from common.cli import UserError  # noqa: E402
+from common.errors import UserError  # noqa: E402
 
 FEWEST_WORDS, MOST_WORDS = 8, 30  # of a sentence
 BATCH_SIZE = 16

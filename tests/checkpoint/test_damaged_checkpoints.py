@@ -9,7 +9,7 @@ import torch
 
 from checkpoint import folder as checkpoint
 from checkpoint import optimizer_shards as optimizer_state
-from common.cli import UserError
+from common.errors import UserError
 from lamb import NVLAMB
 from modeling import BertForPreTraining
 from tests.support import samples, small_run

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from checkpoint import folder as checkpoint
-from common.cli import UserError
+from common.errors import UserError
 from modeling import BertForPreTraining
 from tests.support import samples
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint import folder as checkpoint
-from common.cli import UserError
+from common.errors import UserError
 from tests.support import ranks, samples, small_run
 from tests.support.small_run import files_of_at_most, flags, train
 from training.log import PersistentFile

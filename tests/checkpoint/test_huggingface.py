@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import run_pretraining
 from checkpoint import folder as checkpoint
 from checkpoint import huggingface
-from common.cli import UserError
+from common.errors import UserError
 from data import vocabulary
 from modeling import BertConfig, BertForPreTraining
 from tests.support import samples, saved_model, synthetic

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.cli import UserError
-from common.files import fetch, local_file, local_folder, replacing, replacing_files
+from common.download import fetch, local_file, local_folder
+from common.errors import UserError
+from common.files import replacing, replacing_files
 from tests.support.bad_servers import file_server, proxy_to, serving
 
 CONTENT = random.Random(1).randbytes(3_000_003)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.cli import UserError
+from common.errors import UserError
 from data import dataloader as dataset
 from data import shards
 from data.dataloader import BatchStream, batches_once, micro_batch_rows, pieces, row_order, shard_order

@@ -15,7 +15,7 @@ import evaluate
 import pack_pretraining_data_pytorch
 import pytorch_packed_data_checker
 import run_pretraining
-from common.cli import UserError
+from common.errors import UserError
 from data import dataloader as dataset
 from data import masking, shards, vocabulary
 from tests.support import ranks, samples, synthetic

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizer
 
-from common.cli import UserError
+from common.errors import UserError
 from data import vocabulary
 from data.wordpiece import PROBE, Encoder
 from tests.support.preparation import ROOT, SAMPLE, sentences, text_shards, write_vocabulary

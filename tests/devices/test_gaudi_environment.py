@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import UserError
+from common.errors import UserError
 from devices.gaudi_environment import BF16_LIST, FP32_LIST, LAZY_MODE, lazy_mode, list_variables, prepared
 from training.arguments import parse_arguments
 

@@ -7,7 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.cli import UserError
+from common.errors import UserError
 from devices.device import Device, LazyDevice
 from devices.op_list_mode import DtypeReport, OpListMode, op_name
 from devices.op_lists import OpLists

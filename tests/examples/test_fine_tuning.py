@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from common.cli import UserError
+from common.errors import UserError
 from tests.support import ranks, saved_model
 
 sys.path.insert(0, str(ranks.ROOT / "examples" / "fine_tuning"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import run_pretraining
-from common.cli import UserError
+from common.errors import UserError
 from data import shards
 from parallel import gradient_reduction
 from parallel import rendezvous as launch

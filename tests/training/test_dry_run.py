@@ -9,7 +9,7 @@ import h5py
 import pytest
 
 import run_pretraining
-from common.cli import UserError
+from common.errors import UserError
 from data import dataloader as dataset
 from data.shard_reader import ShardReader
 from devices.device import Device

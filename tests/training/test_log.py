@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from common.cli import UserError
+from common.errors import UserError
 from tests.support import samples, small_run
 from tests.support.small_run import train
 from training.tensorboard_log import TAGS

@@ -11,7 +11,7 @@ import torch
 
 import modeling
 from checkpoint import folder as checkpoint
-from common.cli import UserError
+from common.errors import UserError
 from data import dataloader as dataset
 from tests.support import gaudi, ranks, samples, small_run
 from tests.support.small_run import flags, logged_steps, train

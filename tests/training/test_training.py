@@ -12,7 +12,7 @@ import torch
 
 import evaluate
 import run_pretraining
-from common.cli import UserError
+from common.errors import UserError
 from data import shards
 from ops import cpu_kernels
 from optim.lr_schedule import learning_rate

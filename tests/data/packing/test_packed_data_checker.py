@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.cli import UserError
+from common.errors import UserError
 from data.packing import scatter_gather as packing_shards
 from data.packing.checks import fingerprints
 from data.shards import UNPACKED_KEYS

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.cli import UserError
+from common.errors import UserError
 from data import shards
 from data.packing import scatter_gather as packing_shards
 from data.workers import open_pool, ordered_map

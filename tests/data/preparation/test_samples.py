@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import create_pretraining_data as samples
-from common.cli import UserError
+from common.errors import UserError
 from create_pretraining_data import Documents, SampleOptions
 from data import shards, vocabulary
 

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.cli import UserError
-from common.files import checksum
+from common.download import checksum
+from common.errors import UserError
 from data import bertPrep, shards
 from data.preparation import archives, books, downloads, formatting, sentences, sharding, wikipedia
 from tests.support.bad_servers import file_server, serving

@@ -1,0 +1,215 @@
+"""Fetching remote files: whole and verified, or not at all.
+
+    local_file("s3://bucket/vocab.txt")        a local copy, fetched once
+    local_folder("s3://bucket/hdf5/wiki")      a local copy of the shards under a prefix
+    fetch(url, "dump.bz2", sha1=…)             resumes an interrupted transfer
+
+Local copies lie below common.files.cache_folder(); a file is fetched again only where the server says that it has
+changed.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import time
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import cache_folder, sync_folder, write_json
+from common.remote_sources import Interrupted, s3_keys, source
+
+TRIES = 8  # without a byte of progress, before a transfer is given up
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries; doubled each time
+BLOCK = 1 << 20
+
+
+def is_remote(name) -> bool:
+    """Whether a name is a URL that local_file fetches."""
+    return str(name).startswith(("http://", "https://", "s3://"))
+
+
+def local_file(name) -> Path:
+    """The path of a local file as it is; of a remote one, the path of its local copy."""
+    if not is_remote(name):
+        return Path(name)
+    place = hashlib.sha256(os.path.dirname(str(name)).encode()).hexdigest()[:16]
+    return fetch(str(name), cache_folder() / place / (PurePosixPath(urlsplit(str(name)).path).name or "file"))
+
+
+def local_folder(name, ending: str = ".hdf5") -> Path:
+    """A local folder as it is; of an s3:// prefix, a folder with local copies of the objects directly below it.
+
+    Also fetched is NAME_metadata.json beside the prefix, which the packer writes there.  Objects that are gone are
+    removed from the copy, so that it never mixes two states.
+    """
+    if not str(name).startswith("s3://"):
+        return Path(name)
+    prefix = str(name).rstrip("/")
+    place = hashlib.sha256(prefix.encode()).hexdigest()[:16]
+    folder = cache_folder() / place / prefix.rpartition("/")[2]
+    listed = s3_keys(prefix)
+    wanted = [key for key in listed if key.rpartition("/")[0] == prefix and key.endswith(ending)]
+    if not wanted:
+        raise UserError(f"{name}: no object that ends in {ending} below it")
+    for key in tqdm(wanted, unit="file", desc=f"fetching {name}", disable=len(wanted) < 2):
+        fetch(key, folder / key.rpartition("/")[2])
+    for key in listed:
+        if key == f"{prefix}_metadata.json":
+            fetch(key, folder.parent / key.rpartition("/")[2])
+    for path in set(folder.glob(f"*{ending}")) - {folder / key.rpartition("/")[2] for key in wanted}:
+        path.unlink()
+    return folder
+
+
+def fetch(url: str, target, sha1: str | None = None, sha256: str | None = None,
+          tries: int = TRIES, first_wait: float = FIRST_WAIT) -> Path:
+    """Fetch a URL to the file `target`, which gets its name only when it is whole and verified.
+
+    A checksum (hex), where given, decides; else the size that the server states.  An interrupted transfer goes on
+    where it stopped, in this call or a later one, as long as the server still has the same version of the file.  A
+    target that is there and up to date is not fetched again.  Raises UserError, and leaves `target` as it was, when
+    `tries` attempts in a row bring no progress or the file is not what it should be.
+    """
+    transfer = Transfer(url, Path(target), {"sha1": sha1, "sha256": sha256})
+    with locked(transfer.target):
+        if not transfer.finished():
+            transfer.repeat(tries, first_wait)
+            transfer.accept()
+    return transfer.target
+
+
+class Transfer:
+    """One file on its way: its source, and the part that is here (.NAME.part).
+
+    What version of the file that is stands in .NAME.part.json, which becomes .NAME.json with the whole file.
+    """
+
+    def __init__(self, url: str, target: Path, checksums: dict):
+        self.url, self.target, self.source = url, target, source(url)
+        self.checksums = {name: value.lower() for name, value in checksums.items() if value}
+        self.partial = target.with_name(f".{target.name}.part")
+        self.partial_note = target.with_name(f".{target.name}.part.json")
+        self.note = target.with_name(f".{target.name}.json")
+
+    def finished(self) -> bool:
+        """Whether the target is there and right; without a checksum, whether the server still has that version."""
+        if not self.target.is_file():
+            return False
+        if self.checksums:
+            return self.mismatch(self.target) is None
+        try:
+            reply = self.source.open(0)
+        except Interrupted as error:
+            print(f"{self.url}: {error}; using the copy in {self.target}")
+            return True
+        reply.blocks.close()
+        return reply.version is not None and read_note(self.note) == self.noted_as(reply)
+
+    def noted_as(self, reply) -> dict:
+        return {"url": self.url, "version": reply.version, "size": reply.size}
+
+    def here(self) -> int:
+        """How many bytes of the partial file can be kept."""
+        note = read_note(self.partial_note)
+        if note.get("url") != self.url or not (note.get("version") or self.checksums) or not self.partial.is_file():
+            return 0
+        return self.partial.stat().st_size
+
+    def repeat(self, tries: int, first_wait: float) -> None:
+        """Receive until all bytes are here; give up after `tries` attempts in a row without progress."""
+        failures, furthest = 0, self.here()
+        while True:
+            try:
+                return self.receive()
+            except Interrupted as error:
+                failures = 0 if self.here() > furthest else failures + 1
+                furthest = max(furthest, self.here())
+                if failures >= tries:
+                    raise UserError(f"{self.url}: given up, {error} (attempts without progress: {tries})") from None
+                pause = min(LONGEST_WAIT, first_wait * 2**failures) * random.uniform(0.75, 1.25)
+                time.sleep(max(pause, min(error.wait or 0, LONGEST_WAIT)))
+
+    def receive(self) -> None:
+        """One attempt: append what is missing to the partial file.  Returns when all of it is here."""
+        offset, note = self.here(), read_note(self.partial_note)
+        if offset and offset == note.get("size"):
+            return
+        reply = self.source.open(offset, note.get("version"))
+        if reply.start not in (0, offset) or (reply.start and self.noted_as(reply) != note):
+            self.partial.unlink(missing_ok=True)
+            raise Interrupted("the file changed on the server")
+        if reply.size is None and not reply.framed and not self.checksums:
+            raise UserError(f"{self.url}: the server does not state the size, and no checksum is known: "
+                            f"a cut transfer could not be told from a whole one")
+        write_json(self.partial_note, self.noted_as(reply))
+        self.append(reply)
+
+    def append(self, reply) -> None:
+        """Write the bytes of a reply, and check that as many came as it announced."""
+        with (open(self.partial, "ab" if reply.start else "wb") as file,
+              tqdm(total=reply.size, initial=reply.start, unit="B", unit_scale=True, desc=self.target.name) as bar):
+            try:
+                for block in reply.blocks:
+                    file.write(block)
+                    bar.update(len(block))
+            except Interrupted as error:
+                if error.damaged:
+                    file.truncate(0)
+                raise
+        size = self.partial.stat().st_size
+        if reply.size is not None and size != reply.size:
+            if size > reply.size:
+                self.partial.unlink()
+            raise Interrupted(f"{size} bytes came, {reply.size} were announced")
+
+    def accept(self) -> None:
+        """Verify the partial file and give it its name; a wrong one is deleted."""
+        mismatch = self.mismatch(self.partial)
+        if mismatch:
+            self.partial.unlink()
+            raise UserError(f"{self.url}: {mismatch}; the file was deleted, try again or another mirror")
+        with open(self.partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self.partial, self.target)
+        os.replace(self.partial_note, self.note)
+        sync_folder(self.target.parent)
+
+    def mismatch(self, path: Path) -> str | None:
+        """In what a file differs from the expected checksums, or None."""
+        for name, expected in self.checksums.items():
+            found = checksum(path, name)
+            if found != expected:
+                return f"{name} is {found}, expected {expected}"
+        return None
+
+
+def read_note(path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def checksum(path, name: str = "sha256") -> str:
+    """The hex digest of a file."""
+    digest = hashlib.new(name)
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(path):
+    """Hold the lock of a file that several processes may want to make; the second waits for the first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
