@@ -19,7 +19,7 @@ def main(argv=None):
 def print_figures(args) -> None:
     import torch
 
-    from checkpoint import folder as checkpoint
+    from checkpoint.load import load_into
     from data import shards
     from devices import device as devices
     from modeling import BertConfig, BertForPreTraining
@@ -31,7 +31,7 @@ def print_figures(args) -> None:
     torch.manual_seed(args.seed)
     model = BertForPreTraining(config, device.attentions[-1])
     if args.checkpoint:
-        checkpoint.load_into(model, args.checkpoint)
+        load_into(model, args.checkpoint)
     model.to_device(device.torch_device)
     figures = evaluate(model, held_out, device, args.batch_size, progress=not args.disable_progress_bar)
     print(json.dumps(figures, indent=2) if args.json else describe(figures))

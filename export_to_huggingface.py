@@ -22,15 +22,15 @@ CARD_FIGURES = ("final_loss", "eval_mlm_loss", "eval_mlm_accuracy", "eval_nsp_ac
 def main(argv=None) -> None:
     args = parse_arguments(argv)
     refuse_folder_in_use(args.output_dir)
-    from checkpoint import folder as checkpoint
     from checkpoint import huggingface
+    from checkpoint.load import load_into
     from modeling import BertConfig, BertForPreTraining
 
     config = BertConfig.from_json_file(args.config_file)
     tokens = huggingface.read_vocabulary(args.vocab_file, config)
     runs = [facts for log in args.log for facts in runs_of(log)]
     model = BertForPreTraining(config)
-    state = checkpoint.load_into(model, args.checkpoint)
+    state = load_into(model, args.checkpoint)
     card = model_card(args, model, state, runs)
     huggingface.save(args.output_dir, model, tokens, args.do_lower_case, card, not args.skip_variants)
     print(f"{args.output_dir}: {args.model_name or config_name(config)} from {args.checkpoint}; "
@@ -61,7 +61,7 @@ def refuse_folder_in_use(folder) -> None:
 
 def runs_of(log: str) -> list[dict]:
     """The flags and last figures of the runs in a log, one dict for each phase (a resumed run goes on with its own)."""
-    from plot_training import log_lines
+    from training.log import log_lines
 
     phases: dict[bool, dict] = {}
     facts: dict = {}

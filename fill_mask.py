@@ -44,11 +44,11 @@ def parse_arguments(argv):
 
 
 def load_model(config, path: str):
-    from checkpoint import folder as checkpoint
+    from checkpoint.load import load_into
     from modeling import BertForPreTraining
 
     model = BertForPreTraining(config).eval()
-    checkpoint.load_into(model, path)
+    load_into(model, path)
     return model
 
 

@@ -6,13 +6,12 @@ A log that goes on with a run (--resume_from_checkpoint, the same --output_dir) 
 curve.  Other logs are runs of their own.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from common import cli
 from common.errors import UserError
 from common.files import replacing
+from training.log import log_lines
 
 PANELS = (  # title, key in the log, axis label
     ("Training loss", "average_loss", "MLM + NSP, nats"),
@@ -74,24 +73,6 @@ def run_of(runs: list[Run], parameters: dict, path: str) -> Run:
         return before[-1]
     runs.append(Run(path if before else output_dir, output_dir))
     return runs[-1]
-
-
-def log_lines(path: str) -> list[dict]:
-    """The lines of a log that can be read: a last line cut in the middle is left out."""
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    lines = []
-    for line in text.splitlines():
-        try:
-            parsed = json.loads(line.removeprefix("DLLL "))
-            lines.append({"step": parsed["step"], "data": dict(parsed["data"])})
-        except (ValueError, KeyError, TypeError):
-            continue
-    if not lines:
-        raise UserError(f"{path}: not a log of run_pretraining.py")
-    return lines
 
 
 def draw(runs: list[Run], output: str) -> None:

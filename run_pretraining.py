@@ -31,7 +31,8 @@ def pretrain(args, reader) -> dict:
 
 def run(args, process, reader) -> dict:
     """The part of one rank in the training.  Nothing is written before everything has been checked."""
-    from checkpoint import folder as checkpoint
+    from checkpoint.load import check_architecture, load_model, load_optimizer
+    from checkpoint.resume import find_start
     from data import dataloader as dataset
     from devices import device as devices
     from devices.precision import Precision
@@ -41,8 +42,7 @@ def run(args, process, reader) -> dict:
     from parallel.gradient_reduction import build_reduction, share_weights
     from training import dry_run
     from training.compilation import compile_training
-    from training.log import TrainingLog
-    from training.tensorboard_log import summary_writer
+    from training.log import TrainingLog, summary_writer
     from training.trainer import BatchPlan, Trainer
 
     device = devices.select(args, process.local_rank)
@@ -54,7 +54,7 @@ def run(args, process, reader) -> dict:
     shards = training_shards(args, config, reader, process.warn)
     held_out = held_out_shards(args, config, reader)
     plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(shards, reader, args.skip_bad_shards))
-    start = checkpoint.find_start(args, report=process.warn)
+    start = find_start(args, report=process.warn)
     process.connect(device)
     process.check_same(facts(args, config, shards, device, start))
     left_out = {}
@@ -66,14 +66,14 @@ def run(args, process, reader) -> dict:
     model = BertForPreTraining(config, kind, args.checkpoint_activations, precision.autocast, precision.casts_off,
                                args.mlm_loss_chunk)
     if start.state:
-        checkpoint.check_architecture(config, start.state, start.path)
-        checkpoint.load_model(model, start.state["model"], start.path)
+        check_architecture(config, start.state, start.path)
+        load_model(model, start.state["model"], start.path)
     model.to_device(device.torch_device).train()
     share_weights(process, model)
     reduction = build_reduction(args, process, model)
     optimizer, choice = build_optimizer(args, model, device, process.world_size)
     if start.state and start.state.get("optimizer") is not None:
-        checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
+        load_optimizer(optimizer, start.state["optimizer"], start.path)
     restore_skip_counts(optimizer, start.skipped)
     precision.restore(start.scaler)
     choices = [layers_choice, choice, f"ranks: {process.world_size}; reduction of gradients: {reduction.describe()}"]
@@ -159,7 +159,7 @@ def held_out_shards(args, config, reader) -> list | None:
 
 
 def tensorboard_log(args, start):
-    from training.tensorboard_log import TensorBoardLog
+    from training.log import TensorBoardLog
 
     if not args.tensorboard_logdir:
         return None

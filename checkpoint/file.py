@@ -101,3 +101,39 @@ def check_seal(path: Path) -> bool:
 
 def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+# --- values ---
+
+def is_plain(value) -> bool:
+    """Whether a value from a file is a tensor that weights and moments can be copied from."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" \
+        and value.is_floating_point()
+
+
+def check_tensor(value, shape, what: str) -> None:
+    """UserError where a value from a file is not a plain tensor of this shape."""
+    if not is_plain(value):
+        raise UserError(f"{what} is no plain tensor of floating-point numbers")
+    if value.shape != shape:
+        raise UserError(f"{what} has shape {tuple(value.shape)}, the config makes it {tuple(shape)}")
+
+
+def whole_number(values: dict, key: str, what: str, default: int = 0) -> int:
+    """A count from a file; UserError where it is none."""
+    value = values.get(key, default)
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and is_plain(value):
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise UserError(f"{what}: {key} is {str(value)[:50]}, not a whole number of at least 0")
+    return value
+
+
+def dictionary(state: dict, key: str, path) -> dict:
+    """A dictionary in a file, empty where it is not there; UserError where it is something else."""
+    value = state.get(key, {})
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {key} is no dictionary")
+    return value

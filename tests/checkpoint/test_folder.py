@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from checkpoint import folder as checkpoint
+from checkpoint.load import load_model
+from checkpoint.resume import find_start
 from common.errors import UserError
 from modeling import BertForPreTraining
 from tests.support import samples
@@ -22,7 +24,7 @@ def flags(folder, **changes):
 
 def start(folder, **changes):
     reports = []
-    return checkpoint.find_start(flags(folder, **changes), reports.append), reports
+    return find_start(flags(folder, **changes), reports.append), reports
 
 
 def test_newest_three_are_kept_and_the_protected_one(tmp_path):
@@ -122,7 +124,7 @@ def test_weights_of_an_unpadded_vocabulary_and_of_wrappers_load():
     model = BertForPreTraining(samples.config(vocab_size=99))
     unpadded = {f"module.{name}": value[:99] if value.shape[:1] == (104,) else value
                 for name, value in BertForPreTraining(samples.config(vocab_size=99)).state_dict().items()}
-    checkpoint.load_model(model, unpadded, "file")
+    load_model(model, unpadded, "file")
     weight = model.bert.embeddings.word_embeddings.weight
     assert torch.equal(weight[:99], unpadded["module.bert.embeddings.word_embeddings.weight"])
     assert not weight[99:].any()
@@ -132,7 +134,7 @@ def test_weights_that_do_not_fit_are_named():
     model = BertForPreTraining(samples.config(vocab_size=99))
     other = BertForPreTraining(samples.config(vocab_size=99, intermediate_size=48)).state_dict()
     with pytest.raises(UserError, match=r"file: bert.encoder.*intermediate.dense_act.weight has shape \(48, 24\)"):
-        checkpoint.load_model(model, other, "file")
+        load_model(model, other, "file")
     other = {name: value for name, value in model.state_dict().items() if "pooler" not in name}
     with pytest.raises(UserError, match="no weight bert.pooler.dense_act.bias in it"):
-        checkpoint.load_model(model, other, "file")
+        load_model(model, other, "file")

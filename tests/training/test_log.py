@@ -8,7 +8,7 @@ import torch
 from common.errors import UserError
 from tests.support import samples, small_run
 from tests.support.small_run import train
-from training.tensorboard_log import TAGS
+from training.log import TAGS
 
 
 @pytest.fixture
