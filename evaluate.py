@@ -19,11 +19,13 @@ def main(argv=None):
 def print_figures(args) -> None:
     import torch
 
-    from checkpoint.load import load_into
+    from checkpoint.load import load_weights
     from data import shards
     from devices import device as devices
     from modeling import BertConfig, BertForPreTraining
-    from training.evaluation import describe, evaluate
+    from parallel.ranks import Process
+    from parallel.rendezvous import Place
+    from training.evaluation import Evaluator, describe
 
     device = devices.select(args)
     config = BertConfig.from_json_file(args.config_file)
@@ -31,9 +33,11 @@ def print_figures(args) -> None:
     torch.manual_seed(args.seed)
     model = BertForPreTraining(config, device.attentions[-1])
     if args.checkpoint:
-        load_into(model, args.checkpoint)
+        load_weights(model, args.checkpoint)
     model.to_device(device.torch_device)
-    figures = evaluate(model, held_out, device, args.batch_size, progress=not args.disable_progress_bar)
+    evaluator = Evaluator(shards=held_out, batch_size=args.batch_size, device=device,
+                          ranks=Process(Place()))
+    figures = evaluator.evaluate(model, progress=not args.disable_progress_bar)
     print(json.dumps(figures, indent=2) if args.json else describe(figures))
 
 

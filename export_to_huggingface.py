@@ -23,16 +23,16 @@ def main(argv=None) -> None:
     args = parse_arguments(argv)
     refuse_folder_in_use(args.output_dir)
     from checkpoint import huggingface
-    from checkpoint.load import load_into
+    from checkpoint.load import load_weights
     from modeling import BertConfig, BertForPreTraining
 
     config = BertConfig.from_json_file(args.config_file)
     tokens = huggingface.read_vocabulary(args.vocab_file, config)
     runs = [facts for log in args.log for facts in runs_of(log)]
     model = BertForPreTraining(config)
-    state = load_into(model, args.checkpoint)
+    state = load_weights(model, args.checkpoint)
     card = model_card(args, model, state, runs)
-    huggingface.save(args.output_dir, model, tokens, args.do_lower_case, card, not args.skip_variants)
+    huggingface.write_folder(args.output_dir, model, tokens, args.do_lower_case, card, not args.skip_variants)
     print(f"{args.output_dir}: {args.model_name or config_name(config)} from {args.checkpoint}; "
           f"load it with transformers.BertForPreTraining.from_pretrained({args.output_dir!r})")
 

@@ -44,11 +44,11 @@ def parse_arguments(argv):
 
 
 def load_model(config, path: str):
-    from checkpoint.load import load_into
+    from checkpoint.load import load_weights
     from modeling import BertForPreTraining
 
     model = BertForPreTraining(config).eval()
-    load_into(model, path)
+    load_weights(model, path)
     return model
 
 

@@ -2,8 +2,9 @@
 
     python3 run_pretraining.py --do_train --config_file bert_config.json --input_dir D --output_dir O …
 
-README.md has the recipes.  This file reads the flags, checks everything that can be wrong, and puts the run together;
-training.py holds the loop.  torch is imported after the flags are read: Gaudi's software reads its environment then.
+docs/training.md has the recipes.  This file reads the flags, checks everything that can be wrong, and puts the run
+together; training/trainer.py holds the loop.  torch is imported after the flags are read: Gaudi's software reads its
+environment then.
 """
 
 from functools import partial
@@ -23,86 +24,87 @@ def main(argv=None) -> None:
 
 def pretrain(args, reader) -> dict:
     """Train as the flags say; the figures of the summary."""
-    from parallel import ranks as distributed
+    from parallel import ranks as parallel_ranks
 
-    with distributed.join(args) as process:
-        return run(args, process, reader)
+    with parallel_ranks.join(args) as ranks:
+        return run(args, ranks, reader)
 
 
-def run(args, process, reader) -> dict:
-    """The part of one rank in the training.  Nothing is written before everything has been checked."""
-    from checkpoint.load import check_architecture, load_model, load_optimizer
-    from checkpoint.resume import find_start
-    from data import dataloader as dataset
+def run(args, ranks, reader) -> dict:
+    """What one rank does of the training.  Nothing is written before everything has been checked."""
+    from checkpoint.resume import Phase, find_resume_point
+    from checkpoint.state import TrainingState
+    from data.dataloader import BatchStream, average_sequences_per_row
     from devices import device as devices
     from devices.precision import Precision
     from modeling import BertConfig, BertForPreTraining
     from ops import attention
-    from optim.build import build_optimizer, local_part, restore_skip_counts
+    from optim.build import build_optimizer, local_part
     from parallel.gradient_reduction import build_reduction, share_weights
     from training import dry_run
     from training.compilation import compile_training
-    from training.log import TrainingLog, summary_writer
+    from training.evaluation import Evaluator
+    from training.log import TensorBoardLog, TrainingLog, summary_writer
     from training.trainer import BatchPlan, Trainer
 
-    device = devices.select(args, process.local_rank)
+    device = devices.select(args, ranks.local_rank)
     precision = Precision(args, device)
     if args.tensorboard_logdir:
         summary_writer()
 
     config = BertConfig.from_json_file(args.config_file)
-    shards = training_shards(args, config, reader, process.warn)
+    shards = training_shards(args, config, reader, ranks.warn)
     held_out = held_out_shards(args, config, reader)
-    plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(shards, reader, args.skip_bad_shards))
-    start = find_start(args, report=process.warn)
-    process.connect(device)
-    process.check_same(facts(args, config, shards, device, start))
-    left_out = {}
-    if start.data:
-        shards, left_out = dataset.as_before(shards, start.data, args.skip_bad_shards, process.warn)
+    plan = BatchPlan.from_flags(args, average_sequences_per_row(shards, reader, args.skip_bad_shards))
+    phase = Phase(2, args.phase1_end_step) if args.phase2 else Phase()
+    resume_point = find_resume_point(args.output_dir, phase, resume=args.resume_from_checkpoint,
+                                     resume_step=args.resume_step, init_checkpoint=args.init_checkpoint,
+                                     warn=ranks.warn)
+    ranks.connect(device)
+    ranks.check_same(run_fingerprint(args, config, shards, device, resume_point))
 
     device.seed(args.seed)
-    kind, layers_choice = process.gather(attention.choose(args, device, config, plan.micro_batch_size))[0]
-    model = BertForPreTraining(config, kind, args.checkpoint_activations, precision.autocast, precision.casts_off,
-                               args.mlm_loss_chunk)
-    if start.state:
-        check_architecture(config, start.state, start.path)
-        load_model(model, start.state["model"], start.path)
+    attention_name, layers = ranks.gather(attention.choose(args, device, config, plan.micro_batch_size))[0]
+    model = BertForPreTraining(config, attention_name, args.checkpoint_activations, precision.autocast,
+                               precision.casts_off, args.mlm_loss_chunk)
     model.to_device(device.torch_device).train()
-    share_weights(process, model)
-    reduction = build_reduction(args, process, model)
-    optimizer, choice = build_optimizer(args, model, device, process.world_size)
-    if start.state and start.state.get("optimizer") is not None:
-        load_optimizer(optimizer, start.state["optimizer"], start.path)
-    restore_skip_counts(optimizer, start.skipped)
-    precision.restore(start.scaler)
-    choices = [layers_choice, choice, f"ranks: {process.world_size}; reduction of gradients: {reduction.describe()}"]
+    optimizer, optimizer_description = build_optimizer(args, model, device, ranks.world_size)
+    stream = BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, ranks=ranks, reader=reader,
+                         skip_bad_shards=args.skip_bad_shards, warn=ranks.warn)
+    state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision)
+    resume_point.restore(state)
+    device.synchronize()  # copying the weights is no part of the first step's graph
+    share_weights(ranks, model)
+    reduction = build_reduction(args, ranks, model)
+    descriptions = [layers, optimizer_description,
+                    f"ranks: {ranks.world_size}; reduction of gradients: {reduction.describe()}"]
     if args.use_torch_compile:
-        choices.append(compile_training(device, model, local_part(optimizer), args.cuda_graphs))
+        descriptions.append(compile_training(device, model, local_part(optimizer), args.cuda_graphs))
 
-    writes = process.first and not args.dry_run
-    log = TrainingLog(args.json_summary if writes else None, process.first, args.resume_from_checkpoint,
-                      tensorboard_log(args, start) if writes else None)
+    writes = ranks.first and not args.dry_run
+    tensorboard = (TensorBoardLog(args.tensorboard_logdir, phase.first, resume_point.step)
+                   if writes and args.tensorboard_logdir else None)
+    log = TrainingLog(args.json_summary if writes else None, ranks.first, args.resume_from_checkpoint, tensorboard)
     log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})
-    for line in [*opening(args, device, precision, shards, model, plan, start), *choices]:
-        log.say(line)
-    stream = dataset.BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, process.rank,
-                                 process.world_size, start.rows, left_out, reader,
-                                 report=log.warn if args.skip_bad_shards else None, gather=process.gather)
+    for line in [*opening(args, device, precision, stream.shards, model, plan, resume_point), *descriptions]:
+        log.print(line)
+    stream.warn = log.warn
+    evaluator = Evaluator(shards=held_out, batch_size=plan.micro_batch_size, device=device, ranks=ranks,
+                          autocast=precision.autocast) if held_out else None
     try:
-        trainer = Trainer(args, process, device, precision, model, reduction, optimizer, stream, plan, start, held_out,
-                          log)
+        trainer = Trainer(args=args, ranks=ranks, device=device, state=state, reduction=reduction, plan=plan,
+                          phase=phase, first_step=resume_point.step, evaluator=evaluator, log=log)
         if args.dry_run:
-            return dry_run.rehearse(trainer)
+            return dry_run.dry_run(trainer)
         summary = trainer.train()
-        log.say(closing(args, summary))
+        log.print(closing(args, summary))
         return summary
     finally:
         stream.close()
         log.close()
 
 
-def facts(args, config, shards, device, start) -> dict[str, str]:
+def run_fingerprint(args, config, shards, device, resume_point) -> dict[str, str]:
     """What must be the same on all ranks, by name: flags, config, data, software, and where to start."""
     import torch
 
@@ -113,15 +115,14 @@ def facts(args, config, shards, device, start) -> dict[str, str]:
            for shard in shards},
         "the device": device.kind,
         "PyTorch": torch.__version__,
-        "the start (is --output_dir a folder that all servers share?)":
-            f"step {start.step}, {start.rows} rows used, {start.path or 'no checkpoint'}",
+        "the start (is --output_dir a folder that all servers share?)": resume_point.describe(),
     }
 
 
 def training_shards(args, config, reader, report) -> list:
     """The shards of --input_dir, checked against the flags and the config."""
-    from data import dataloader as dataset
     from data import shards as shard_files
+    from data.dataloader import check_first_rows
 
     unreadable = [] if args.skip_bad_shards else None
     found = shard_files.find(args.input_dir, inspect=partial(reader.call, shard_files.inspect), unreadable=unreadable)
@@ -144,7 +145,7 @@ def training_shards(args, config, reader, report) -> list:
         report("--avg_seq_per_pack is deprecated and has no effect: the data decides")
     check_length("--max_seq_length", args.max_seq_length, config)
     if not args.skip_bad_shards:
-        dataset.check_first_rows(found, config.vocab_size, reader)
+        check_first_rows(found, config.vocab_size, reader)
     return found
 
 
@@ -158,20 +159,12 @@ def held_out_shards(args, config, reader) -> list | None:
     return found
 
 
-def tensorboard_log(args, start):
-    from training.log import TensorBoardLog
-
-    if not args.tensorboard_logdir:
-        return None
-    return TensorBoardLog(args.tensorboard_logdir, args.phase1_end_step if args.phase2 else 0, start.step)
-
-
 def check_length(what: str, length: int, config) -> None:
     if length > config.max_position_embeddings:
         raise UserError(f"{what} {length} is above max_position_embeddings {config.max_position_embeddings}")
 
 
-def opening(args, device, precision, shards, model, plan, start) -> list[str]:
+def opening(args, device, precision, shards, model, plan, resume_point) -> list[str]:
     """What a person wants to know as the run starts."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     form = "packed" if shards[0].packed else "unpacked"
@@ -180,8 +173,8 @@ def opening(args, device, precision, shards, model, plan, start) -> list[str]:
         f"data: {sum(shard.rows for shard in shards)} {form} rows of {args.max_seq_length} tokens in "
         f"{len(shards)} shards of {args.input_dir}",
         plan.describe(),
-        f"phase {2 if args.phase2 else 1}, from step {start.step} of {args.max_steps}"
-        + (f", from {start.path}" if start.path else ""),
+        f"phase {2 if args.phase2 else 1}, from step {resume_point.step} of {args.max_steps}"
+        + (f", from {resume_point.path}" if resume_point.path else ""),
     ]
 
 

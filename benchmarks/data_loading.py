@@ -82,12 +82,14 @@ def write_packed(folder: Path, count: int, rows: int) -> None:
 
 def epoch_rate(folder: Path, batch_size: int, reader) -> float:
     """Rows a second of one epoch read by a new stream."""
-    from data import dataloader as dataset
     from data import shards
+    from data.dataloader import BatchStream
+    from parallel.ranks import Process
+    from parallel.rendezvous import Place
 
     found = shards.find(folder, inspect=partial(reader.call, shards.inspect))
     batches = sum(shard.rows for shard in found) // batch_size
-    stream = dataset.BatchStream(found, batch_size, seed=1, vocab_size=VOCABULARY, reader=reader)
+    stream = BatchStream(found, batch_size, 1, VOCABULARY, ranks=Process(Place()), reader=reader)
     began = time.perf_counter()
     for _ in range(batches):
         next(stream)

@@ -22,10 +22,10 @@ SEAL_SIZE = 2 + COMMENT_SIZE  # the archive ends in the comment's length, two by
 BLOCK = 1 << 20
 
 
-def write(path, state: dict) -> None:
+def write_file(path, contents: dict) -> None:
     """Write a file whole or not at all; it is on disk when this returns.  OSError where the disk does not take it."""
     with replacing(path) as temporary, HashedFile(temporary, "w+") as file:
-        torch.save({**state, CHECKSUM: "sha256"}, file)
+        torch.save({**contents, CHECKSUM: "sha256"}, file)
         file.seek(-2, os.SEEK_END)
         seal = MARK + file.digest.hexdigest().encode()
         file.write(COMMENT_SIZE.to_bytes(2, "little") + seal)
@@ -45,7 +45,7 @@ class HashedFile(PatientFile):
         return super().write(data)
 
 
-def read(path) -> dict:
+def read_file(path) -> dict:
     """The contents of a file, on the host.  Nothing in it is executed.
 
     Raises UserError where there is no such file, where it is damaged, and where it holds no dictionary.
@@ -53,22 +53,22 @@ def read(path) -> dict:
     path = Path(path)
     try:
         sealed = check_seal(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises whatever a damaged zip or pickle happens to cause
         raise UserError(f"{path}: not a readable checkpoint: {first_line(error)}") from None
-    if not isinstance(state, dict):
+    if not isinstance(contents, dict):
         raise UserError(f"{path}: not a checkpoint: it holds no dictionary")
-    if state.pop(CHECKSUM, None) is not None and not sealed:
+    if contents.pop(CHECKSUM, None) is not None and not sealed:
         raise UserError(f"{path}: not a readable checkpoint: its checksum is missing")
-    return state
+    return contents
 
 
 def check_sealed(path: Path) -> None:
-    """UserError where a file that `write` has written is not as it was, or cannot be read."""
+    """UserError where a file that write_file has written is not as it was, or cannot be read."""
     try:
         sealed = check_seal(path)
     except OSError as error:
@@ -117,23 +117,3 @@ def check_tensor(value, shape, what: str) -> None:
         raise UserError(f"{what} is no plain tensor of floating-point numbers")
     if value.shape != shape:
         raise UserError(f"{what} has shape {tuple(value.shape)}, the config makes it {tuple(shape)}")
-
-
-def whole_number(values: dict, key: str, what: str, default: int = 0) -> int:
-    """A count from a file; UserError where it is none."""
-    value = values.get(key, default)
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and is_plain(value):
-        value = value.item()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise UserError(f"{what}: {key} is {str(value)[:50]}, not a whole number of at least 0")
-    return value
-
-
-def dictionary(state: dict, key: str, path) -> dict:
-    """A dictionary in a file, empty where it is not there; UserError where it is something else."""
-    value = state.get(key, {})
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: {key} is no dictionary")
-    return value

@@ -59,7 +59,7 @@ def config_values(config: BertConfig) -> dict:
 
 # --- writing ---
 
-def save(folder, model, tokens: list[str], lower_case: bool, card: str, variants: bool = True) -> None:
+def write_folder(folder, model, tokens: list[str], lower_case: bool, card: str, variants: bool = True) -> None:
     """Write the folder.  All its files get their names at the end, or none does."""
     from safetensors.torch import save_file
 
@@ -132,7 +132,7 @@ def as_json(value) -> str:
 
 # --- reading ---
 
-def load(folder) -> dict:
+def read_folder(folder) -> dict:
     """The weights of such a folder under our names, and its architecture, as a checkpoint: {"model": …, "config": …}.
 
     Theirs has no padded vocabulary; the entries that are added here have no weight and are never predicted.

@@ -2,37 +2,29 @@
 
 import torch
 
-from checkpoint import optimizer_shards as optimizer_state
-from checkpoint.file import check_tensor, is_plain, whole_number
-from checkpoint.folder import load
+from checkpoint import optimizer_shards
+from checkpoint.file import check_tensor, is_plain
+from checkpoint.folder import read_checkpoint
 from common.download import local_file
-from common.errors import UserError
+from common.errors import UserError, whole_number
 from optim.build import local_part
 
 FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # no weight depends on it
 
 
-def load_into(model, path) -> dict:
-    """Load the weights of the checkpoint at `path`, a path or a URL; returns its contents."""
-    state = load(local_file(path))
-    check_architecture(model.config, state, path)
-    load_model(model, state["model"], path)
-    return state
+def load_weights(model, path) -> dict:
+    """Load the weights of a checkpoint (a path, a URL or a Hugging Face model folder); returns its contents."""
+    contents = read_checkpoint(local_file(path))
+    load_model(model, contents, path)
+    return contents
 
 
-def check_architecture(config, state: dict, path) -> None:
-    """Shapes do not tell all (heads, activation): refuse a checkpoint that says it is of another architecture."""
-    saved = state.get("config")
-    for key, own in vars(config).items():
-        value = saved.get(key, own) if isinstance(saved, dict) else own
-        if isinstance(value, int | float | str) and value != own and key not in FREE_TO_DIFFER:
-            raise UserError(f"{path}: {key} is {value!r} in it, {own!r} in the config")
-
-
-def load_model(model, state_dict: dict, path) -> None:
+def load_model(model, contents: dict, path) -> None:
     """Load weights by name.  Word embeddings of the unpadded vocabulary are padded with zeros first."""
+    check_architecture(model.config, contents, path)
     expected = model.state_dict()
-    given = {str(name).removeprefix("_orig_mod.").removeprefix("module."): value for name, value in state_dict.items()}
+    given = {str(name).removeprefix("_orig_mod.").removeprefix("module."): value
+             for name, value in contents["model"].items()}
     given = {name: padded_to(value, expected[name]) for name, value in given.items() if name in expected}
     missing = sorted(set(expected) - set(given))
     if missing:
@@ -40,6 +32,15 @@ def load_model(model, state_dict: dict, path) -> None:
     for name, value in given.items():
         check_tensor(value, expected[name].shape, f"{path}: {name}")
     model.load_state_dict(given, strict=True)
+
+
+def check_architecture(config, contents: dict, path) -> None:
+    """UserError where a checkpoint is of another architecture, also one with the same shapes (heads, activation)."""
+    saved = contents.get("config")
+    for key, own in vars(config).items():
+        value = saved.get(key, own) if isinstance(saved, dict) else own
+        if isinstance(value, int | float | str) and value != own and key not in FREE_TO_DIFFER:
+            raise UserError(f"{path}: {key} is {value!r} in it, {own!r} in the config")
 
 
 def padded_to(value, expected: torch.Tensor):
@@ -70,10 +71,12 @@ def load_optimizer(optimizer, state: dict, path) -> None:
             raise UserError(f"{path}: its optimizer has another group than the {len(own['params'])} parameters "
                             f"with weight decay {own['weight_decay']}")
         numbered += [pair for pair in zip(numbers, own["params"], strict=True) if pair[1] in share]
-        own["step"] = whole_number(group, "step", f"{path}: optimizer")
+        step = group.get("step", 0)
+        step = step.item() if is_plain(step) and step.numel() == 1 else step
+        own["step"] = whole_number({"step": step}, "step", f"{path}: optimizer")
     for own, local_group in zip(optimizer.param_groups, local.param_groups, strict=True):
         local_group["step"] = own["step"]
-    moments = optimizer_state.moments(path, state, [number for number, _ in numbered])
+    moments = optimizer_shards.read_moments(path, state, [number for number, _ in numbered])
     for number, parameter in numbered:
         local.state[parameter] = moments_for(parameter, moments.get(number), f"{path}: optimizer, {number}")
 

@@ -1,101 +1,95 @@
 """Where a run starts: at step 0, from other weights, or from a checkpoint of its own folder."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint.file import dictionary, whole_number
-from checkpoint.folder import load, load_whole, newest, path_of, steps
+from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint, read_complete, saved_steps
+from checkpoint.state import TrainingState, with_current_keys
 from common.download import local_file
-from common.errors import UserError
+from common.errors import UserError, whole_number
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run starts: at a step of its phase, with so many rows of the phase used up, from a checkpoint or none."""
+class Phase:
+    """Phase 1 or 2.  A checkpoint's number is `first` (0, in phase 2 --phase1_end_step) + the step of the phase."""
+
+    number: int = 1
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """After `step` steps of the phase, from the contents of a checkpoint, or at step 0 from nothing."""
 
     step: int = 0
-    rows: int = 0
-    path: Path | None = None
-    state: dict | None = None  # its "optimizer" may be None: weights alone
-    data: dict | None = None  # of the stream that goes on (dataset.BatchStream.state)
-    skipped: dict = field(default_factory=dict)  # counts of skipped steps (optimizers.SKIP_COUNTS)
-    scaler: dict = field(default_factory=dict)  # loss scale (mixed_precision.Precision.state)
+    path: Path | str | None = None
+    contents: dict | None = None  # under the keys of TrainingState, those that the run continues with
+
+    def restore(self, state: TrainingState) -> None:
+        """Load the checkpoint, if there is one, into the parts of a run."""
+        if self.contents is not None:
+            state.load_state_dict(self.contents, self.path)
+
+    def describe(self) -> str:
+        rows = self.contents.get("data", {}).get("rows", 0) if self.contents else 0
+        return f"step {self.step}, {rows} rows used, {self.path or 'no checkpoint'}"
 
 
-def find_start(args, report) -> Start:
-    """What the flags and the checkpoints in --output_dir make the run start from (SPEC: phases and resuming).
+def find_resume_point(folder, phase: Phase, *, resume: bool, resume_step: int, init_checkpoint: str | None,
+                      warn: Callable[[str], None]) -> ResumePoint:
+    """Where a run of this phase starts (SPEC: phases, checkpoints, resuming).
 
-    Without --resume_from_checkpoint the folder may hold none.  In phase 2 the newest number decides: phase 1's last
-    starts the phase, a higher one resumes it, a lower one is an error.
+    Without `resume` (--resume_from_checkpoint) the folder may hold no checkpoint.  In phase 2 the newest number
+    decides: phase 1's last checkpoint starts the phase, a higher one resumes it, a lower one is an error.
     """
-    present = steps(args.output_dir)
-    if present and not args.resume_from_checkpoint:
-        raise UserError(f"--output_dir {args.output_dir}: holds ckpt_{present[-1]}.pt already; "
-                        f"go on from it with --resume_from_checkpoint, or name another folder")
+    present = saved_steps(folder)
+    if present and not resume:
+        raise UserError(f"--output_dir {folder}: holds ckpt_{present[-1]}.pt already; "
+                        f"continue from it with --resume_from_checkpoint, or name another folder")
     if present:
-        return start_from(args, *resumed_checkpoint(args, report), report)
-    if args.phase2:
-        raise UserError(f"--output_dir {args.output_dir}: no checkpoint in it; "
-                        f"--phase2 goes on from ckpt_{args.phase1_end_step}.pt")
-    if args.init_checkpoint:
-        state = load(local_file(args.init_checkpoint))
-        state["optimizer"] = with_step_zero(state, args.init_checkpoint) if args.resume_from_checkpoint else None
-        return Start(path=args.init_checkpoint, state=state)
-    if args.resume_from_checkpoint:
-        report(f"no checkpoint in {args.output_dir} to resume from: starting at step 0")
-    return Start()
+        number, contents = (newest_readable(folder, warn) if resume_step == -1 else
+                            (resume_step, read_complete(checkpoint_path(folder, resume_step))))
+        return resume_point_at(checkpoint_path(folder, number), number, contents, phase, warn)
+    if phase.number == 2:
+        raise UserError(f"--output_dir {folder}: no checkpoint in it; --phase2 continues from ckpt_{phase.first}.pt")
+    if init_checkpoint:
+        contents = read_checkpoint(local_file(init_checkpoint))
+        return ResumePoint(path=init_checkpoint, contents=starting_anew(contents, init_checkpoint, moments=resume))
+    if resume:
+        warn(f"no checkpoint in {folder} to resume from: starting at step 0")
+    return ResumePoint()
 
 
-def resumed_checkpoint(args, report) -> tuple[int, dict]:
-    if args.resume_step == -1:
-        return newest(args.output_dir, report)
-    return args.resume_step, load_whole(path_of(args.output_dir, args.resume_step))
+def resume_point_at(path: Path, number: int, contents: dict, phase: Phase, warn: Callable[[str], None]) -> ResumePoint:
+    """The resume point that ckpt_<number>.pt gives in this phase."""
+    if number < phase.first:
+        raise UserError(f"{path}: below --phase1_end_step {phase.first}: phase 1 is not finished")
+    if phase.number == 2 and number == phase.first:
+        return ResumePoint(path=path, contents=starting_anew(contents, path, moments=True))
+    if whole_number(contents, "phase", path, phase.number) != phase.number:
+        raise UserError(f"{path}: was written in phase {contents['phase']}, "
+                        f"this run is phase {phase.number} (--phase2)")
+    step = number - phase.first
+    if whole_number(contents, "step", path, step) != step:
+        raise UserError(f"{path}: holds step {contents['step']} of its phase, but its name says {step}")
+    contents = with_current_keys(contents, path)
+    if "rows" not in contents["data"]:
+        warn(f"{path} does not say how far it got in the data: from the first row on")
+    return ResumePoint(step, path, contents)
 
 
-def start_from(args, number: int, state: dict, report) -> Start:
-    """The start that ckpt_<number>.pt gives in the phase of this run."""
-    path = path_of(args.output_dir, number)
-    if args.phase2 and number < args.phase1_end_step:
-        raise UserError(f"{path}: below --phase1_end_step {args.phase1_end_step}: phase 1 is not finished")
-    if args.phase2 and number == args.phase1_end_step:
-        state["optimizer"] = with_step_zero(state, path)
-        return Start(path=path, state=state)
-    phase = 2 if args.phase2 else 1
-    if whole_number(state, "phase", path, phase) != phase:
-        raise UserError(f"{path}: was written in phase {state['phase']}, this run is phase {phase} (--phase2)")
-    step = number - args.phase1_end_step if args.phase2 else number
-    if whole_number(state, "step", path, step) != step:
-        raise UserError(f"{path}: holds step {state['step']} of its phase, but its name says {step}")
-    if "rows" not in state:
-        report(f"{path} does not say how far it got in the data: from the first row on")
-    skipped, scaler = (dictionary(state, key, path) for key in ("skipped", "scaler"))
-    return Start(step=step, rows=whole_number(state, "rows", path), path=path, state=state,
-                 data=stream_state(state, path), scaler=scaler,
-                 skipped={name: whole_number(skipped, name, path) for name in skipped})
+def starting_anew(contents: dict, path, moments: bool) -> dict:
+    """What a run takes from a checkpoint to start at step 0: weights and, if asked for, the optimizer's moments."""
+    kept = {key: contents[key] for key in ("model", "config") if key in contents}
+    return {**kept, "optimizer": with_step_zero(contents.get("optimizer"), path) if moments else None}
 
 
-def stream_state(state: dict, path) -> dict | None:
-    """What the stream left in a checkpoint, checked: {"shards": {name: rows}, "left_out": {name: [epoch, rows]}}."""
-    if "data" not in state:
-        return None
-    what = f"{path}: what it says about the shards"
-    data = dictionary(state, "data", path)
-    shards, left_out = (dictionary(data, key, what) for key in ("shards", "left_out"))
-    try:
-        places = {name: {"epoch": epoch, "rows": rows} for name, (epoch, rows) in left_out.items()}
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{what} cannot be read: {error!r}") from None
-    return {"shards": {str(name): whole_number(shards, name, what) for name in shards},
-            "left_out": {str(name): [whole_number(place, key, what) for key in ("epoch", "rows")]
-                         for name, place in places.items() if name in shards}}
-
-
-def with_step_zero(state: dict, path) -> dict | None:
-    """The optimizer of a checkpoint, its moments kept, its steps counted anew: how phase 2 starts."""
-    optimizer = state.get("optimizer")
+def with_step_zero(optimizer, path) -> dict | None:
+    """The optimizer of a checkpoint, its moments kept and its steps counted anew."""
     if optimizer is None:
         return None
-    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("param_groups"), list) \
-            or not all(isinstance(group, dict) for group in optimizer["param_groups"]):
+    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise UserError(f"{path}: its optimizer does not hold param_groups")
-    return {**optimizer, "param_groups": [{**group, "step": 0} for group in optimizer["param_groups"]]}
+    return {**optimizer, "param_groups": [{**group, "step": 0} for group in groups]}

@@ -68,13 +68,13 @@ class Precision:
             self.scaler.step(optimizer)
             self.scaler.update(self.fixed_scale)
 
-    def state(self) -> dict:
+    def state_dict(self) -> dict:
         """The loss scale and what makes it change, in plain numbers; empty without loss scaling."""
         state = self.scaler.state_dict()
         return {key: state[key] for key in SCALE_KEYS if key in state}
 
-    def restore(self, state: dict) -> None:
-        """Go on with a dynamic loss scale; one that a flag fixes stays."""
+    def load_state_dict(self, state: dict) -> None:
+        """Continue with a dynamic loss scale; one that a flag fixes stays."""
         if self.scaler.is_enabled() and self.fixed_scale is None:
             known = {key: state[key] for key in SCALE_KEYS if isinstance(state.get(key), int | float)}
             self.scaler.load_state_dict({**self.scaler.state_dict(), **known})

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from checkpoint import file as checkpoint_file
-from checkpoint import optimizer_shards as optimizer_state
+from checkpoint import optimizer_shards
+from checkpoint.file import write_file
 from data import shards
 from data.masking import MaskingRule
 from tests.support import samples, synthetic
@@ -104,13 +104,13 @@ def write_checkpoints(folder: Path) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1, "phase": 1, "rows": 4,
              "config": vars(model.config), "data": {"shards": {"a_training.hdf5": 6, "b_training.hdf5": 6},
                                                     "left_out": {}}, "scaler": {}, "skipped": {"skipped_steps": 0}}
-    checkpoint_file.write(folder / "out/ckpt_1.pt", state)
-    groups, sharded = optimizer_state.numbered_groups(optimizer), folder / "sharded/ckpt_1.pt"
-    name, facts = optimizer_state.write_share(folder / "sharded/.tmp/rank_0_of_1.pt", optimizer, groups)
-    optimizer_state.complete(folder / "sharded/.tmp", {name: facts}, sharded)
-    checkpoint_file.write(sharded, {**state, "optimizer": {"folder": "ckpt_1.optim", "param_groups": groups}})
+    write_file(folder / "out/ckpt_1.pt", state)
+    groups, sharded = optimizer_shards.numbered_groups(optimizer), folder / "sharded/ckpt_1.pt"
+    name, facts = optimizer_shards.write_share(folder / "sharded/.tmp/rank_0_of_1.pt", optimizer, groups)
+    optimizer_shards.complete(folder / "sharded/.tmp", {name: facts}, sharded)
+    write_file(sharded, {**state, "optimizer": {"folder": "ckpt_1.optim", "param_groups": groups}})
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(VOCABULARY - 5))]
-    huggingface.save(folder / "theirs", model, tokens, True, "", variants=False)
+    huggingface.write_folder(folder / "theirs", model, tokens, True, "", variants=False)
 
 
 # --- bytes ---
@@ -355,5 +355,5 @@ def saved(value) -> bytes:
 
 
 def sealed_file(path: Path, state: dict) -> bytes:
-    checkpoint_file.write(path, state)
+    write_file(path, state)
     return path.read_bytes()

@@ -8,9 +8,9 @@ import transformers
 from torch.testing import assert_close
 
 import run_pretraining
-from checkpoint import folder as checkpoint
 from checkpoint import huggingface
-from checkpoint.load import load_into
+from checkpoint.folder import read_checkpoint
+from checkpoint.load import load_weights
 from common.errors import UserError
 from data import vocabulary
 from modeling import BertConfig, BertForPreTraining
@@ -68,7 +68,7 @@ def test_loading_warns_of_nothing(workspace, caplog, class_name, variant):
 
 def test_round_trip_is_exact(workspace):
     export()
-    state = checkpoint.load("out")
+    state = read_checkpoint("out")
     expected = varied_model().state_dict()
     assert set(state["model"]) == set(expected)
     for name, value in expected.items():
@@ -81,7 +81,7 @@ def test_their_model_starts_our_training_and_predicts_no_padding(workspace):
     theirs = transformers.BertForPreTraining(transformers.BertConfig(**vars(config), attn_implementation="eager"))
     theirs.eval().save_pretrained("theirs")
     model = BertForPreTraining(config).eval()
-    load_into(model, "theirs")
+    load_weights(model, "theirs")
     batch = batch_of(config)
     labels = torch.full(batch["input_ids"].shape, -100)
     for row, positions in enumerate(batch["masked_lm_positions"]):
@@ -101,7 +101,7 @@ def test_init_checkpoint_takes_a_folder(workspace):
     own = torch.load("out/ckpt_1.pt", weights_only=True)
     assert own["config"]["vocab_size"] == synthetic.VOCAB_SIZE
     name = "bert.embeddings.position_embeddings.weight"
-    theirs = huggingface.load("theirs")["model"][name]
+    theirs = huggingface.read_folder("theirs")["model"][name]
     assert torch.nn.functional.cosine_similarity(own["model"][name], theirs).min() > 0.99
 
 
@@ -115,11 +115,11 @@ def test_old_files_of_theirs_are_read(workspace):
                 for name, value in varied_model().state_dict().items()}
     (workspace / "out" / "model.safetensors").unlink()
     torch.save(old, "out/pytorch_model.bin")
-    for name, value in checkpoint.load("out")["model"].items():
+    for name, value in read_checkpoint("out")["model"].items():
         assert torch.equal(value[:len(expected[name])], expected[name]), name
     loaded("BertForMaskedLM", "masked_lm").save_pretrained("split", max_shard_size="20KB")
     assert len(list((workspace / "split").glob("*.safetensors"))) > 1
-    spread = checkpoint.load("split")["model"]
+    spread = read_checkpoint("split")["model"]
     assert torch.equal(spread["cls.predictions.bias"][:VOCAB_SIZE], expected["cls.predictions.bias"])
 
 
@@ -166,13 +166,13 @@ def test_an_architecture_that_shapes_do_not_tell_is_refused(workspace):
     export()
     samples.write_config(workspace / "config.json", vocab_size=VOCAB_SIZE, num_attention_heads=3)
     with pytest.raises(UserError, match="out: num_attention_heads is 2 in it, 3 in the config"):
-        load_into(varied_model(), "out")
+        load_weights(varied_model(), "out")
     for key, value in {"model_type": "roberta", "layer_norm_eps": 1e-5, "is_decoder": True}.items():
         theirs = json.loads((workspace / "out/config.json").read_text())
         (workspace / "changed").mkdir(exist_ok=True)
         (workspace / "changed/config.json").write_text(json.dumps(theirs | {key: value}))
         with pytest.raises(UserError, match=f"changed/config.json: {key} is {value!r}"):
-            checkpoint.load("changed")
+            read_checkpoint("changed")
 
 
 def test_damaged_folders_are_named(workspace):
@@ -180,10 +180,10 @@ def test_damaged_folders_are_named(workspace):
     weights = workspace / "out/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="model.safetensors: not a readable safetensors file"):
-        checkpoint.load("out")
+        read_checkpoint("out")
     weights.unlink()
     with pytest.raises(UserError, match="out: neither model.safetensors nor pytorch_model.bin in it"):
-        checkpoint.load("out")
+        read_checkpoint("out")
     (workspace / "out/config.json").write_text("{")
     with pytest.raises(UserError, match="config.json: not readable"):
-        checkpoint.load("out")
+        read_checkpoint("out")

@@ -16,8 +16,8 @@ import pack_pretraining_data_pytorch
 import pytorch_packed_data_checker
 import run_pretraining
 from common.errors import UserError
-from data import dataloader as dataset
 from data import masking, shards, vocabulary
+from data.dataloader import BatchStream, as_batch
 from tests.support import ranks, samples, synthetic
 
 LENGTH, PREDICTIONS = samples.SEQUENCE_LENGTH, samples.PREDICTIONS
@@ -79,7 +79,7 @@ def test_every_word_of_a_row_is_as_likely_to_be_predicted():
 def test_each_sequence_of_a_packed_row_is_masked_by_the_rule(lengths, predictions, epoch):
     """Sequence by sequence: as many tokens as its own length asks for, none of them [CLS] or [SEP]; the rest stays."""
     flat = [length for row in lengths for length in row]
-    unpacked = dataset.as_batch(shown_rows(flat, sequence_length=12) | masks(shown_rows(flat, sequence_length=12)))
+    unpacked = as_batch(shown_rows(flat, sequence_length=12) | masks(shown_rows(flat, sequence_length=12)))
     members = np.split(np.arange(len(flat)), np.cumsum([len(row) for row in lengths])[:-1])
     batch = samples.packed_batch(unpacked, [list(row) for row in members], 36)
     rows = {key: batch[key].numpy() for key in ("input_mask", "input_ids")}
@@ -121,8 +121,8 @@ def workspace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def stream(rank=0, world_size=1, first_row=0, size=3) -> dataset.BatchStream:
-    return dataset.BatchStream(shards.find("data"), size, 1, synthetic.VOCAB_SIZE, rank, world_size, first_row)
+def stream(rank=0, world_size=1, first_row=0, size=3) -> BatchStream:
+    return samples.batch_stream(shards.find("data"), size, 1, rank, world_size, first_row)
 
 
 def rows_of(*batches) -> list[tuple]:

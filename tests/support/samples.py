@@ -5,8 +5,11 @@ import json
 import numpy as np
 import torch
 
-from data import dataloader as dataset
+from data.dataloader import BatchStream, as_batch
+from data.shard_reader import ShardReader
 from modeling import BertConfig
+from parallel.ranks import Process
+from parallel.rendezvous import Place
 from tests.support import synthetic
 
 SEQUENCE_LENGTH, PREDICTIONS = 24, 4
@@ -21,7 +24,7 @@ def config(**changes) -> BertConfig:
 
 def unpacked_batch(lengths, seed: int = 0, sequence_length: int = SEQUENCE_LENGTH) -> dict[str, torch.Tensor]:
     rows = synthetic.unpacked_rows(np.asarray(lengths), np.random.default_rng(seed), sequence_length, PREDICTIONS)
-    return dataset.as_batch(rows)
+    return as_batch(rows)
 
 
 def packed_batch(batch: dict, rows: list[list[int]], sequence_length: int) -> dict[str, torch.Tensor]:
@@ -60,6 +63,15 @@ def write_dataset(folder, rows_per_shard=(7, 13, 5), split="training", seed=0, s
         path = folder / f"sample_{split}_{number}.hdf5"
         write(path, lengths, seed + number, sequence_length, PREDICTIONS)
     return folder
+
+
+def batch_stream(found, size: int, seed: int = 1, rank: int = 0, world_size: int = 1, first_row: int = 0,
+                 reader: ShardReader | None = None, vocab_size: int = synthetic.VOCAB_SIZE) -> BatchStream:
+    """The micro-batches of one of several ranks, without the others, from some row of the endless sequence on."""
+    stream = BatchStream(found, size, seed, vocab_size, ranks=Process(Place(rank, world_size)),
+                         reader=reader or ShardReader())
+    stream.next_row = first_row
+    return stream
 
 
 def write_config(path, **changes):

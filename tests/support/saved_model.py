@@ -4,7 +4,7 @@ import torch
 import transformers
 
 import export_to_huggingface
-from checkpoint import folder as checkpoint
+from checkpoint.folder import write_checkpoint
 from data import vocabulary
 from modeling import BertConfig, BertForPreTraining
 from tests.support import samples
@@ -21,7 +21,7 @@ def write(folder) -> None:
     tokens = [*vocabulary.SPECIAL_TOKENS, *WORDS]
     vocabulary.write(folder / "vocab.txt", tokens + [f"[unused{n}]" for n in range(VOCAB_SIZE - len(tokens))])
     model = varied_model(folder / "config.json")
-    checkpoint.save(folder, 7, {"model": model.state_dict(), "optimizer": None, "phase": 2, "step": 7})
+    write_checkpoint(folder, 7, {"model": model.state_dict(), "optimizer": None, "phase": 2, "step": 7})
 
 
 def varied_model(config_file="config.json") -> BertForPreTraining:
