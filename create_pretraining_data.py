@@ -28,9 +28,9 @@ import numpy as np
 from common import cli
 from common.download import local_file
 from common.errors import UserError
-from data import shards, vocabulary
+from data import shards
 from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
-from data.wordpiece import Encoder
+from data.tokenizer import SPECIAL_TOKENS, Encoder, load_vocabulary
 
 READ_BYTES = 1 << 21  # text read at a time; a block of documents holds up to twice that
 BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time
@@ -91,7 +91,7 @@ def create_shard(input_file, output_file, tokens: list[str], options: SampleOpti
     random, rng = Random(repr(seed)), np.random.default_rng(seed)
     encoder = Encoder(tokens, options.do_lower_case)
     rule = MaskingRule(options.masked_lm_prob, options.max_predictions_per_seq, len(tokens),
-                       tuple(tokens.index(token) for token in vocabulary.SPECIAL_TOKENS))
+                       tuple(tokens.index(token) for token in SPECIAL_TOKENS))
     counts = Counter(documents=0, sentences=0, tokens=0, samples=0, random_next=0)
     with shards.writing(output_file, options.max_seq_length, options.max_predictions_per_seq,
                         rule if options.dynamic_masking else None) as append:
@@ -276,7 +276,7 @@ def main(argv=None) -> None:
     add_sample_flags(parser, SampleOptions.max_seq_length, SampleOptions.max_predictions_per_seq)
     args = parser.parse_args(argv)
     options = sample_options(args)
-    tokens = vocabulary.read(local_file(args.vocab_file))
+    tokens = load_vocabulary(local_file(args.vocab_file))
     try:
         counts = create_shard(args.input_file, args.output_file, tokens, options)
     except OSError as error:

@@ -140,10 +140,9 @@ def one_shard(text: Path, vocab_file: Path, repeats: int) -> dict:
     """A text shard to HDF5 (128 tokens, dupe_factor 5) against tokenizing that text once, both on one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from create_pretraining_data import SampleOptions, create_shard
-    from data import vocabulary
-    from data.wordpiece import reference_tokenizer
+    from data.tokenizer import load_vocabulary, reference_tokenizer
 
-    tokens = vocabulary.read(vocab_file)
+    tokens = load_vocabulary(vocab_file)
     reference = reference_tokenizer(tokens, lower_case=True)
     sentences = [line for line in text.read_text().split("\n") if line]
     options = SampleOptions(max_seq_length=128)

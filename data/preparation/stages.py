@@ -15,10 +15,10 @@ from common.download import local_file
 from common.errors import UserError
 from common.files import remove_leftovers
 from create_pretraining_data import create_shard
-from data import vocabulary
 from data.preparation import books, downloads, estimates, formatting, inputs, layout, records, sharding, wikipedia
 from data.preparation.formatting import describe
 from data.preparation.inputs import BOOKS, BOTH, GOOGLE, SAMPLE, SOURCES, WIKIPEDIA
+from data.tokenizer import load_vocabulary, save_vocabulary, train_vocabulary
 from data.workers import open_pool, ordered_map
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -127,8 +127,8 @@ def create_vocabulary(args, options) -> Path:
     record = records.done(folder, name, made_from, wanted)
     if not record:
         remove_leftovers(path.parent, folder / "records")
-        tokens = vocabulary.train(texts, args.vocab_size, options.do_lower_case)
-        vocabulary.write(path, tokens)
+        tokens = train_vocabulary(texts, args.vocab_size, options.do_lower_case)
+        save_vocabulary(path, tokens)
         record = records.write(folder, name, made_from, wanted, {name: {}}, {"tokens": len(tokens)})
     report("create_vocabulary", record, path)
     return path
@@ -138,7 +138,7 @@ def create_hdf5_files(args, options) -> None:
     folder, dataset = layout.hdf5_folder(options), args.dataset
     texts = inputs.text_shards(args)
     vocab_file = find_vocabulary(args, options)
-    tokens = vocabulary.read(vocab_file)
+    tokens = load_vocabulary(vocab_file)
     words = {"vocabulary": records.fingerprint(vocab_file)}
     made_from = {text: records.fingerprints([text]) | words for text in texts}
     names = {text: f"{dataset}/{text.stem}.hdf5" for text in texts}

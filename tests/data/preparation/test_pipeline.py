@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import create_pretraining_data as samples
-from data import shards, vocabulary, wordpiece
+from data import shards
 from data.preparation import sentences
+from data.tokenizer import Encoder, load_vocabulary
 from tests.support.preparation import ROOT, SAMPLE, STAGES, command, files_below, prepare, text_shards
 
 MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
@@ -71,7 +72,7 @@ def test_sentences_of_the_method_nltk_are_those_of_nltks_punkt(sample):
 
 
 def test_rows_of_the_sample_hold_what_the_schema_says(sample):
-    tokens = vocabulary.read(sample / "vocab" / SAMPLE / "vocab.txt")
+    tokens = load_vocabulary(sample / "vocab" / SAMPLE / "vocab.txt")
     cls, sep, mask = (tokens.index(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
     masked = random_labels = rows_in_all = predicted = 0
     fates = np.zeros(3, int)
@@ -107,7 +108,7 @@ def test_no_pair_of_the_same_document_is_labelled_random(sample):
     """Every second segment that stands behind its first in some document of the shard is labelled a true one."""
     path = sample / "vocab" / SAMPLE / "vocab.txt"
     block, = samples.document_blocks(text_shards(sample)[-1])
-    documents = samples.tokenize(block, wordpiece.Encoder(vocabulary.read(path), True))
+    documents = samples.tokenize(block, Encoder(load_vocabulary(path), True))
     pairs = samples.plan_pairs(documents, samples.SampleOptions(max_seq_length=128), random.Random(3))
     bounds = documents.bounds[documents.first]
     a, b = (np.searchsorted(bounds, start, side="right") for start in (pairs.a_start, pairs.b_start))

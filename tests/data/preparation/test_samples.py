@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 import create_pretraining_data as samples
 from common.errors import UserError
 from create_pretraining_data import Documents, SampleOptions
-from data import shards, vocabulary
+from data import shards
+from data.tokenizer import SPECIAL_TOKENS
 
 WORDS = ["the", "sea", "is", "deep", "and", "old", "ships", "sail", "far", "out", "##s", "."]
-TOKENS = [*vocabulary.SPECIAL_TOKENS, *WORDS]
+TOKENS = [*SPECIAL_TOKENS, *WORDS]
 CLS, SEP, MASK = 2, 3, 4
 
 
@@ -140,7 +141,7 @@ def test_what_the_command_cannot_use_is_named_in_a_line(tmp_path, monkeypatch, f
     monkeypatch.chdir(tmp_path)
     Path("t.txt").write_text("the sea\nis deep\n")
     Path("v.txt").write_text("\n".join(TOKENS))
-    Path("special.txt").write_text("\n".join(vocabulary.SPECIAL_TOKENS))
+    Path("special.txt").write_text("\n".join(SPECIAL_TOKENS))
     flags = {"input_file": "t.txt", "output_file": "x.hdf5", "vocab_file": "v.txt", flag: value}
     with pytest.raises(UserError) as refusal:
         samples.main([f"--{name}={given}" for name, given in flags.items()])
