@@ -139,7 +139,7 @@ def sample_text(scratch: Path, sample: Path) -> tuple[Path, Path]:
 def one_shard(text: Path, vocab_file: Path, repeats: int) -> dict:
     """A text shard to HDF5 (128 tokens, dupe_factor 5) against tokenizing that text once, both on one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from create_pretraining_data import SampleOptions, create_shard
+    from data.preparation.samples import SampleOptions, create_shard
     from data.tokenizer import load_vocabulary, reference_tokenizer
 
     tokens = load_vocabulary(vocab_file)

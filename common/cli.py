@@ -8,6 +8,7 @@ import argparse
 import signal
 import sys
 from contextlib import contextmanager
+from dataclasses import fields
 
 from common.errors import UserError
 
@@ -79,6 +80,12 @@ def proportion(text: str) -> float:
     if not 0.0 <= number <= 1.0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return number
+
+
+def options_from(args, kind: type, **values):
+    """An object of the dataclass `kind`: the fields in `values`, and the others from the flags of the same names."""
+    flags = {field.name: getattr(args, field.name) for field in fields(kind) if field.name not in values}
+    return kind(**flags, **values)
 
 
 def run(main) -> None:

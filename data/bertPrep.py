@@ -16,9 +16,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository's root, in place of data/
 
 from common import cli  # noqa: E402
-from create_pretraining_data import SampleOptions, add_sample_flags, sample_options  # noqa: E402
 from data.preparation import stages  # noqa: E402
 from data.preparation.inputs import DATASETS  # noqa: E402
+from data.preparation.samples import SampleOptions, add_sample_flags  # noqa: E402
 from data.preparation.sentences import METHODS  # noqa: E402
 
 
@@ -49,7 +49,7 @@ def parse(argv):
     group.add_argument("--vocab_file", help="WordPiece vocabulary; default: Google's, and for the sample, where that "
                                             "cannot be had, one trained on it")
     group.add_argument("--vocab_size", type=cli.positive_int, default=8192, help="tokens of a trained vocabulary")
-    add_sample_flags(parser, SampleOptions.max_seq_length, SampleOptions.max_predictions_per_seq)
+    add_sample_flags(parser)
     group = parser.add_argument_group("text_formatting")
     group.add_argument("--skip_wikiextractor", type=cli.boolean, default=False, metavar="1|0",
                        help="read the <doc> files that wikiextractor wrote to extracted/DATASET/ (or --input_files) "
@@ -62,7 +62,7 @@ def parse(argv):
 def main(argv=None) -> None:
     args = parse(argv)
     with cli.sigterm_as_interrupt():
-        stages.run(args, sample_options(args))
+        stages.run(args, cli.options_from(args, SampleOptions))
 
 
 if __name__ == "__main__":

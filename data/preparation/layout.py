@@ -37,7 +37,7 @@ def sharded_folder(training_shards: int, test_shards: int, fraction_test_set: fl
 
 
 def hdf5_folder(options) -> Path:
-    """The folder of HDF5 shards made with these SampleOptions (create_pretraining_data.py)."""
+    """The folder of HDF5 shards made with these SampleOptions."""
     return working_folder() / (
         f"hdf5_lower_case_{int(options.do_lower_case)}_seq_len_{options.max_seq_length}"
         f"_max_pred_{options.max_predictions_per_seq}_masked_lm_prob_{options.masked_lm_prob}"

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from common.download import local_file
 from common.errors import UserError
 from common.files import remove_leftovers
-from create_pretraining_data import create_shard
 from data.preparation import books, downloads, estimates, formatting, inputs, layout, records, sharding, wikipedia
 from data.preparation.formatting import describe
 from data.preparation.inputs import BOOKS, BOTH, GOOGLE, SAMPLE, SOURCES, WIKIPEDIA
+from data.preparation.samples import create_shard
 from data.tokenizer import load_vocabulary, save_vocabulary, train_vocabulary
 from data.workers import open_pool, ordered_map
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import create_pretraining_data as samples
 from data import shards
-from data.preparation import sentences
+from data.preparation import samples, sentences
 from data.tokenizer import Encoder, load_vocabulary
 from tests.support.preparation import ROOT, SAMPLE, STAGES, command, files_below, prepare, text_shards
 
