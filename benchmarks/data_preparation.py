@@ -49,7 +49,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         scratch = Path(scratch)
-        sample = downloads.sample(scratch / "sample", downloads.mirrors([]))
+        sample = downloads.sample(scratch / "sample", downloads.mirror_pairs([]))
         runs = {}  # first, while this process is small: a process that it starts counts this one's memory as its own
         for size in SIZES if not args.full else (*SIZES, FULL_SIZE):
             corpus = make_corpus(scratch, sample, size)

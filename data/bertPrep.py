@@ -62,7 +62,7 @@ def parse(argv):
 def main(argv=None) -> None:
     args = parse(argv)
     with cli.sigterm_as_interrupt():
-        stages.run(args, cli.options_from(args, SampleOptions))
+        stages.run_stage(args, cli.options_from(args, SampleOptions))
 
 
 if __name__ == "__main__":

@@ -111,13 +111,13 @@ def reference_tokenizer(tokens: list[str], lower_case: bool) -> Tokenizer:
 
 
 class Encoder:
-    """Encodes lists of sentences.  `choice` says by what, and why where that is the slow one."""
+    """Encodes lists of sentences.  `description` names the library, and why it is the slow one if it is."""
 
     def __init__(self, tokens: list[str], lower_case: bool, fast: bool = True):
         self.reference = reference_tokenizer(tokens, lower_case)
-        self.fast, self.choice = None, "tokenizers"
+        self.fast, self.description = None, "tokenizers"
         if fast:
-            self.fast, self.choice = fast_tokenizer(self.reference)
+            self.fast, self.description = fast_tokenizer(self.reference)
 
     def encode(self, sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids, offsets): sentence i is ids[offsets[i]:offsets[i + 1]]."""
@@ -128,8 +128,8 @@ class Encoder:
             found = [ids[offsets[i]:offsets[i + 1]] for i in range(0, len(sentences), CHECK_EVERY)]
             if np.array_equal(expected, np.concatenate(found) if found else expected):
                 return ids, offsets
-            self.fast, self.choice = None, "tokenizers (nanotoken gave other ids on this text)"
-            warnings.warn(self.choice, stacklevel=2)
+            self.fast, self.description = None, "tokenizers (nanotoken gave other ids on this text)"
+            warnings.warn(self.description, stacklevel=2)
         return encode_reference(self.reference, sentences)
 
 

@@ -20,7 +20,7 @@ from common.errors import UserError
 TASKS_AHEAD = 2  # for each worker: enough that none waits, few enough that waiting results stay small
 
 
-class ThisProcess(Executor):
+class SerialExecutor(Executor):
     """Runs each task at once, where it is submitted."""
 
     workers, description = 1, "one process"
@@ -44,7 +44,7 @@ def open_pool(n_processes: int):
         pool.workers, pool.description = ranks - 1, f"{ranks} MPI ranks"
         return pool
     if n_processes == 1:
-        return ThisProcess()
+        return SerialExecutor()
     # A fresh interpreter each: a fork would copy this process's memory and whatever its threads hold locked.
     pool = ProcessPoolExecutor(n_processes, get_context("spawn"), leave_interrupts_to_parent)
     pool.workers, pool.description = n_processes, f"{n_processes} processes"

@@ -37,38 +37,38 @@ SAMPLE_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2
 SAMPLE_FILE = "enwiki-sample-pages-articles.xml.bz2"
 
 
-def mirrors(pairs) -> list[tuple[str, str]]:
-    """(from, to) pairs: those of the command line first, then those of the environment variable."""
+def mirror_pairs(flag) -> list[tuple[str, str]]:
+    """(FROM, TO) pairs: those of --mirror first, then those of the environment variable."""
     words = os.environ.get(MIRRORS_VARIABLE, "").split()
     if len(words) % 2:
         raise UserError(f"{MIRRORS_VARIABLE}: {len(words)} words, expected pairs of FROM and TO")
-    return [*map(tuple, pairs), *zip(words[::2], words[1::2], strict=True)]
+    return [*map(tuple, flag), *zip(words[::2], words[1::2], strict=True)]
 
 
-def placed(source: str, replacements) -> str:
-    """Where a source is taken from: the first replacement whose FROM it starts with."""
-    for original, other in replacements:
+def mirrored(source: str, mirrors) -> str:
+    """Where a source is fetched from: FROM at its start is replaced by TO, for the first pair that fits."""
+    for original, other in mirrors:
         if source.startswith(original):
             return other + source[len(original):]
     return source
 
 
-def take(source: str, target: Path, replacements, tries: int = TRIES, **checksums) -> Path:
+def fetch_or_copy(source: str, target: Path, mirrors, tries: int = TRIES, **checksums) -> Path:
     """Fetch a source, or copy it where it is a local file, to `target`, verified."""
-    place = placed(source, replacements)
-    if is_remote(place):
-        return fetch(place, target, tries=tries, **checksums)
-    if not Path(place).is_file():
-        raise UserError(f"{place}: no such file (in place of {source})")
+    origin = mirrored(source, mirrors)
+    if is_remote(origin):
+        return fetch(origin, target, tries=tries, **checksums)
+    if not Path(origin).is_file():
+        raise UserError(f"{origin}: no such file (in place of {source})")
     with replacing(target) as temporary:
-        shutil.copyfile(place, temporary)
+        shutil.copyfile(origin, temporary)
         for name, expected in checksums.items():
             if checksum(temporary, name) != expected:
-                raise UserError(f"{place}: {name} is {checksum(temporary, name)}, expected {expected}")
+                raise UserError(f"{origin}: {name} is {checksum(temporary, name)}, expected {expected}")
     return target
 
 
-def wikipedia_dump(folder: Path, date: str, replacements) -> Path:
+def wikipedia_dump(folder: Path, date: str, mirrors) -> Path:
     """English Wikipedia's dump of a date (YYYYMMDD), or the newest.
 
     Wikimedia's list of checksums says which dump the newest is; once it is here, it stays the newest, so that an
@@ -76,12 +76,12 @@ def wikipedia_dump(folder: Path, date: str, replacements) -> Path:
     """
     sums = folder / f"enwiki-{date}-sha1sums.txt"
     if not sums.is_file():
-        take(f"{DUMPS}/{date}/{sums.name}", sums, replacements)
+        fetch_or_copy(f"{DUMPS}/{date}/{sums.name}", sums, mirrors)
     for line in sums.read_text().splitlines():
         sha1, _, name = line.partition("  ")
         if name.startswith("enwiki-") and name.endswith(DUMP_ENDING):
             source = f"{DUMPS}/{name.split('-')[1]}/{name}"
-            return take(source, folder / name, replacements, sha1=sha1)
+            return fetch_or_copy(source, folder / name, mirrors, sha1=sha1)
     raise UserError(f"{sums}: no …{DUMP_ENDING} in it; that dump is not finished (--dump_date names another)")
 
 
@@ -89,7 +89,7 @@ def google_vocabulary(folder: Path) -> Path:
     return folder / GOOGLE_NAME / "vocab.txt"
 
 
-def google_weights(folder: Path, replacements, tries: int = TRIES) -> Path:
+def google_weights(folder: Path, mirrors, tries: int = TRIES) -> Path:
     """Google's vocabulary and config, out of the archive of its weights; returns the vocabulary.
 
     Only these two files are read where the server answers ranges, else the whole archive is fetched.
@@ -97,29 +97,29 @@ def google_weights(folder: Path, replacements, tries: int = TRIES) -> Path:
     vocabulary = google_vocabulary(folder)
     if vocabulary.is_file() and checksum(vocabulary) == GOOGLE_VOCABULARY_SHA256:
         return vocabulary
-    place = placed(GOOGLE_ARCHIVE, replacements)
+    origin = mirrored(GOOGLE_ARCHIVE, mirrors)
     try:
-        archives.unpack_remote(place, folder, [f"{GOOGLE_NAME}/{name}" for name in GOOGLE_FILES])
+        archives.unpack_remote(origin, folder, [f"{GOOGLE_NAME}/{name}" for name in GOOGLE_FILES])
     except Interrupted:
-        archives.unpack(take(GOOGLE_ARCHIVE, folder / f"{GOOGLE_NAME}.zip", replacements, tries), folder)
+        archives.unpack(fetch_or_copy(GOOGLE_ARCHIVE, folder / f"{GOOGLE_NAME}.zip", mirrors, tries), folder)
     found = checksum(vocabulary)
     if found != GOOGLE_VOCABULARY_SHA256:
         vocabulary.unlink()
-        raise UserError(f"{place}: vocab.txt has sha256 {found}, expected {GOOGLE_VOCABULARY_SHA256}")
+        raise UserError(f"{origin}: vocab.txt has sha256 {found}, expected {GOOGLE_VOCABULARY_SHA256}")
     return vocabulary
 
 
-def sample(folder: Path, replacements) -> Path:
+def sample(folder: Path, mirrors) -> Path:
     """106 articles of English Wikipedia, out of the test data in the wheel of gensim; only that file is kept."""
     target = folder / SAMPLE_FILE
     if target.is_file() and checksum(target) == SAMPLE_SHA256:
         return target
-    place = placed(SAMPLE_WHEEL, replacements)
+    origin = mirrored(SAMPLE_WHEEL, mirrors)
     with tempfile.TemporaryDirectory() as scratch:
-        wheel = pip_download(place.removeprefix("pip:"), scratch) if place.startswith("pip:") \
-            else take(SAMPLE_WHEEL, Path(scratch) / "gensim.whl", replacements)
+        wheel = pip_download(origin.removeprefix("pip:"), scratch) if origin.startswith("pip:") \
+            else fetch_or_copy(SAMPLE_WHEEL, Path(scratch) / "gensim.whl", mirrors)
         file, = archives.unpack(wheel, scratch, [SAMPLE_MEMBER])
-        return take(str(file), target, [], sha256=SAMPLE_SHA256)
+        return fetch_or_copy(str(file), target, [], sha256=SAMPLE_SHA256)
 
 
 def pip_download(package: str, folder: str) -> Path:
@@ -138,7 +138,7 @@ def pip_download(package: str, folder: str) -> Path:
     return wheels[0]
 
 
-def books(folder: Path, lists: list[Path], threads: int, replacements) -> tuple[list[Path], list[str]]:
+def books(folder: Path, lists: list[Path], threads: int, mirrors) -> tuple[list[Path], list[str]]:
     """The books of archives and of files of URLs, one URL a line; returns them, and what failed and why."""
     found, urls = [], []
     for path in lists:
@@ -148,7 +148,7 @@ def books(folder: Path, lists: list[Path], threads: int, replacements) -> tuple[
             urls += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     failed = []
     with ThreadPoolExecutor(threads) as pool:
-        tasks = [pool.submit(one_book, folder, number, url, replacements) for number, url in enumerate(urls)]
+        tasks = [pool.submit(one_book, folder, number, url, mirrors) for number, url in enumerate(urls)]
         for task in tqdm(tasks, unit="book", desc="download"):
             try:
                 found.append(task.result())
@@ -157,7 +157,7 @@ def books(folder: Path, lists: list[Path], threads: int, replacements) -> tuple[
     return found, failed
 
 
-def one_book(folder: Path, number: int, url: str, replacements) -> Path:
+def one_book(folder: Path, number: int, url: str, mirrors) -> Path:
     """Fetch one book; its number in the list makes its name unique."""
     name = unquote(PurePosixPath(urlsplit(url).path).stem).replace("/", "_") or "book"
-    return take(url, folder / f"{number:06d}_{name}.txt", replacements, tries=3)
+    return fetch_or_copy(url, folder / f"{number:06d}_{name}.txt", mirrors, tries=3)

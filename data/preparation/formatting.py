@@ -26,25 +26,25 @@ def format_documents(folder, dataset: str, batches, work, inputs: dict, options:
     batches: an iterable of tasks; work(*task) gives (lines, counts, what was skipped and why).  inputs: fingerprints of
     what they come from.  Parts that are recorded as made from the same inputs are not made again.
     """
-    records.forget(folder, dataset)
+    records.delete_record(folder, dataset)
     (folder / dataset).mkdir(parents=True, exist_ok=True)
-    outputs, left_out = {}, []
+    outputs, skipped = {}, []
     for part, tasks in grouped(batches, BATCHES_PER_PART):
         name = f"{dataset}/part_{part:05d}.txt"
-        record = records.done(folder, name, inputs, options)
+        record = records.finished_record(folder, name, inputs, options)
         if record:
             for _ in tasks:  # read past
                 pass
         else:
-            counts, skipped = write_part(folder / name, ordered_map(pool, work, tasks))
-            record = records.write(folder, name, inputs, options, {name: {}}, counts, skipped)
+            record = records.write_record(folder, name, inputs, options, {name: {}},
+                                          *write_part(folder / name, ordered_map(pool, work, tasks)))
         outputs[name] = record["counts"]
-        left_out += record["skipped"]
+        skipped += record["skipped"]
     totals = sum((Counter(counts) for counts in outputs.values()), Counter())
     if not totals["documents"]:
-        raise UserError(f"{', '.join(inputs)}: no document with text in it ({describe(totals)})")
-    records.prune(folder, f"{dataset}/part_*.txt", outputs)
-    return records.write(folder, dataset, inputs, options, outputs, dict(totals), left_out)
+        raise UserError(f"{', '.join(inputs)}: no document with text in it ({describe_counts(totals)})")
+    records.delete_outdated(folder, f"{dataset}/part_*.txt", outputs)
+    return records.write_record(folder, dataset, inputs, options, outputs, dict(totals), skipped)
 
 
 def grouped(items, size: int):
@@ -57,14 +57,14 @@ def write_part(path, results) -> tuple[dict, list[str]]:
     """Write the lines of the results to one file, whole or not at all; returns their counts and what was skipped."""
     totals, skipped = Counter(), []
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        for lines, counts, left_out in results:
+        for lines, counts, skipped_here in results:
             file.writelines(line + "\n" for line in lines)
             totals.update(counts)
-            skipped += left_out
+            skipped += skipped_here
     return dict(totals), skipped
 
 
-def describe(counts: dict) -> str:
+def describe_counts(counts: dict) -> str:
     """{"documents": 106, "redirects": 100} as "106 documents, 100 redirects"."""
     parts = [f"{count:,} {name.replace('_', ' ')}" for name, count in sorted(counts.items()) if count]
     return ", ".join(parts) or "nothing"

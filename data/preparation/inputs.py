@@ -13,20 +13,20 @@ SOURCES = {BOTH: (WIKIPEDIA, BOOKS)}  # the data sets that a data set is made of
 SHARDS, SAMPLE_SHARDS = (256, 256), (8, 2)  # training and test, where not asked for
 
 
-def named(args) -> list[Path]:
+def named_files(args) -> list[Path]:
     """The files that --input_files names, remote ones as local copies."""
     paths = [local_file(name) for name in args.input_files]
     for name, path in zip(args.input_files, paths, strict=True):
         if not path.is_file():
             raise UserError(f"--input_files {name}: no such file")
-    if len({records.key(path) for path in paths}) < len(paths):
+    if len({records.file_key(path) for path in paths}) < len(paths):
         raise UserError("--input_files: a file is named twice")
     return paths
 
 
-def made_by(stage: str, folder: Path, dataset: str) -> list[Path]:
-    """The files that a finished stage recorded: never some of a run that was interrupted."""
-    record = records.read(folder, dataset)
+def recorded_files(stage: str, folder: Path, dataset: str) -> list[Path]:
+    """The files that a finished stage recorded; those of an interrupted run are not among them."""
+    record = records.read_record(folder, dataset)
     if record is None:
         raise UserError(f"{folder}: no finished {dataset} in it; run --action {stage} --dataset {dataset} first, "
                         f"or name files with --input_files")
@@ -45,7 +45,7 @@ def for_text_formatting(args) -> list[Path]:
         if not found:
             raise UserError(f"{folder}: no wiki_* files of wikiextractor in it, for --skip_wikiextractor 1")
         return found
-    return named(args) or made_by("download", layout.download_folder(), args.dataset)
+    return named_files(args) or recorded_files("download", layout.download_folder(), args.dataset)
 
 
 def book_files(args) -> list[Path]:
@@ -54,7 +54,7 @@ def book_files(args) -> list[Path]:
     for place in places:
         if not place.exists():
             raise UserError(f"--input_files {place}: no such folder or file of .txt books")
-    books = places or made_by("download", layout.download_folder(), BOOKS)
+    books = places or recorded_files("download", layout.download_folder(), BOOKS)
     return [book for place in books for book in books_below(place)]
 
 
@@ -70,13 +70,13 @@ def books_below(place: Path) -> list[Path]:
 
 def for_sharding(args) -> list[Path]:
     """The formatted text of the data set, or of those that it is made of."""
-    return named(args) or [path for source in SOURCES.get(args.dataset, (args.dataset,))
-                           for path in made_by("text_formatting", layout.formatted_folder(), source)]
+    return named_files(args) or [path for source in SOURCES.get(args.dataset, (args.dataset,))
+                           for path in recorded_files("text_formatting", layout.formatted_folder(), source)]
 
 
 def text_shards(args) -> list[Path]:
     """The text shards of the data set."""
-    return named(args) or made_by("sharding", sharded_folder(args), args.dataset)
+    return named_files(args) or recorded_files("sharding", sharded_folder(args), args.dataset)
 
 
 def shard_counts(args) -> tuple[int, int]:

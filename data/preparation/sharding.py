@@ -15,7 +15,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.files import replacing_files
 from data.preparation import records
-from data.preparation.formatting import describe
+from data.preparation.formatting import describe_counts
 from data.preparation.layout import shard_names
 from data.preparation.sentences import split_lines
 from data.workers import ordered_map
@@ -76,7 +76,7 @@ def shard_documents(folder, dataset: str, texts: list[Path], inputs: dict, optio
     names = shard_names(dataset, options["training_shards"], options["test_shards"])
     placement = Placement(options["training_shards"], options["test_shards"], options["fraction_test_set"])
     counts = Counter()
-    records.forget(folder, dataset)
+    records.delete_record(folder, dataset)
     with replacing_files(folder / dataset, [f"{name}.txt" for name in names]) as temporary:
         documents = [0] * len(names)
         for window, last in windows(split_all(texts, options["segmentation_method"], pool, counts)):
@@ -89,7 +89,7 @@ def shard_documents(folder, dataset: str, texts: list[Path], inputs: dict, optio
                for shard, name in enumerate(names)}
     counts["sentences"] = sum(placement.sentences)
     counts["test_sentences"] = placement.totals[1]
-    return records.write(folder, dataset, inputs, options, outputs, dict(counts))
+    return records.write_record(folder, dataset, inputs, options, outputs, dict(counts))
 
 
 def check_filled(dataset: str, documents: list[int], options: dict) -> None:
@@ -106,7 +106,7 @@ def split_all(texts, method: str, pool, counts: Counter):
         chunks = ((chunk, method) for chunk in line_chunks(texts, bar.update))
         for documents, found in ordered_map(pool, split_lines, chunks):
             counts.update(found)
-            bar.set_postfix_str(describe(counts), refresh=False)
+            bar.set_postfix_str(describe_counts(counts), refresh=False)
             yield from documents
 
 

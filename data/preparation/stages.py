@@ -15,7 +15,7 @@ from common.download import local_file
 from common.errors import UserError
 from common.files import remove_leftovers
 from data.preparation import books, downloads, estimates, formatting, inputs, layout, records, sharding, wikipedia
-from data.preparation.formatting import describe
+from data.preparation.formatting import describe_counts
 from data.preparation.inputs import BOOKS, BOTH, GOOGLE, SAMPLE, SOURCES, WIKIPEDIA
 from data.preparation.samples import create_shard
 from data.tokenizer import load_vocabulary, save_vocabulary, train_vocabulary
@@ -25,7 +25,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DUMP_SIZES = {WIKIPEDIA: estimates.WIKIPEDIA_DUMP, BOTH: estimates.WIKIPEDIA_DUMP, SAMPLE: estimates.SAMPLE_DUMP}
 
 
-def run(args, options) -> None:
+def run_stage(args, options) -> None:
     """Run the stage that --action names.  `options`: the SampleOptions of create_hdf5_files."""
     try:
         ACTIONS[args.action](args, options)
@@ -47,35 +47,36 @@ def estimate(args, _) -> None:
 def download(args, _) -> None:
     if args.dataset in SOURCES:
         raise UserError(f"--dataset {args.dataset}: download {' and '.join(SOURCES[args.dataset])} one by one")
-    folder, lists = layout.download_folder(), inputs.named(args)
+    folder, lists = layout.download_folder(), inputs.named_files(args)
     made_from, options = records.fingerprints(lists), {"dump_date": args.dump_date}
-    record = records.done(folder, args.dataset, made_from, options)
+    record = records.finished_record(folder, args.dataset, made_from, options)
     if not record or record["skipped"]:
         remove_leftovers(folder / args.dataset, folder / "records")
-        found, skipped = DOWNLOADS[args.dataset](args, folder / args.dataset, lists, downloads.mirrors(args.mirror))
+        mirrors = downloads.mirror_pairs(args.mirror)
+        found, skipped = DOWNLOADS[args.dataset](args, folder / args.dataset, lists, mirrors)
         outputs = {path.relative_to(folder).as_posix(): {} for path in found}
         counts = {"files": len(found), "skipped": len(skipped)}
-        record = records.write(folder, args.dataset, made_from, options, outputs, counts, skipped)
-    report("download", record, folder / args.dataset)
+        record = records.write_record(folder, args.dataset, made_from, options, outputs, counts, skipped)
+    print_result("download", record, folder / args.dataset)
 
 
-def download_books(args, folder: Path, lists: list[Path], replacements) -> tuple[list[Path], list[str]]:
+def download_books(args, folder: Path, lists: list[Path], mirrors) -> tuple[list[Path], list[str]]:
     """The books that the user lists, and those that could not be had."""
     if not lists:
         raise UserError("--dataset bookscorpus: BookCorpus has no official source any more; name a file of URLs of "
                         ".txt books, or an archive of them, with --input_files (for a folder of .txt books, give it "
                         "to --action text_formatting and skip this)")
-    found, failed = downloads.books(folder, lists, args.n_processes, replacements)
+    found, failed = downloads.books(folder, lists, args.n_processes, mirrors)
     if not found:
         raise UserError(f"{lists[0]}: none of its books could be had{': ' * bool(failed)}{''.join(failed[:1])}")
     return found, failed
 
 
 DOWNLOADS = {  # each gives the files, and what was skipped
-    WIKIPEDIA: lambda args, folder, _, replacements: (
-        [downloads.wikipedia_dump(folder, args.dump_date, replacements)], []),
-    GOOGLE: lambda args, folder, _, replacements: ([downloads.google_weights(folder, replacements)], []),
-    SAMPLE: lambda args, folder, _, replacements: ([downloads.sample(folder, replacements)], []),
+    WIKIPEDIA: lambda args, folder, _, mirrors: (
+        [downloads.wikipedia_dump(folder, args.dump_date, mirrors)], []),
+    GOOGLE: lambda args, folder, _, mirrors: ([downloads.google_weights(folder, mirrors)], []),
+    SAMPLE: lambda args, folder, _, mirrors: ([downloads.sample(folder, mirrors)], []),
     BOOKS: download_books,
 }
 
@@ -85,13 +86,13 @@ def text_formatting(args, _) -> None:
     paths = inputs.for_text_formatting(args)
     made_from = ({"books": records.combined_fingerprint(paths)} if dataset == BOOKS else records.fingerprints(paths))
     options = formatting.options(args.skip_wikiextractor)
-    record = records.done(folder, dataset, made_from, options)
+    record = records.finished_record(folder, dataset, made_from, options)
     if not record:
-        with (opened_pool("text_formatting", paths, args, folder) as pool,
+        with (stage_pool("text_formatting", paths, args, folder) as pool,
               position_bar(paths, "text_formatting") as advance):
             batches, work = formatting_work(args, paths, advance)
             record = formatting.format_documents(folder, dataset, batches, work, made_from, options, pool)
-    report("text_formatting", record, folder / dataset)
+    print_result("text_formatting", record, folder / dataset)
 
 
 def formatting_work(args, paths, advance):
@@ -110,11 +111,11 @@ def shard_text(args, _) -> None:
     options = {"training_shards": training_shards, "test_shards": test_shards,
                "fraction_test_set": args.fraction_test_set, "segmentation_method": args.segmentation_method}
     made_from = records.fingerprints(texts)
-    record = records.done(folder, dataset, made_from, options)
+    record = records.finished_record(folder, dataset, made_from, options)
     if not record:
-        with opened_pool("sharding", texts, args, folder) as pool:
+        with stage_pool("sharding", texts, args, folder) as pool:
             record = sharding.shard_documents(folder, dataset, texts, made_from, options, pool)
-    report("sharding", record, folder / dataset)
+    print_result("sharding", record, folder / dataset)
 
 
 def create_vocabulary(args, options) -> Path:
@@ -124,13 +125,13 @@ def create_vocabulary(args, options) -> Path:
     texts = [text for text in inputs.text_shards(args) if "_training_" in text.name]
     made_from = records.fingerprints(texts)
     wanted = {"vocab_size": args.vocab_size, "do_lower_case": options.do_lower_case}
-    record = records.done(folder, name, made_from, wanted)
+    record = records.finished_record(folder, name, made_from, wanted)
     if not record:
         remove_leftovers(path.parent, folder / "records")
         tokens = train_vocabulary(texts, args.vocab_size, options.do_lower_case)
         save_vocabulary(path, tokens)
-        record = records.write(folder, name, made_from, wanted, {name: {}}, {"tokens": len(tokens)})
-    report("create_vocabulary", record, path)
+        record = records.write_record(folder, name, made_from, wanted, {name: {}}, {"tokens": len(tokens)})
+    print_result("create_vocabulary", record, path)
     return path
 
 
@@ -142,20 +143,20 @@ def create_hdf5_files(args, options) -> None:
     words = {"vocabulary": records.fingerprint(vocab_file)}
     made_from = {text: records.fingerprints([text]) | words for text in texts}
     names = {text: f"{dataset}/{text.stem}.hdf5" for text in texts}
-    finished = {text: records.done(folder, names[text], made_from[text], asdict(options)) for text in texts}
+    finished = {text: records.finished_record(folder, names[text], made_from[text], asdict(options)) for text in texts}
     todo = [text for text in texts if not finished[text]]
     if todo:
-        with (opened_pool("create_hdf5_files", todo, args, folder) as pool,
+        with (stage_pool("create_hdf5_files", todo, args, folder) as pool,
               tqdm(total=len(todo), unit="shard", desc="create_hdf5_files") as bar):
             tasks = ((text, folder / names[text], tokens, options) for text in todo)
             for text, counts in zip(todo, ordered_map(pool, create_shard, tasks), strict=True):
-                outputs = {names[text]: {}}
-                finished[text] = records.write(folder, names[text], made_from[text], asdict(options), outputs, counts)
+                finished[text] = records.write_record(folder, names[text], made_from[text], asdict(options),
+                                                      {names[text]: {}}, counts)
                 bar.update()
     if not args.input_files:
-        records.prune(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
+        records.delete_outdated(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
     totals = sum((Counter(record["counts"]) for record in finished.values()), Counter(shards=len(texts)))
-    print(f"create_hdf5_files: {describe(totals)} in {folder / dataset}")
+    print(f"create_hdf5_files: {describe_counts(totals)} in {folder / dataset}")
     print(f"vocabulary: {vocab_file} ({len(tokens):,} tokens)")
 
 
@@ -170,18 +171,18 @@ def find_vocabulary(args, options) -> Path:
     if not options.do_lower_case:
         raise UserError("--do_lower_case 0: Google's vocabulary is of lower case; give --vocab_file, or train one with "
                         "--action create_vocabulary --do_lower_case 0")
-    folder, replacements = layout.download_folder() / GOOGLE, downloads.mirrors(args.mirror)
+    folder, mirrors = layout.download_folder() / GOOGLE, downloads.mirror_pairs(args.mirror)
     if args.dataset != SAMPLE:
-        return downloads.google_weights(folder, replacements)
+        return downloads.google_weights(folder, mirrors)
     try:
-        return downloads.google_weights(folder, replacements, tries=1)
+        return downloads.google_weights(folder, mirrors, tries=1)
     except UserError as error:
         print(f"Google's vocabulary cannot be had ({error}); training one on the sample", flush=True)
         return create_vocabulary(args, options)
 
 
 @contextmanager
-def opened_pool(stage: str, paths, args, folder: Path):
+def stage_pool(stage: str, paths, args, folder: Path):
     """The pool for a stage that has work to do: clean up after a run that was killed, and say what this one takes."""
     remove_leftovers(folder / args.dataset, folder / "records")
     with open_pool(args.n_processes) as pool:
@@ -203,9 +204,9 @@ def position_bar(paths, name: str):
         yield advance
 
 
-def report(stage: str, record: dict, where: Path) -> None:
+def print_result(stage: str, record: dict, where: Path) -> None:
     """Say what a stage made, and what it left out."""
-    print(f"{stage}: {describe(record['counts'])} in {where}", flush=True)
+    print(f"{stage}: {describe_counts(record['counts'])} in {where}", flush=True)
     for line in record["skipped"]:
         print(f"  skipped {line}")
 

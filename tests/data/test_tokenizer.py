@@ -49,7 +49,7 @@ def test_tokens_of_every_sentence_of_the_sample_are_berttokenizers(sample, token
     lines = [line for path in text_shards(sample) for line in path.read_text().split("\n") if line]
     lines = lines if fast else lines[::20]
     encoder = Encoder(tokens, True, fast)
-    assert encoder.choice.split()[0] == ("nanotoken" if fast else "tokenizers")
+    assert encoder.description.split()[0] == ("nanotoken" if fast else "tokenizers")
     assert rows(encoder.encode(lines)) == reference(tokens, True)(lines)
 
 
