@@ -23,7 +23,9 @@ from measuring import ROOT, alternate, processor, report, spread  # puts the rep
 # isort: split
 from common import cli
 from common.errors import UserError
-from data.preparation import downloads, estimates
+from data.preparation import estimates, wikipedia
+from data.preparation.datasets import WIKIPEDIA
+from data.preparation.downloads import DownloadOptions, mirror_pairs
 
 SAMPLE_MB = 2.6  # text of the sample
 SIZES = (20, 200)  # MB of text
@@ -49,7 +51,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         scratch = Path(scratch)
-        sample = downloads.sample(scratch / "sample", downloads.mirror_pairs([]))
+        sample = wikipedia.download_sample(scratch / "sample", DownloadOptions(mirrors=mirror_pairs([])))[0][0]
         runs = {}  # first, while this process is small: a process that it starts counts this one's memory as its own
         for size in SIZES if not args.full else (*SIZES, FULL_SIZE):
             corpus = make_corpus(scratch, sample, size)
@@ -203,7 +205,7 @@ def summary(runs: dict) -> dict:
         "two_processes_speedup_of_all": total(one) / total(two),
         "peak_rss_mb": {run: {name: stage["peak_rss_mb"] for name, stage in stages.items()}
                         for run, stages in runs.items()},
-        "wikipedia_on_16_cores": estimates.plan(estimates.WIKIPEDIA_DUMP, 16),
+        "wikipedia_on_16_cores": estimates.plan(WIKIPEDIA.download_bytes, 16),
     }
 
 

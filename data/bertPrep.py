@@ -17,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository's ro
 
 from common import cli  # noqa: E402
 from data.preparation import stages  # noqa: E402
-from data.preparation.inputs import DATASETS  # noqa: E402
+from data.preparation.datasets import DATASETS  # noqa: E402
 from data.preparation.samples import SampleOptions, add_sample_flags  # noqa: E402
 from data.preparation.sentences import METHODS  # noqa: E402
 
@@ -61,8 +61,13 @@ def parse(argv):
 
 def main(argv=None) -> None:
     args = parse(argv)
+    dataset = DATASETS[args.dataset]
+    options = cli.options_from(
+        args, stages.StageOptions, dataset=dataset, samples=cli.options_from(args, SampleOptions),
+        n_training_shards=args.n_training_shards or dataset.training_shards,
+        n_test_shards=args.n_test_shards or dataset.test_shards)
     with cli.sigterm_as_interrupt():
-        stages.run_stage(args, cli.options_from(args, SampleOptions))
+        stages.run_stage(args.action, options)
 
 
 if __name__ == "__main__":

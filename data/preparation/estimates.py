@@ -14,8 +14,6 @@ MAIN_RATES = {"text_formatting": 400.0, "sharding": 150.0, "create_hdf5_files": 
 WRITES = {"text_formatting": 0.16, "sharding": 1.0, "create_hdf5_files": 3.0}
 BZ2 = 4.0  # MB of XML in a MB of a compressed dump
 
-WIKIPEDIA_DUMP, SAMPLE_DUMP = 25e9, 1.7e6  # bytes
-
 
 def seconds(stage: str, size: float, workers: int) -> float:
     """Estimated duration of a stage that reads `size` bytes."""

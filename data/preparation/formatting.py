@@ -5,6 +5,8 @@ a record of its own: after an interruption the parts that are there are kept, an
 """
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import groupby
 
 from common.errors import UserError
@@ -15,17 +17,28 @@ from data.workers import ordered_map
 BATCHES_PER_PART = 512  # about 500 MB of XML: a quarter of a minute on 16 cores, which an interruption can cost
 
 
-def options(extracted: bool) -> dict:
-    """What decides the text besides the input; `extracted`: it was read from wikiextractor's output."""
-    return {"batches_per_part": BATCHES_PER_PART, "extracted": extracted}
+@dataclass(frozen=True, kw_only=True)
+class TextFormat:
+    """A kind of files, and how they become documents of one line each."""
+
+    batches: Callable  # (paths, progress): yields tasks for the workers, and reports how far it has read
+    read_batch: Callable  # what a worker does: (*task) gives (lines, counts, what was skipped and why)
+    pattern: str = ""  # the names of such files in a folder; "": only single files are taken
+    extracted: bool = False  # wikiextractor has written them already
+    fingerprints: Callable = records.fingerprints  # of the files, for the record
+
+    def options(self) -> dict:
+        """What decides the text besides the input, for the record."""
+        return {"batches_per_part": BATCHES_PER_PART, "extracted": self.extracted}
 
 
-def format_documents(folder, dataset: str, batches, work, inputs: dict, options: dict, pool) -> dict:
+def format_documents(folder, dataset: str, text_format: TextFormat, batches, inputs: dict, pool) -> dict:
     """Write the documents of all batches to folder/DATASET/part_N.txt and return the record.
 
-    batches: an iterable of tasks; work(*task) gives (lines, counts, what was skipped and why).  inputs: fingerprints of
-    what they come from.  Parts that are recorded as made from the same inputs are not made again.
+    inputs: fingerprints of what the batches come from.  Parts that a record says were made from the same inputs are
+    not made again.
     """
+    options = text_format.options()
     records.delete_record(folder, dataset)
     (folder / dataset).mkdir(parents=True, exist_ok=True)
     outputs, skipped = {}, []
@@ -37,7 +50,7 @@ def format_documents(folder, dataset: str, batches, work, inputs: dict, options:
                 pass
         else:
             record = records.write_record(folder, name, inputs, options, {name: {}},
-                                          *write_part(folder / name, ordered_map(pool, work, tasks)))
+                                          *write_part(folder / name, ordered_map(pool, text_format.read_batch, tasks)))
         outputs[name] = record["counts"]
         skipped += record["skipped"]
     totals = sum((Counter(counts) for counts in outputs.values()), Counter())

@@ -1,6 +1,7 @@
 """Where each stage of data preparation keeps its files, all below one working folder.
 
     download/DATASET/                      what was fetched, and what was unpacked from it
+    extracted/DATASET/…/wiki_N             what wikiextractor's own command wrote, for --skip_wikiextractor 1
     formatted_one_article_per_line/DATASET/part_N.txt
     sharded_…/DATASET/DATASET_training_N.txt, DATASET_test_N.txt
     hdf5_…/DATASET/DATASET_training_N.hdf5, DATASET_test_N.hdf5
@@ -21,6 +22,10 @@ def working_folder() -> Path:
 
 def download_folder() -> Path:
     return working_folder() / "download"
+
+
+def extracted_folder(dataset: str) -> Path:
+    return working_folder() / "extracted" / dataset
 
 
 def formatted_folder() -> Path:

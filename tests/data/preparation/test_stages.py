@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from common.download import checksum
 from common.errors import UserError
 from data import bertPrep, shards
-from data.preparation import archives, books, downloads, formatting, sentences, sharding, wikipedia
+from data.preparation import archives, books, downloads, formatting, google_vocabulary, sentences, sharding, wikipedia
 from tests.support.bad_servers import file_server, serving
 from tests.support.preparation import (
     ROOT,
@@ -102,7 +102,7 @@ def test_a_dump_of_many_streams_gives_what_one_stream_gives(folder, tmp_path, mo
     streams = [bz2.compress(b"".join(pages[start:start + 3])) for start in range(0, 40, 3)]
     many = tmp_path / "many.xml.bz2"
     many.write_bytes(bz2.compress(b"<mediawiki>\n") + b"".join(streams) + bz2.compress(b"</mediawiki>\n"))
-    assert len(list(wikipedia.batches(many))) > 5 and wikipedia.is_multistream(many)
+    assert len(list(wikipedia.batches([many]))) > 5 and wikipedia.is_multistream(many)
     stage("text_formatting", "--input_files", many)
     assert lines_of(folder) == one and len(one) == 40
     many.write_bytes(many.read_bytes()[:-60])
@@ -184,7 +184,7 @@ def test_batches_hold_every_book_once(sizes):
             return os.stat_result((0,) * 6 + (self.size,) + (0,) * 3)
 
     shelf = [Book(size) for size in sizes]
-    batches = list(books.batches(shelf))
+    batches = [batch for batch, in books.batches(shelf)]
     assert [book for batch in batches for book in batch] == shelf
     assert all(sum(book.size for book in batch[:-1]) < books.BATCH_BYTES for batch in batches)
 
@@ -386,7 +386,7 @@ def wikimedia(root: Path, dump: Path, date: str = "20260101") -> list[str]:
     sums = f"{'0' * 40}  enwiki-{date}-pages-articles.xml.bz2\n{checksum(dump, 'sha1')}  {name}\n"
     for folder, day in (("latest", "latest"), (date, date)):
         (root / folder / f"enwiki-{day}-sha1sums.txt").write_text(sums)
-    return ["--mirror", downloads.DUMPS, str(root)]
+    return ["--mirror", wikipedia.DUMPS, str(root)]
 
 
 @pytest.fixture
@@ -421,7 +421,7 @@ def test_mirrors_of_the_environment_and_of_http_are_used(folder, tmp_path, dump,
         return file_server(file.read_bytes())(path, headers) if file.is_file() else (404, {"Content-Length": "0"}, b"")
 
     with serving(answer) as server:
-        monkeypatch.setenv(downloads.MIRRORS_VARIABLE, f"{downloads.DUMPS} {server.url}/wiki")
+        monkeypatch.setenv(downloads.MIRRORS_VARIABLE, f"{wikipedia.DUMPS} {server.url}/wiki")
         stage("download")
     assert len(list(folder.rglob("enwiki-20260101-pages-articles-multistream.xml.bz2"))) == 1
     monkeypatch.setenv(downloads.MIRRORS_VARIABLE, "one two three")
@@ -433,7 +433,7 @@ def google_archive(path: Path, vocabulary: bytes) -> Path:
     with zipfile.ZipFile(path, "w") as file:
         for name, content in (("bert_model.ckpt.data", os.urandom(4_000_000)), ("vocab.txt", vocabulary),
                               ("bert_config.json", b"{}")):
-            file.writestr(f"{downloads.GOOGLE_NAME}/{name}", content)
+            file.writestr(f"{google_vocabulary.NAME}/{name}", content)
     return path
 
 
@@ -441,7 +441,7 @@ def google_archive(path: Path, vocabulary: bytes) -> Path:
 def test_googles_vocabulary_is_read_out_of_its_archive(folder, tmp_path, monkeypatch, ranges):
     vocabulary = write_vocabulary(tmp_path / "vocab.txt").read_bytes()
     archive = google_archive(tmp_path / "weights.zip", vocabulary).read_bytes()
-    monkeypatch.setattr(downloads, "GOOGLE_VOCABULARY_SHA256", hashlib.sha256(vocabulary).hexdigest())
+    monkeypatch.setattr(google_vocabulary, "VOCABULARY_SHA256", hashlib.sha256(vocabulary).hexdigest())
     sent = []
     answer = file_server(archive, ranges)
 
@@ -451,9 +451,9 @@ def test_googles_vocabulary_is_read_out_of_its_archive(folder, tmp_path, monkeyp
         return reply
 
     with serving(counted) as server:
-        stage("download", "--mirror", downloads.GOOGLE_ARCHIVE, f"{server.url}/weights.zip",
+        stage("download", "--mirror", google_vocabulary.ARCHIVE, f"{server.url}/weights.zip",
               dataset="google_pretrained_weights")
-    found = folder / "download/google_pretrained_weights" / downloads.GOOGLE_NAME
+    found = folder / "download/google_pretrained_weights" / google_vocabulary.NAME
     assert (found / "vocab.txt").read_bytes() == vocabulary and (found / "bert_config.json").read_bytes() == b"{}"
     if ranges:
         assert sum(sent) < 100_000, "the weights stay on the server"
@@ -462,7 +462,7 @@ def test_googles_vocabulary_is_read_out_of_its_archive(folder, tmp_path, monkeyp
 def test_another_vocabulary_than_googles_is_refused(folder, tmp_path):
     archive = google_archive(tmp_path / "weights.zip", b"[PAD]\n")
     with pytest.raises(UserError, match="vocab.txt has sha256"):
-        stage("download", "--mirror", downloads.GOOGLE_ARCHIVE, archive, dataset="google_pretrained_weights")
+        stage("download", "--mirror", google_vocabulary.ARCHIVE, archive, dataset="google_pretrained_weights")
     assert not list(folder.rglob("vocab.txt"))
 
 
