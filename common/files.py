@@ -99,6 +99,12 @@ def write_json(path, value) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def nearest_existing(path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    path = Path(path).absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def cache_folder() -> Path:
     """Where local copies of remote files are kept."""
     return Path(os.environ.get("BERT_CACHE_DIR") or Path.home() / ".cache" / "bert_pretraining")

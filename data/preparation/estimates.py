@@ -8,6 +8,9 @@ bounds.
 import shutil
 from pathlib import Path
 
+from common.files import nearest_existing
+from common.units import format_bytes, format_duration
+
 # MB of input (XML, text, text) that one process gets through in a second, and what the stage writes for each MB of it
 RATES = {"text_formatting": 3.0, "sharding": 4.5, "create_hdf5_files": 4.0}
 MAIN_RATES = {"text_formatting": 400.0, "sharding": 150.0, "create_hdf5_files": float("inf")}
@@ -15,52 +18,30 @@ WRITES = {"text_formatting": 0.16, "sharding": 1.0, "create_hdf5_files": 3.0}
 BZ2 = 4.0  # MB of XML in a MB of a compressed dump
 
 
-def seconds(stage: str, size: float, workers: int) -> float:
-    """Estimated duration of a stage that reads `size` bytes."""
-    return size / 1e6 / min(RATES[stage] * workers, MAIN_RATES[stage])
+def seconds(stage: str, size: float, workers: int) -> int:
+    """Estimated duration of a stage that reads `size` bytes, in whole seconds."""
+    return max(1, round(size / 1e6 / min(RATES[stage] * workers, MAIN_RATES[stage])))
 
 
 def announcement(stage: str, size: float, pool, folder: Path) -> str:
     """One line: what the stage reads, how long that will take, what it writes and what is free there."""
-    free = shutil.disk_usage(existing(folder)).free
-    return (f"{stage}: {amount(size)} to read, {duration(seconds(stage, size, pool.workers))} with "
-            f"{pool.description}; writes about {amount(size * WRITES[stage])} ({amount(free)} free)")
+    free = shutil.disk_usage(nearest_existing(folder)).free
+    return (f"{stage}: {format_bytes(size)} to read, about {format_duration(seconds(stage, size, pool.workers))} with "
+            f"{pool.description}; writes about {format_bytes(size * WRITES[stage])} ({format_bytes(free)} free)")
 
 
 def plan(dataset_size: float, workers: int) -> list[str]:
     """The whole chain on a compressed dump of this many bytes, a line for each stage."""
     xml = dataset_size * BZ2
     text = xml * WRITES["text_formatting"]
-    lines = [f"download            {amount(dataset_size):>8}  as fast as the network is"]
+    lines = [f"download            {format_bytes(dataset_size):>8}  as fast as the network is"]
     for stage, size in (("text_formatting", xml), ("sharding", text), ("create_hdf5_files", text),
                         ("create_hdf5_files", text)):
-        lines.append(f"{stage:<18}  {amount(size * WRITES[stage]):>8}  {duration(seconds(stage, size, workers))}")
+        lines.append(f"{stage:<18}  {format_bytes(size * WRITES[stage]):>8}  about "
+                     f"{format_duration(seconds(stage, size, workers))}")
     return lines
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the first above it that exists."""
-    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def input_size(paths) -> float:
     """The bytes in files, those of compressed dumps as if unpacked."""
     return sum(path.stat().st_size * (BZ2 if path.suffix in (".bz2", ".xz") else 1) for path in paths)
-
-
-def amount(size: float) -> str:
-    """1234567 as '1.2 MB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def duration(time: float) -> str:
-    """4000 as "about 67 minutes"."""
-    if time < 10:
-        return "a few seconds"
-    if time < 90:
-        return f"about {time:.0f} seconds"
-    return f"about {time / 60:.0f} minutes" if time < 5400 else f"about {time / 3600:.1f} hours"
