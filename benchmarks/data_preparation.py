@@ -26,6 +26,7 @@ from common.errors import UserError
 from data.preparation import estimates, wikipedia
 from data.preparation.datasets import WIKIPEDIA
 from data.preparation.downloads import DownloadOptions, mirror_pairs
+from data.preparation.samples import SampleOptions
 
 SAMPLE_MB = 2.6  # text of the sample
 SIZES = (20, 200)  # MB of text
@@ -141,7 +142,7 @@ def sample_text(scratch: Path, sample: Path) -> tuple[Path, Path]:
 def one_shard(text: Path, vocab_file: Path, repeats: int) -> dict:
     """A text shard to HDF5 (128 tokens, dupe_factor 5) against tokenizing that text once, both on one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from data.preparation.samples import SampleOptions, create_shard
+    from data.preparation.samples import create_shard
     from data.tokenizer import load_vocabulary, reference_tokenizer
 
     tokens = load_vocabulary(vocab_file)
@@ -205,7 +206,7 @@ def summary(runs: dict) -> dict:
         "two_processes_speedup_of_all": total(one) / total(two),
         "peak_rss_mb": {run: {name: stage["peak_rss_mb"] for name, stage in stages.items()}
                         for run, stages in runs.items()},
-        "wikipedia_on_16_cores": estimates.plan(WIKIPEDIA.download_bytes, 16),
+        "wikipedia_on_16_cores": estimates.whole_chain([WIKIPEDIA], SampleOptions(), 16),
     }
 
 

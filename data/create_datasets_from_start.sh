@@ -36,7 +36,7 @@ if [ "$dataset" = books_wiki_en_corpus ]; then
     fi
 fi
 
-stage estimate --dataset "$dataset"
+stage estimate --dataset "$dataset" ${DYNAMIC_MASKING:+--dynamic_masking}
 if [ "$dataset" != wikicorpus_en_sample ] && [ -z "${VOCAB_FILE:-}" ]; then
     stage download --dataset google_pretrained_weights
 fi

@@ -70,12 +70,11 @@ def run_stage(action: str, options: StageOptions) -> None:
 def estimate(options: StageOptions) -> None:
     """Print what the whole chain will take."""
     dataset, parts = options.dataset, options.dataset.parts or (options.dataset,)
-    size = sum(part.download_bytes for part in parts)
-    if not size:
+    if not any(part.download_bytes for part in parts):
         raise UserError(f"--dataset {dataset.name}: no estimate; its size is not known in advance")
     unknown = "".join(f", {part.name} not counted" for part in parts if not part.download_bytes)
     print(f"{dataset.name}, {options.n_processes} processes{unknown}:")
-    print("\n".join(f"  {line}" for line in estimates.plan(size, options.n_processes)))
+    print("\n".join(f"  {line}" for line in estimates.whole_chain(parts, options.samples, options.n_processes)))
 
 
 def download(options: StageOptions) -> None:
@@ -104,11 +103,12 @@ def format_text(options: StageOptions) -> None:
         raise UserError(f"--dataset {dataset.name}: nothing to format; its parts are formatted one by one")
     if options.skip_wikiextractor and text_format is wikipedia.DUMP:
         text_format = wikipedia.EXTRACTED
+    text_share = 1.0 if text_format.extracted else dataset.text_share
     paths = inputs.for_text_formatting(dataset, text_format, options.input_files)
     made_from = text_format.fingerprints(paths)
     record = records.finished_record(folder, dataset.name, made_from, text_format.options())
     if not record:
-        with (stage_pool("text_formatting", paths, options, folder) as pool,
+        with (stage_pool("text_formatting", paths, text_share, options, folder) as pool,
               position_bar(paths, "text_formatting") as advance):
             batches = text_format.batches(paths, advance)
             record = formatting.format_documents(folder, dataset.name, text_format, batches, made_from, pool)
@@ -124,7 +124,7 @@ def shard_text(options: StageOptions) -> None:
                         "segmentation_method": options.segmentation_method}
     record = records.finished_record(folder, dataset, made_from, recorded_options)
     if not record:
-        with stage_pool("sharding", texts, options, folder) as pool:
+        with stage_pool("sharding", texts, 1.0, options, folder) as pool:
             record = sharding.shard_documents(folder, dataset, texts, made_from, recorded_options, pool)
     print_result("sharding", record, folder / dataset)
 
@@ -158,7 +158,8 @@ def create_hdf5_files(options: StageOptions) -> None:
                 for text in texts}
     todo = [text for text in texts if not finished[text]]
     if todo:
-        with (stage_pool("create_hdf5_files", todo, options, folder) as pool,
+        hdf5_share = estimates.hdf5_share(options.samples)
+        with (stage_pool("create_hdf5_files", todo, hdf5_share, options, folder) as pool,
               tqdm(total=len(todo), unit="shard", desc="create_hdf5_files") as bar):
             tasks = ((text, folder / names[text], tokens, options.samples) for text in todo)
             for text, counts in zip(todo, ordered_map(pool, create_shard, tasks), strict=True):
@@ -194,11 +195,15 @@ def find_vocabulary(options: StageOptions) -> Path:
 
 
 @contextmanager
-def stage_pool(stage: str, paths, options: StageOptions, folder: Path):
-    """The worker pool of a stage that has work to do.  Leftovers of a killed run are deleted, the estimate printed."""
+def stage_pool(stage: str, paths, share: float, options: StageOptions, folder: Path):
+    """The worker pool of a stage that has work to do.  Leftovers of a killed run are deleted, the estimate printed.
+
+    share: the bytes that the stage writes for each byte that it reads.
+    """
     remove_leftovers(folder / options.dataset.name, folder / "records")
     with open_pool(options.n_processes) as pool:
-        print(estimates.announcement(stage, estimates.input_size(paths), pool, folder), flush=True)
+        size = estimates.input_size(paths)
+        print(estimates.announcement(stage, size, size * share, pool, folder), flush=True)
         yield pool
 
 

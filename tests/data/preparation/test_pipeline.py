@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from data import shards
-from data.preparation import samples, sentences
+from data.preparation import estimates, samples, sentences
+from data.preparation.datasets import DATASETS
 from data.tokenizer import Encoder, load_vocabulary
 from tests.support.preparation import ROOT, SAMPLE, STAGES, command, files_below, prepare, text_shards
 
@@ -68,6 +69,19 @@ def test_sentences_of_the_method_nltk_are_those_of_nltks_punkt(sample):
     for line in lines[::5]:
         expected = [sentence for paragraph in line.split("\t") for sentence in nltk.tokenize(paragraph)]
         assert sentences.split_document(line, "nltk") == expected
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_seq_length": 512, "max_predictions_per_seq": 80},
+                                     {"dynamic_masking": True}, {"dupe_factor": 2}], ids=str)
+def test_the_estimates_of_what_the_stages_write_are_near_the_truth(sample, tmp_path, changes):
+    dump, = sample.glob(f"download/{SAMPLE}/*.bz2")
+    text = sum(path.stat().st_size for path in sample.glob("formatted_*/*/*.txt"))
+    assert 1 / 1.5 < estimates.input_size([dump]) * DATASETS[SAMPLE].text_share / text < 1.5
+    options = samples.SampleOptions(**{"max_seq_length": 128} | changes)
+    shard = text_shards(sample)[-1]
+    samples.create_shard(shard, tmp_path / "x.hdf5", load_vocabulary(sample / "vocab" / SAMPLE / "vocab.txt"), options)
+    estimated = shard.stat().st_size * estimates.hdf5_share(options)
+    assert 1 / 1.5 < estimated / (tmp_path / "x.hdf5").stat().st_size < 1.5
 
 
 def test_rows_of_the_sample_hold_what_the_schema_says(sample):

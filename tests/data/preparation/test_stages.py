@@ -165,10 +165,12 @@ def test_books_become_lines_and_bad_books_are_listed(folder, tmp_path, capsys):
     (shelf / "binary.txt").write_bytes(b"a\0b")
     (shelf / "empty.txt").write_text(" \n")
     (shelf / "cover.jpg").write_bytes(b"no book")
+    (shelf / "long.txt").write_text(long := " ".join(some_sentences(900)))
     stage("text_formatting", "--input_files", shelf, dataset="bookscorpus")
-    assert lines_of(folder, "bookscorpus") == ["First line second line.\tNew paragraph.", "Another book."]
+    assert lines_of(folder, "bookscorpus") == ["First line second line.\tNew paragraph.", long, "Another book."]
     printed = capsys.readouterr().out
-    assert "2 documents, 3 skipped" in printed
+    assert "3 documents, 3 skipped" in printed
+    assert f"writes about {len(long) / 1000:.2g}" in printed, "books become about as much text as they hold"
     for book in ("bad.txt: cannot be read", "binary.txt: binary", "empty.txt: empty"):
         assert f"skipped {book}" in printed
 
