@@ -21,7 +21,7 @@ BATCHES_PER_PART = 512  # about 500 MB of XML: a quarter of a minute on 16 cores
 class TextFormat:
     """A kind of files, and how they become documents of one line each."""
 
-    batches: Callable  # (paths, progress): yields tasks for the workers, and reports how far it has read
+    batches: Callable  # (paths, progress): yields tasks for the workers; progress takes the bytes read
     read_batch: Callable  # what a worker does: (*task) gives (lines, counts, what was skipped and why)
     pattern: str = ""  # the names of such files in a folder; "": only single files are taken
     extracted: bool = False  # wikiextractor has written them already

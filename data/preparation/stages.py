@@ -109,8 +109,9 @@ def format_text(options: StageOptions) -> None:
     record = records.finished_record(folder, dataset.name, made_from, text_format.options())
     if not record:
         with (stage_pool("text_formatting", paths, text_share, options, folder) as pool,
-              position_bar(paths, "text_formatting") as advance):
-            batches = text_format.batches(paths, advance)
+              tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True,
+                   desc="text_formatting") as bar):
+            batches = text_format.batches(paths, bar.update)
             record = formatting.format_documents(folder, dataset.name, text_format, batches, made_from, pool)
     print_result("text_formatting", record, folder / dataset.name)
 
@@ -205,20 +206,6 @@ def stage_pool(stage: str, paths, share: float, options: StageOptions, folder: P
         size = estimates.input_size(paths)
         print(estimates.announcement(stage, size, size * share, pool, folder), flush=True)
         yield pool
-
-
-@contextmanager
-def position_bar(paths, name: str):
-    """A progress bar over the bytes of files; yields a function that takes the position in the file being read."""
-    with tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, desc=name) as bar:
-        before = 0
-
-        def advance(position: int) -> None:
-            nonlocal before
-            bar.update(position - before if position >= before else position)
-            before = position
-
-        yield advance
 
 
 def print_result(stage: str, record: dict, where: Path) -> None:

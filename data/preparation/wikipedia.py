@@ -78,10 +78,11 @@ def download_sample(folder: Path, options: DownloadOptions) -> tuple[list[Path],
         return [fetch_or_copy(str(file), target, options, sha256=SAMPLE_SHA256)], []
 
 
-def batches(paths, progress=lambda position: None, end: bytes = PAGE_END):
+def batches(paths, progress=lambda size: None, end: bytes = PAGE_END):
     """Yield dumps as (bytes of whole pages, whether they are still compressed), each about 1 MB of XML.
 
-    `progress` is called with the position in the file.  Raises UserError for a damaged file, or one without pages.
+    `progress` is called with the number of bytes read since its last call.  Raises UserError for a damaged file, or one
+    without pages.
     """
     for path in paths:
         compressed = is_multistream(path)
@@ -100,7 +101,7 @@ def stream_batches(path, progress):
     waiting = b""
     with open(path, "rb") as file:
         while block := file.read(STREAM_BYTES):
-            progress(file.tell())
+            progress(len(block))
             waiting += block
             starts = [found.start() for found in STREAM_START.finditer(waiting)]
             if len(starts) > 1:
@@ -111,11 +112,12 @@ def stream_batches(path, progress):
 
 def page_batches(path, progress, end: bytes):
     """Yield the XML of a dump in pieces of about 1 MB that end where a page ends; this process decompresses it."""
-    rest, found = b"", False
+    rest, found, position = b"", False, 0
     try:
         with open(path, "rb") as raw, decompressed(path, raw) as stream:
             while block := stream.read(BATCH_BYTES):
-                progress(raw.tell())
+                progress(raw.tell() - position)
+                position = raw.tell()
                 rest += block
                 cut = rest.rfind(end) + len(end)
                 if cut >= len(end):

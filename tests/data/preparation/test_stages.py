@@ -103,6 +103,10 @@ def test_a_dump_of_many_streams_gives_what_one_stream_gives(folder, tmp_path, mo
     many = tmp_path / "many.xml.bz2"
     many.write_bytes(bz2.compress(b"<mediawiki>\n") + b"".join(streams) + bz2.compress(b"</mediawiki>\n"))
     assert len(list(wikipedia.batches([many]))) > 5 and wikipedia.is_multistream(many)
+    for dumps in ([many, many], [tmp_path / "x.xml.bz2"]):
+        sizes = []
+        list(wikipedia.batches(dumps, sizes.append))
+        assert sum(sizes) == sum(path.stat().st_size for path in dumps), "the progress bar ends at 100 %"
     stage("text_formatting", "--input_files", many)
     assert lines_of(folder) == one and len(one) == 40
     many.write_bytes(many.read_bytes()[:-60])
@@ -186,8 +190,9 @@ def test_batches_hold_every_book_once(sizes):
             return os.stat_result((0,) * 6 + (self.size,) + (0,) * 3)
 
     shelf = [Book(size) for size in sizes]
-    batches = [batch for batch, in books.batches(shelf)]
-    assert [book for batch in batches for book in batch] == shelf
+    read = []
+    batches = [batch for batch, in books.batches(shelf, read.append)]
+    assert [book for batch in batches for book in batch] == shelf and sum(read) == sum(sizes)
     assert all(sum(book.size for book in batch[:-1]) < books.BATCH_BYTES for batch in batches)
 
 
