@@ -1,7 +1,6 @@
-"""What the command lines of this repository share: both spellings of a flag, true/false values, errors in one line.
+"""What all command lines share: both spellings of a flag, true/false values, errors in one line.  No torch here.
 
-No torch is imported here, so that a script can read its flags before it (Gaudi's software reads its environment while
-torch is imported).
+Flags are parsed before torch is imported: Gaudi's software reads its environment during that import.
 """
 
 import argparse
@@ -36,7 +35,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of descriptions and shows each default that says something."""
+    """Keeps the line breaks of descriptions, and shows defaults except None, empty text and False."""
 
     def _get_help_string(self, action):
         if action.default in (None, "", False, argparse.SUPPRESS) or action.required:
@@ -45,7 +44,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def with_underscores(word: str) -> str:
-    """'--a-b=c-d' becomes '--a_b=c-d'; words that are no flags stay as they are."""
+    """'--a-b=c-d' becomes '--a_b=c-d'; other words stay as they are."""
     if not word.startswith("--"):
         return word
     flag, equals, value = word[2:].partition("=")
@@ -61,7 +60,7 @@ def boolean(text: str) -> bool:
 
 
 def positive_int(text: str) -> int:
-    """The value of a flag that counts something, at least 1."""
+    """The value of a flag that is a count, at least 1."""
     try:
         number = int(text)
     except ValueError:
@@ -72,7 +71,7 @@ def positive_int(text: str) -> int:
 
 
 def proportion(text: str) -> float:
-    """The value of a flag that is a share of something, from 0 to 1."""
+    """The value of a flag that is a proportion, from 0 to 1."""
     try:
         number = float(text)
     except ValueError:
@@ -89,7 +88,7 @@ def options_from(args, kind: type, **values):
 
 
 def run(main) -> None:
-    """Call main() as a script does: a UserError becomes one line on stderr and exit code 2, an interrupt 130."""
+    """Run a command: a UserError becomes one line on stderr and exit code 2, an interrupt exit code 130."""
     try:
         sys.exit(main())
     except UserError as error:
@@ -102,7 +101,7 @@ def run(main) -> None:
 
 @contextmanager
 def sigterm_as_interrupt():
-    """Let SIGTERM end the block as Ctrl-C does, so that temporary files are removed."""
+    """In the block, SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that temporary files are removed."""
     def interrupt(signal_number, frame):
         raise KeyboardInterrupt
 

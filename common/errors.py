@@ -1,5 +1,5 @@
-"""What ends a command with one clear line in place of a traceback.  No torch here."""
+"""The error that ends a command with one line instead of a traceback.  No torch here."""
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong.  Its text names the file or flag and the values; scripts then exit with 2."""
+    """An error in the user's input.  The text names the file or flag and the values; commands exit with code 2."""
