@@ -1,13 +1,13 @@
-"""Training samples from text: one text shard (a sentence a line, a blank line between documents) to one HDF5 shard.
+"""Makes an HDF5 shard of training samples from a text shard (a sentence a line, a blank line between documents).
 
     python3 create_pretraining_data.py --input_file shard.txt --output_file shard.hdf5 --vocab_file vocab.txt \\
         --max_seq_length 128 --max_predictions_per_seq 20
 
 The procedure is that of Devlin et al. 2018.  A document is cut into pairs of segments; half the pairs get a random
-second segment from another document (next_sentence_label 1); of the tokens, 15 % are to be predicted, of which 80 %
-become [MASK], 10 % a random word and 10 % stay (masking.py).  dupe_factor passes over the text give other pairs and
-masks.  With --dynamic_masking samples are stored without masks, and the training masks them in each epoch anew; then
-one pass is the default.
+second segment from another document (next_sentence_label 1).  15 % of the tokens are to be predicted: 80 % of these
+become [MASK], 10 % a random word, and 10 % stay.  Each of --dupe_factor passes over the text gives different pairs and
+masks.  With --dynamic_masking, samples are stored without masks; training draws new ones in every epoch.  One pass is
+the default then.  data/bertPrep.py --action create_hdf5_files does this for all shards of a data set.
 """
 
 from common import cli
@@ -20,9 +20,9 @@ from data.tokenizer import load_vocabulary
 def main(argv=None) -> None:
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--input_file", required=True,
-                        help="text shard: a sentence a line, a blank line between documents")
+                        help="text shard: one sentence a line, a blank line between documents")
     parser.add_argument("--output_file", required=True, help="HDF5 shard to write")
-    parser.add_argument("--vocab_file", required=True, help="WordPiece vocabulary, a token a line; a path or URL")
+    parser.add_argument("--vocab_file", required=True, help="WordPiece vocabulary, one token a line; a path or URL")
     add_sample_flags(parser)
     args = parser.parse_args(argv)
     options = cli.options_from(args, SampleOptions)

@@ -35,10 +35,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of descriptions, and shows defaults except None, empty text and False."""
+    """Keeps the line breaks of descriptions, and shows defaults except None, False and empty ones."""
 
     def _get_help_string(self, action):
-        if action.default in (None, "", False, argparse.SUPPRESS) or action.required:
+        if action.default in (None, "", False, [], argparse.SUPPRESS) or action.required:
             return action.help
         return super()._get_help_string(action)
 

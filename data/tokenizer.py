@@ -21,7 +21,7 @@ from common.files import replacing
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LARGEST_ALPHABET = 1000  # characters, as in BERT's own vocabulary
 TRAINING_BYTES = 100 << 20  # text read for training, spread over the files; bounds the memory
-CHECK_EVERY = 200  # sentences: one in so many is also encoded by the reference
+CHECK_EVERY = 200  # one sentence in so many is also encoded by the reference
 LONGEST_WORD = 100  # characters; longer words are [UNK], as in BERT's tokenizer
 PROBE = (
     "The quick (brown) fox can't jump 32.3 feet, right? naïve café Ångström İstanbul ǅ ﬁ ß",
@@ -34,7 +34,7 @@ PROBE = (
 def load_vocabulary(path) -> list[str]:
     """The tokens of a vocabulary file, one a line, in the order of their ids.
 
-    Raises UserError where the file is missing, is no text, repeats a token or lacks a special one.
+    Raises UserError if the file is missing or not UTF-8, repeats a token or lacks a special one.
     """
     try:
         tokens = Path(path).read_text(encoding="utf-8").split("\n")
@@ -48,7 +48,7 @@ def load_vocabulary(path) -> list[str]:
         raise UserError(f"--vocab_file {path}: no words beside the special tokens")
     repeated = [token for token, count in Counter(tokens).items() if count > 1]
     if repeated:
-        raise UserError(f"--vocab_file {path}: {len(repeated)} tokens stand there twice, {repeated[0]!r} first")
+        raise UserError(f"--vocab_file {path}: {len(repeated)} tokens are in it twice, the first is {repeated[0]!r}")
     return tokens
 
 
@@ -58,7 +58,7 @@ def save_vocabulary(path, tokens: list[str]) -> None:
 
 
 def text_steps(lower_case: bool) -> tuple:
-    """BERT's steps before WordPiece: clean (and lower-case, strip accents), then cut at spaces and punctuation."""
+    """BERT's steps before WordPiece: clean (and lower-case, strip accents), then split at spaces and punctuation."""
     return normalizers.BertNormalizer(lowercase=lower_case), pre_tokenizers.BertPreTokenizer()
 
 
@@ -79,7 +79,7 @@ def train_vocabulary(paths, size: int, lower_case: bool) -> list[str]:
 
 
 def sample_lines(paths, limit: int) -> list[str]:
-    """Lines from the start of every file, the same share of each, `limit` bytes in all."""
+    """Lines from the start of every file, the same proportion of each, `limit` bytes in all."""
     share = min(1.0, limit / max(1, sum(path.stat().st_size for path in paths)))
     lines = []
     for path in paths:
@@ -89,7 +89,7 @@ def sample_lines(paths, limit: int) -> list[str]:
 
 
 def frequent_characters(lines, lower_case: bool) -> tuple[list[str], list[str]]:
-    """The most frequent characters of the words in sorted order, and those of them that stand inside a word."""
+    """The most frequent characters in sorted order, and those of them that occur inside a word."""
     words = Counter(word for line in lines for word in line.split())
     normalizer, pre_tokenizer = text_steps(lower_case)
     counts, inside = Counter(), set()

@@ -22,10 +22,10 @@ from data import shards
 from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
 from data.tokenizer import SPECIAL_TOKENS, Encoder
 
-READ_BYTES = 1 << 21  # text read at a time; a block of documents holds up to twice that
+READ_BYTES = 1 << 21  # read at a time; a block of documents is at most twice as large
 BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time
 RANDOM_NEXT = 0.5  # share of the pairs that get a random second segment
-PASSES = 5  # over the text, by default; 1 where the training makes the masks
+PASSES = 5  # over the text, by default; 1 with dynamic masking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +55,18 @@ def add_sample_flags(parser) -> None:
     """Declare a flag for each field of SampleOptions."""
     group = parser.add_argument_group("samples")
     group.add_argument("--max_seq_length", type=cli.positive_int,
-                       help="tokens of a sample: 128 in phase 1, 512 in phase 2")
+                       help="length of a sample in tokens: 128 for phase 1, 512 for phase 2")
     group.add_argument("--max_predictions_per_seq", type=cli.positive_int,
-                       help="most tokens to predict in a sample: 20 for 128 tokens, 80 for 512")
-    group.add_argument("--masked_lm_prob", type=cli.proportion, help="share of the tokens to predict")
+                       help="maximum number of tokens to predict in a sample: 20 for 128 tokens, 80 for 512")
+    group.add_argument("--masked_lm_prob", type=cli.proportion, help="proportion of the tokens to predict")
     group.add_argument("--dynamic_masking", action="store_true",
                        help="store the samples without masks; training draws new masks in every epoch")
     group.add_argument("--dupe_factor", type=cli.positive_int,
                        help=f"passes over the text, each with different pairs and masks (default: {PASSES}, or 1 with "
                             "--dynamic_masking)")
     group.add_argument("--short_seq_prob", type=cli.proportion,
-                       help="share of the documents that are cut into shorter samples")
-    group.add_argument("--random_seed", type=int, help="the same seed gives the same files")
+                       help="proportion of the documents that are cut into shorter samples")
+    group.add_argument("--random_seed", type=int, help="seed for pairs and masks; the same seed gives the same files")
     group.add_argument("--do_lower_case", type=cli.boolean, metavar="1|0",
                        help="lower-case the text and strip accents, for an uncased vocabulary")
     parser.set_defaults(**{field.name: field.default for field in fields(SampleOptions)})
@@ -121,8 +121,8 @@ def create_shard(input_file, output_file, tokens: list[str], options: SampleOpti
 def document_blocks(path):
     """Yield the lines of a text shard, stripped, in lists that hold whole documents.
 
-    All but an only block hold 2 to 4 MB, about a thousand articles: the last is never a rest too small to find random
-    segments in.
+    A block holds 2 to 4 MB, about a thousand articles; only a smaller shard gives a smaller block.  So there are always
+    enough other documents for random segments.
     """
     waiting = []
     for lines, full in line_blocks(path):
@@ -147,7 +147,7 @@ def line_blocks(path):
 
 
 def tokenize(lines: list[str], encoder: Encoder) -> Documents:
-    """Lines to tokens.  Sentences without a token, and documents without a sentence, are left out."""
+    """Lines to tokens.  Sentences without a token, and documents without a sentence, are skipped."""
     ids, offsets = encoder.encode(lines)
     blank = np.array([not line for line in lines], bool)
     filled = np.diff(offsets) > 0
@@ -175,9 +175,9 @@ def document_pairs(document: int, bounds: list[int], first: list[int], target: i
     """Yield (a_start, a_length, b_start, b_length, is_random) for the pairs of one document.
 
     Sentences are taken until they hold `target` tokens; a random number of them, at least one, is the first segment.
-    The second is the rest of them, or as much of another document as the target leaves room for; then the rest is
-    left for the next pair.  A lone sentence always gets a random second segment.  Where there is no other document,
-    all second segments are the true ones and a lone sentence is left out.
+    The second is the rest of them, or as much of another document as fits into the target; the rest is then
+    used for the next pair.  A lone sentence always gets a random second segment.  Where there is no other document,
+    all second segments are the true ones and a lone sentence is skipped.
     """
     sentence, end = first[document], first[document + 1]
     others = len(first) - 2
@@ -206,9 +206,9 @@ def random_segment(document: int, bounds, first, target: int, random: Random) ->
 
 
 def truncate(pairs: Pairs, options: SampleOptions, rng: np.random.Generator) -> Pairs:
-    """Cut the pairs that are too long: token by token off the longer segment, each at its front or its back by chance.
+    """Cut the pairs that are too long: token by token off the longer segment, at its front or its back at random.
 
-    Lengths are known without going token by token: the longer segment shrinks to the length of the shorter, then both
+    The lengths are computed directly: the longer segment shrinks to the length of the shorter, then both
     in turn, the second first.
     """
     longest = options.max_seq_length - SPECIALS_PER_SEQUENCE
@@ -239,7 +239,7 @@ def token_rows(tokens: np.ndarray, pairs: Pairs, sequence_length: int, special_i
     a, b = pairs.a_length[:, None], pairs.b_length[:, None]  # (B, 1)
     source = np.where(column <= a, pairs.a_start[:, None] - 1, pairs.b_start[:, None] - 2 - a) + column  # (B, S)
     input_ids = tokens.take(source, mode="clip")  # (B, S)
-    end = a + b + 2  # where the last [SEP] stands
+    end = a + b + 2  # the position of the last [SEP]
     input_ids[:, 0] = cls
     rows = np.arange(len(pairs))
     input_ids[rows, pairs.a_length + 1] = sep

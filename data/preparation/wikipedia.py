@@ -1,11 +1,11 @@
 """Wikipedia: its dumps, downloaded, and their articles, read as a stream (the .bz2 is never unpacked to disk).
 
-Wikimedia's multistream dumps are cut between their bzip2 streams, and the workers decompress them; of any other dump,
-the main process decompresses the XML and cuts it between pages.  The workers extract the articles with `wikiextractor`,
-whose functions are called directly (its command line decompresses in one process and knows no resuming).
+Wikimedia's multistream dumps are cut between their bzip2 streams, and the workers decompress them.  Any other dump is
+decompressed by the main process and cut between pages.  The workers extract the articles with functions of
+`wikiextractor` (its own command decompresses in one process and cannot resume).
 
-Templates are dropped, not expanded: expanding needs all 900,000 template pages of a dump in memory, which the pages do
-not repay in running text.  Nothing in the output depends on today's date, as it would through {{CURRENTYEAR}}.
+Templates are dropped, not expanded: expanding needs all 900,000 template pages of a dump in memory, and they add little
+running text.  So nothing in the output depends on today's date, as {{CURRENTYEAR}} would.
 """
 
 import bz2
@@ -34,9 +34,9 @@ SAMPLE_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2
 SAMPLE_FILE = "enwiki-sample-pages-articles.xml.bz2"
 
 BATCH_BYTES = 1 << 20  # XML handed to a worker at a time
-LONGEST_PAGE = 1 << 28  # more than this without the end of a page is no dump
+LONGEST_PAGE = 1 << 28  # bytes; a file without the end of a page in so many is no dump
 STREAM_BYTES = 1 << 18  # compressed streams handed to a worker at a time
-LOOKAHEAD = 1 << 24  # a second stream starts within this, or the file is one stream
+LOOKAHEAD = 1 << 24  # bytes; a multistream dump has a second stream within this
 
 STREAM_START = re.compile(rb"BZh[1-9]1AY&SY")
 
@@ -111,7 +111,7 @@ def stream_batches(path, progress):
 
 
 def page_batches(path, progress, end: bytes):
-    """Yield the XML of a dump in pieces of about 1 MB that end where a page ends; this process decompresses it."""
+    """Yield the XML of a dump in pieces of about 1 MB that end with a page; this process decompresses it."""
     rest, found, position = b"", False, 0
     try:
         with open(path, "rb") as raw, decompressed(path, raw) as stream:
@@ -142,10 +142,10 @@ def decompressed(path, raw):
 
 
 def extract_articles(xml: bytes, compressed: bool) -> tuple[list[str], dict, list[str]]:
-    """The articles of a batch of pages, each as one line; how many pages were kept and left out for what reason; and
-    the titles of those that should have been readable but were not.
+    """The articles of a batch of pages, each as one line; counts of the pages that were kept, and of those skipped by
+    reason; and the titles of the pages that could not be read.
 
-    Redirects and pages of other namespaces (talk, templates, files) are left out, and so is a page that is not UTF-8 or
+    Redirects and pages of other namespaces (talk, templates, files) are skipped, and so are pages that are not UTF-8 or
     that the extractor cannot read.
     """
     articles, counts, skipped = [], Counter(), []
@@ -173,7 +173,7 @@ def decompress(streams: bytes) -> bytes:
 
 
 def read_extracted(docs: bytes, compressed: bool) -> tuple[list[str], dict, list[str]]:
-    """The same of a batch of <doc …> elements, which wikiextractor's own command line writes."""
+    """The same for a batch of <doc …> elements, as wikiextractor's own command writes them."""
     articles, counts = [], Counter()
     for doc in DOC.findall(docs.decode("utf-8", errors="replace")):
         text = one_line(html.unescape(doc).split("\n")[1:])  # without the title

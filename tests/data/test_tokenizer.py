@@ -95,7 +95,7 @@ def test_training_gives_the_same_vocabulary_in_every_process(tmp_path):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda text: text.replace("[MASK]\n", ""), r"no \[MASK\] among its"),
-    (lambda text: text + "sea\n", "stand there twice, 'sea' first"),
+    (lambda text: text + "sea\n", "tokens are in it twice, the first is 'sea'"),
     (lambda text: "", "no .PAD., "),
 ])
 def test_a_spoilt_vocabulary_is_refused(tmp_path, spoil, message):

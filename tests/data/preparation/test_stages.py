@@ -228,10 +228,10 @@ def test_a_splitter_that_is_not_installed_is_named(monkeypatch):
 @pytest.mark.parametrize("order", [lambda sizes: sizes, np.sort], ids=["any order", "longest last"])
 def test_100_000_documents_over_64_shards_are_level(order):
     sizes = order(np.random.default_rng(5).lognormal(2.5, 1.0, 100_000).astype(int) + 1)
-    placement = sharding.Placement(64, 64, 0.1)
+    assignment = sharding.ShardAssignment(64, 64, 0.1)
     for start in range(0, len(sizes), 30_000):
-        placement.place(sizes[start:start + 30_000].tolist(), last=start + 30_000 >= len(sizes))
-    training, test = placement.sentences[:64], placement.sentences[64:]
+        assignment.assign(sizes[start:start + 30_000].tolist(), last=start + 30_000 >= len(sizes))
+    training, test = assignment.sentences[:64], assignment.sentences[64:]
     assert max(training) / min(training) <= 1.05 and max(test) / min(test) <= 1.05
     assert abs(sum(test) / sizes.sum() - 0.1) < 0.01 * 0.1
 
@@ -240,16 +240,16 @@ def test_100_000_documents_over_64_shards_are_level(order):
        st.floats(0.05, 0.95))
 @settings(deadline=None)
 def test_no_shard_is_ahead_of_another_by_more_than_a_document(sizes, training, test, fraction):
-    placement = sharding.Placement(training, test, fraction)
-    placed = placement.place(sizes, last=True)
+    assignment = sharding.ShardAssignment(training, test, fraction)
+    placed = assignment.assign(sizes, last=True)
     assert [sum(size for size, shard in zip(sizes, placed, strict=True) if shard == number)
-            for number in range(training + test)] == placement.sentences
-    for group in (placement.sentences[:training], placement.sentences[training:]):
+            for number in range(training + test)] == assignment.sentences
+    for group in (assignment.sentences[:training], assignment.sentences[training:]):
         assert max(group) - min(group) <= max(sizes)
     if len(sizes) >= training + test:
-        assert min(placement.sentences) > 0
+        assert min(assignment.sentences) > 0
     if len(sizes) > 4 * (training + test) / min(fraction, 1 - fraction):
-        assert abs(sum(placement.sentences[training:]) - fraction * sum(sizes)) <= max(sizes)
+        assert abs(sum(assignment.sentences[training:]) - fraction * sum(sizes)) <= max(sizes)
 
 
 @given(st.lists(st.integers(1, 40), max_size=60))
