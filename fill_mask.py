@@ -78,7 +78,7 @@ def best_words(model, tokenizer, sentence: str, top: int) -> list[list[tuple[str
     """
     import torch
 
-    from data.vocabulary import SPECIAL_TOKENS
+    from data.tokenizer import SPECIAL_TOKENS
 
     ids = tokenizer.encode(sentence).ids
     mask = tokenizer.token_to_id("[MASK]")

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong.  Its text names the file or flag and the values; scripts then exit with 2."""
+    """An error in the user's input.  The text names the file or flag and the values; commands exit with code 2."""
 
 
 def whole_number(values: dict, key: str, what: str, default: int = 0) -> int:

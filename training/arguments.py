@@ -98,7 +98,7 @@ def add_device(parser) -> None:
                        "sequences (default: the fastest on the device; CUDA measures the last two at the start)")
     group.add_argument("--use_cpu_kernels", type=boolean, default=True, metavar="BOOL",
                        help="CPU, fp32: run the layers in kernels that are compiled (C++) when the run starts "
-                       "(default: True; where they cannot be used, the run logs the reason and uses PyTorch's operations)")
+                       "(default: True; where they cannot be used, the run logs why and uses PyTorch's operations)")
     group.add_argument("--use_fused_lamb", action="store_true",
                        help="the device's fused LAMB, where it has one; on a CPU one compiled kernel")
 

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from checkpoint.folder import KEPT, saved_steps
 from common.errors import UserError
+from common.files import nearest_existing
+from common.units import format_bytes, format_duration
 from data import shards as shard_files
 from data.dataloader import batches_once
 from training import memory_estimate
@@ -75,18 +77,18 @@ def check_disk(trainer, steps: int) -> int:
     for flag, folder in (("--output_dir", args.output_dir), ("--json_summary", Path(args.json_summary).parent),
                          ("--tensorboard_logdir", args.tensorboard_logdir)):
         if folder:
-            check_writable(flag, existing_parent(folder))
+            check_writable(flag, nearest_existing(folder))
     log_file = Path(args.json_summary)
     if log_file.exists() and not (log_file.is_file() and os.access(log_file, os.W_OK)):
         raise UserError(f"--json_summary {log_file}: no file that can be written to")
     disk = checkpoint_bytes(args, steps, memory_estimate.bytes_of(trainer.model))
     older = sum(path.stat().st_size for pattern in ("ckpt_*.pt", "ckpt_*.optim/*")
                 for path in Path(args.output_dir).glob(pattern))
-    free = shutil.disk_usage(existing_parent(args.output_dir)).free
-    there = f"{size(free)} are free" + (f" and {size(older)} taken by older ones" if older else "")
-    trainer.log.print(f"disk: checkpoints take up to {size(disk)} in {args.output_dir}, where {there}")
+    free = shutil.disk_usage(nearest_existing(args.output_dir)).free
+    there = f"{format_bytes(free)} are free" + (f" and {format_bytes(older)} taken by older ones" if older else "")
+    trainer.log.print(f"disk: checkpoints take up to {format_bytes(disk)} in {args.output_dir}, where {there}")
     if disk > free + older:
-        raise UserError(f"--output_dir {args.output_dir}: its checkpoints take {size(disk)}, but {there}")
+        raise UserError(f"--output_dir {args.output_dir}: its checkpoints take {format_bytes(disk)}, but {there}")
     return disk
 
 
@@ -104,12 +106,6 @@ def checkpoint_bytes(args, steps: int, weights: int) -> int:
     written = -(-steps // args.num_steps_per_checkpoint)
     at_most = min(len(present) - protected + written, KEPT + 1) + protected
     return at_most * weights * (1 + MOMENTS)
-
-
-def existing_parent(path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
-    path = Path(path).absolute()
-    return path if path.exists() else existing_parent(path.parent)
 
 
 # --- memory ---
@@ -132,11 +128,11 @@ def check_memory(trainer) -> int | None:
                                      trainer.plan.accumulation_steps > 1)
     sharing = trainer.ranks.local_size if device.is_host else 1  # ranks that take of the same memory
     needed, available = held + moments + exchange + step + copies(trainer), held + device.free_memory() // sharing
-    trainer.log.print(f"memory: about {size(needed)} by estimate, {size(available)} are available on "
-                      f"{device.describe()}")
+    trainer.log.print(f"memory: about {format_bytes(needed)} by estimate, {format_bytes(available)} are available on "
+                    f"{device.describe()}")
     if needed > available:
-        raise UserError(f"a process needs about {size(needed)} of memory, but {size(available)} are available: "
-                        f"{less_memory(trainer.args)}")
+        raise UserError(f"a process needs about {format_bytes(needed)} of memory, but {format_bytes(available)} are "
+                        f"available: {less_memory(trainer.args)}")
     return needed
 
 
@@ -152,8 +148,8 @@ def peak_memory(trainer) -> int | None:
     peak = trainer.device.peak_memory()
     if peak is None:
         return None
-    trainer.log.print(f"memory: {size(peak + copies(trainer))} = {size(peak)} at the peak of the timed steps "
-                    f"+ {size(copies(trainer))} for the copy that a checkpoint is written from")
+    trainer.log.print(f"memory: {format_bytes(peak + copies(trainer))} = {format_bytes(peak)} at the peak of the timed "
+                    f"steps + {format_bytes(copies(trainer))} for the copy that a checkpoint is written from")
     return peak + copies(trainer)
 
 
@@ -177,8 +173,8 @@ def time_of(trainer, steps: int) -> dict[str, float]:
     evaluations = evaluation_count(trainer, steps)
     evaluating = evaluations * evaluation_seconds(trainer) if evaluations else 0.0
     total = steps * step + evaluating
-    trainer.log.print(f"time: {duration(total)} = {steps:,} steps of {step:.3g} s"
-                    + (f" + {evaluations} evaluations in {duration(evaluating)}" if evaluations else "")
+    trainer.log.print(f"time: {format_duration(total)} = {steps:,} steps of {step:.3g} s"
+                    + (f" + {evaluations} evaluations in {format_duration(evaluating)}" if evaluations else "")
                     + "; checkpoints are written meanwhile")
     return {"seconds_per_step": step, "seconds": total}
 
@@ -202,17 +198,4 @@ def evaluation_seconds(trainer) -> float:
         trainer.evaluator.batch_sums(trainer.model, batch).tolist()
         seconds = time.perf_counter() - began
     trainer.model.train()
-    return seconds * -(-sum(shard.rows for shard in trainer.evaluator.shards) // (rows * trainer.ranks.world_size))
-
-
-# --- words ---
-
-def size(count: float) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
-
-
-def duration(seconds: float) -> str:
-    """93784 → 26 h 3 min, 75 → 1 min 15 s."""
-    if seconds >= 3600:
-        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
-    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.3g} s"
+    return seconds * -(-sum(shard.rows for shard in trainer.held_out) // (rows * trainer.process.world_size))

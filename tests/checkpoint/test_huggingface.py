@@ -12,7 +12,7 @@ from checkpoint import huggingface
 from checkpoint.folder import read_checkpoint
 from checkpoint.load import load_weights
 from common.errors import UserError
-from data import vocabulary
+from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
 from modeling import BertConfig, BertForPreTraining
 from tests.support import samples, saved_model, synthetic
 from tests.support.saved_model import LOADED, VOCAB_SIZE, WORDS, export, loaded, varied_model
@@ -152,7 +152,7 @@ def test_the_card_tells_the_facts_of_the_training(workspace):
     ({"checkpoint": "used"}, "used: a folder without config.json"),
 ])
 def test_what_cannot_be_exported_is_refused_and_nothing_written(workspace, changes, said):
-    vocabulary.write(workspace / "short.txt", [*vocabulary.SPECIAL_TOKENS, *WORDS])
+    save_vocabulary(workspace / "short.txt", [*SPECIAL_TOKENS, *WORDS])
     samples.write_config(workspace / "wide.json", vocab_size=VOCAB_SIZE, num_attention_heads=2, intermediate_size=48)
     (workspace / "used").mkdir()
     (workspace / "used" / "mine.txt").write_text("mine")

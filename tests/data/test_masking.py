@@ -16,8 +16,9 @@ import pack_pretraining_data_pytorch
 import pytorch_packed_data_checker
 import run_pretraining
 from common.errors import UserError
-from data import masking, shards, vocabulary
+from data import masking, shards
 from data.dataloader import BatchStream, as_batch
+from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
 from tests.support import ranks, samples, synthetic
 
 LENGTH, PREDICTIONS = samples.SEQUENCE_LENGTH, samples.PREDICTIONS
@@ -254,7 +255,7 @@ WORDS = ["the", "sea", "is", "deep", "and", "old", "ships", "sail", "far", "out"
 
 
 def create(text, output, *flags) -> shards.Shard:
-    vocabulary.write("vocab.txt", [*vocabulary.SPECIAL_TOKENS, *WORDS])
+    save_vocabulary("vocab.txt", [*SPECIAL_TOKENS, *WORDS])
     create_pretraining_data.main([f"--input_file={text}", f"--output_file={output}", "--vocab_file=vocab.txt",
                                   "--max_seq_length=128", *flags])
     return shards.inspect(output)

@@ -14,7 +14,7 @@ from data import dataloader
 from data.shard_reader import ShardReader
 from devices.device import Device
 from tests.support import ranks, samples
-from training import arguments, dry_run
+from training import arguments
 
 
 @pytest.fixture
@@ -172,8 +172,3 @@ def test_many_ranks_rehearse_together(workspace):
     assert done.stdout.count("116 rows / 16 rows a step of all ranks") == done.stdout.count("time: ") == 1
     assert "DDP" in done.stdout
     assert not (workspace / "out").exists() and not (workspace / "out.json").exists()
-
-
-@pytest.mark.parametrize("seconds, said", [(0.0123, "0.0123 s"), (75.2, "1 min 15 s"), (93784, "26 h 3 min")])
-def test_durations_in_words(seconds, said):
-    assert dry_run.duration(seconds) == said

@@ -1,4 +1,4 @@
-"""Claims about the samples that create_pretraining_data.py makes of text."""
+"""Claims about the samples that are made of text, and the command that makes them."""
 
 from pathlib import Path
 from random import Random
@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import create_pretraining_data as samples
+import create_pretraining_data
 from common.errors import UserError
-from create_pretraining_data import Documents, SampleOptions
-from data import shards, vocabulary
+from data import shards
+from data.preparation import samples
+from data.preparation.samples import Documents, SampleOptions
+from data.tokenizer import SPECIAL_TOKENS
 
 WORDS = ["the", "sea", "is", "deep", "and", "old", "ships", "sail", "far", "out", "##s", "."]
-TOKENS = [*vocabulary.SPECIAL_TOKENS, *WORDS]
+TOKENS = [*SPECIAL_TOKENS, *WORDS]
 CLS, SEP, MASK = 2, 3, 4
 
 
@@ -140,10 +142,10 @@ def test_what_the_command_cannot_use_is_named_in_a_line(tmp_path, monkeypatch, f
     monkeypatch.chdir(tmp_path)
     Path("t.txt").write_text("the sea\nis deep\n")
     Path("v.txt").write_text("\n".join(TOKENS))
-    Path("special.txt").write_text("\n".join(vocabulary.SPECIAL_TOKENS))
+    Path("special.txt").write_text("\n".join(SPECIAL_TOKENS))
     flags = {"input_file": "t.txt", "output_file": "x.hdf5", "vocab_file": "v.txt", flag: value}
     with pytest.raises(UserError) as refusal:
-        samples.main([f"--{name}={given}" for name, given in flags.items()])
+        create_pretraining_data.main([f"--{name}={given}" for name, given in flags.items()])
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
     assert not Path("x.hdf5").exists()
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from common.download import checksum
 from common.errors import UserError
 from data import bertPrep, shards
-from data.preparation import archives, books, downloads, formatting, sentences, sharding, wikipedia
+from data.preparation import archives, books, downloads, formatting, google_vocabulary, sentences, sharding, wikipedia
 from tests.support.bad_servers import file_server, serving
 from tests.support.preparation import (
     ROOT,
@@ -102,7 +102,11 @@ def test_a_dump_of_many_streams_gives_what_one_stream_gives(folder, tmp_path, mo
     streams = [bz2.compress(b"".join(pages[start:start + 3])) for start in range(0, 40, 3)]
     many = tmp_path / "many.xml.bz2"
     many.write_bytes(bz2.compress(b"<mediawiki>\n") + b"".join(streams) + bz2.compress(b"</mediawiki>\n"))
-    assert len(list(wikipedia.batches(many))) > 5 and wikipedia.is_multistream(many)
+    assert len(list(wikipedia.batches([many]))) > 5 and wikipedia.is_multistream(many)
+    for dumps in ([many, many], [tmp_path / "x.xml.bz2"]):
+        sizes = []
+        list(wikipedia.batches(dumps, sizes.append))
+        assert sum(sizes) == sum(path.stat().st_size for path in dumps), "the progress bar ends at 100 %"
     stage("text_formatting", "--input_files", many)
     assert lines_of(folder) == one and len(one) == 40
     many.write_bytes(many.read_bytes()[:-60])
@@ -165,10 +169,12 @@ def test_books_become_lines_and_bad_books_are_listed(folder, tmp_path, capsys):
     (shelf / "binary.txt").write_bytes(b"a\0b")
     (shelf / "empty.txt").write_text(" \n")
     (shelf / "cover.jpg").write_bytes(b"no book")
+    (shelf / "long.txt").write_text(long := " ".join(some_sentences(900)))
     stage("text_formatting", "--input_files", shelf, dataset="bookscorpus")
-    assert lines_of(folder, "bookscorpus") == ["First line second line.\tNew paragraph.", "Another book."]
+    assert lines_of(folder, "bookscorpus") == ["First line second line.\tNew paragraph.", long, "Another book."]
     printed = capsys.readouterr().out
-    assert "2 documents, 3 skipped" in printed
+    assert "3 documents, 3 skipped" in printed
+    assert f"writes about {len(long) / 1000:.2g}" in printed, "books become about as much text as they hold"
     for book in ("bad.txt: cannot be read", "binary.txt: binary", "empty.txt: empty"):
         assert f"skipped {book}" in printed
 
@@ -184,8 +190,9 @@ def test_batches_hold_every_book_once(sizes):
             return os.stat_result((0,) * 6 + (self.size,) + (0,) * 3)
 
     shelf = [Book(size) for size in sizes]
-    batches = list(books.batches(shelf))
-    assert [book for batch in batches for book in batch] == shelf
+    read = []
+    batches = [batch for batch, in books.batches(shelf, read.append)]
+    assert [book for batch in batches for book in batch] == shelf and sum(read) == sum(sizes)
     assert all(sum(book.size for book in batch[:-1]) < books.BATCH_BYTES for batch in batches)
 
 
@@ -221,10 +228,10 @@ def test_a_splitter_that_is_not_installed_is_named(monkeypatch):
 @pytest.mark.parametrize("order", [lambda sizes: sizes, np.sort], ids=["any order", "longest last"])
 def test_100_000_documents_over_64_shards_are_level(order):
     sizes = order(np.random.default_rng(5).lognormal(2.5, 1.0, 100_000).astype(int) + 1)
-    placement = sharding.Placement(64, 64, 0.1)
+    assignment = sharding.ShardAssignment(64, 64, 0.1)
     for start in range(0, len(sizes), 30_000):
-        placement.place(sizes[start:start + 30_000].tolist(), last=start + 30_000 >= len(sizes))
-    training, test = placement.sentences[:64], placement.sentences[64:]
+        assignment.assign(sizes[start:start + 30_000].tolist(), last=start + 30_000 >= len(sizes))
+    training, test = assignment.sentences[:64], assignment.sentences[64:]
     assert max(training) / min(training) <= 1.05 and max(test) / min(test) <= 1.05
     assert abs(sum(test) / sizes.sum() - 0.1) < 0.01 * 0.1
 
@@ -233,16 +240,16 @@ def test_100_000_documents_over_64_shards_are_level(order):
        st.floats(0.05, 0.95))
 @settings(deadline=None)
 def test_no_shard_is_ahead_of_another_by_more_than_a_document(sizes, training, test, fraction):
-    placement = sharding.Placement(training, test, fraction)
-    placed = placement.place(sizes, last=True)
+    assignment = sharding.ShardAssignment(training, test, fraction)
+    placed = assignment.assign(sizes, last=True)
     assert [sum(size for size, shard in zip(sizes, placed, strict=True) if shard == number)
-            for number in range(training + test)] == placement.sentences
-    for group in (placement.sentences[:training], placement.sentences[training:]):
+            for number in range(training + test)] == assignment.sentences
+    for group in (assignment.sentences[:training], assignment.sentences[training:]):
         assert max(group) - min(group) <= max(sizes)
     if len(sizes) >= training + test:
-        assert min(placement.sentences) > 0
+        assert min(assignment.sentences) > 0
     if len(sizes) > 4 * (training + test) / min(fraction, 1 - fraction):
-        assert abs(sum(placement.sentences[training:]) - fraction * sum(sizes)) <= max(sizes)
+        assert abs(sum(assignment.sentences[training:]) - fraction * sum(sizes)) <= max(sizes)
 
 
 @given(st.lists(st.integers(1, 40), max_size=60))
@@ -386,7 +393,7 @@ def wikimedia(root: Path, dump: Path, date: str = "20260101") -> list[str]:
     sums = f"{'0' * 40}  enwiki-{date}-pages-articles.xml.bz2\n{checksum(dump, 'sha1')}  {name}\n"
     for folder, day in (("latest", "latest"), (date, date)):
         (root / folder / f"enwiki-{day}-sha1sums.txt").write_text(sums)
-    return ["--mirror", downloads.DUMPS, str(root)]
+    return ["--mirror", wikipedia.DUMPS, str(root)]
 
 
 @pytest.fixture
@@ -421,7 +428,7 @@ def test_mirrors_of_the_environment_and_of_http_are_used(folder, tmp_path, dump,
         return file_server(file.read_bytes())(path, headers) if file.is_file() else (404, {"Content-Length": "0"}, b"")
 
     with serving(answer) as server:
-        monkeypatch.setenv(downloads.MIRRORS_VARIABLE, f"{downloads.DUMPS} {server.url}/wiki")
+        monkeypatch.setenv(downloads.MIRRORS_VARIABLE, f"{wikipedia.DUMPS} {server.url}/wiki")
         stage("download")
     assert len(list(folder.rglob("enwiki-20260101-pages-articles-multistream.xml.bz2"))) == 1
     monkeypatch.setenv(downloads.MIRRORS_VARIABLE, "one two three")
@@ -433,7 +440,7 @@ def google_archive(path: Path, vocabulary: bytes) -> Path:
     with zipfile.ZipFile(path, "w") as file:
         for name, content in (("bert_model.ckpt.data", os.urandom(4_000_000)), ("vocab.txt", vocabulary),
                               ("bert_config.json", b"{}")):
-            file.writestr(f"{downloads.GOOGLE_NAME}/{name}", content)
+            file.writestr(f"{google_vocabulary.NAME}/{name}", content)
     return path
 
 
@@ -441,7 +448,7 @@ def google_archive(path: Path, vocabulary: bytes) -> Path:
 def test_googles_vocabulary_is_read_out_of_its_archive(folder, tmp_path, monkeypatch, ranges):
     vocabulary = write_vocabulary(tmp_path / "vocab.txt").read_bytes()
     archive = google_archive(tmp_path / "weights.zip", vocabulary).read_bytes()
-    monkeypatch.setattr(downloads, "GOOGLE_VOCABULARY_SHA256", hashlib.sha256(vocabulary).hexdigest())
+    monkeypatch.setattr(google_vocabulary, "VOCABULARY_SHA256", hashlib.sha256(vocabulary).hexdigest())
     sent = []
     answer = file_server(archive, ranges)
 
@@ -451,9 +458,9 @@ def test_googles_vocabulary_is_read_out_of_its_archive(folder, tmp_path, monkeyp
         return reply
 
     with serving(counted) as server:
-        stage("download", "--mirror", downloads.GOOGLE_ARCHIVE, f"{server.url}/weights.zip",
+        stage("download", "--mirror", google_vocabulary.ARCHIVE, f"{server.url}/weights.zip",
               dataset="google_pretrained_weights")
-    found = folder / "download/google_pretrained_weights" / downloads.GOOGLE_NAME
+    found = folder / "download/google_pretrained_weights" / google_vocabulary.NAME
     assert (found / "vocab.txt").read_bytes() == vocabulary and (found / "bert_config.json").read_bytes() == b"{}"
     if ranges:
         assert sum(sent) < 100_000, "the weights stay on the server"
@@ -462,7 +469,7 @@ def test_googles_vocabulary_is_read_out_of_its_archive(folder, tmp_path, monkeyp
 def test_another_vocabulary_than_googles_is_refused(folder, tmp_path):
     archive = google_archive(tmp_path / "weights.zip", b"[PAD]\n")
     with pytest.raises(UserError, match="vocab.txt has sha256"):
-        stage("download", "--mirror", downloads.GOOGLE_ARCHIVE, archive, dataset="google_pretrained_weights")
+        stage("download", "--mirror", google_vocabulary.ARCHIVE, archive, dataset="google_pretrained_weights")
     assert not list(folder.rglob("vocab.txt"))
 
 
