@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from data import shards
 from data.packing import scatter_gather as packing_shards
+from data.packing.methods import METHODS
 from data.workers import open_pool, ordered_map
 from pack_pretraining_data_pytorch import main
 from tests.support.synthetic import write_unpacked_shard
@@ -107,14 +108,14 @@ def test_packing_keeps_every_sequence_at_any_depth_also_in_the_last_file(unpacke
 
 
 @given(lengths=st.lists(st.lists(st.integers(5, 40), max_size=12), min_size=1, max_size=3).filter(any),
-       depth=st.integers(1, 9), method=st.sampled_from(["cutting_stock", "nnls", "lpfhp"]), seed=st.integers(0, 9))
+       depth=st.integers(1, 9), method=st.sampled_from(list(METHODS.values())), seed=st.integers(0, 9))
 @settings(max_examples=25, deadline=None)
 def test_packing_keeps_any_multiset_of_sequences(tmp_path_factory, lengths, depth, method, seed):
     folder = tmp_path_factory.mktemp("any")
     for number, in_shard in enumerate(lengths):
         write_unpacked_shard(folder / "unpacked" / f"a_training_{number}.hdf5", np.array(in_shard, int), seed, 40, 6)
-    depth = min(depth, 3) if method == "nnls" else depth
-    pack(folder / "unpacked", folder / "packed", "--packing_method", method, "--seed", str(seed),
+    depth = min(depth, method.max_depth or depth)
+    pack(folder / "unpacked", folder / "packed", "--packing_method", method.name, "--seed", str(seed),
          length=40, predictions=6, depth=depth)
     assert packed_sequences(folder / "packed") == unpacked_sequences(folder / "unpacked")
 
