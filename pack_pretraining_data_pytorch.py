@@ -26,8 +26,8 @@ from data import shards
 from data.masking import MOST_SEQUENCES
 from data.packing import plot as packing_plot
 from data.packing import scatter_gather as packing_shards
+from data.packing.assignment import RowAssignment
 from data.packing.methods import METHODS
-from data.packing.placement import Placement
 from data.packing.recipe import Recipe, knapsack
 from data.workers import open_pool, ordered_map
 
@@ -175,7 +175,7 @@ def staged(output_dir: Path):
 def write_rows(args, work, blocks, surveys, recipe: Recipe, folder: Path, rule) -> None:
     """Write the packed shards into `folder`, by way of temporary files there."""
     histogram = sum(survey.histogram for survey in surveys)
-    placement = Placement(recipe, histogram, args.seed)
+    assignment = RowAssignment(recipe, histogram, args.seed)
     layout = packing_shards.Layout(
         row_count=recipe.row_count, rows_per_part=packing_shards.rows_per_part(args.max_sequence_length),
         row_length=args.max_sequence_length, max_sequences=args.max_sequences_per_pack,
@@ -184,7 +184,7 @@ def write_rows(args, work, blocks, surveys, recipe: Recipe, folder: Path, rule) 
 
     ranks_before = accumulate((survey.histogram for survey in surveys), initial=np.zeros_like(histogram))
     work("placing sequences", packing_shards.scatter,
-         [(block, placement, ranks, layout) for block, ranks in zip(blocks, ranks_before, strict=False)])
+         [(block, assignment, ranks, layout) for block, ranks in zip(blocks, ranks_before, strict=False)])
     written = sum(work("writing shards", packing_shards.gather,
                        [(part, len(blocks), layout, folder / PART_NAME.format(part))
                         for part in range(layout.part_count)]))

@@ -193,9 +193,9 @@ def first_difference(in_packed: list[tuple[int, str]], in_unpacked: list[tuple[i
     for ours, theirs, verdict in ((in_packed, in_unpacked, "is not in the unpacked set, or not so often"),
                                   (in_unpacked, in_packed, "is not in the packed set, or not so often")):
         missing = [value for value, _ in theirs]
-        for value, place in ours:
+        for value, name in ours:
             if value not in missing:
-                return f"{place}: {verdict}"
+                return f"{name}: {verdict}"
             missing.remove(value)
     raise AssertionError("two multisets that differ have no difference")
 

@@ -61,15 +61,15 @@ class OpenRows:
 
     def take(self, length: int, most: int) -> tuple[tuple[int, ...], int, int] | None:
         """Remove up to `most` of the fullest rows with room for `length`: their strategy, number and room."""
-        place = bisect_left(self.rooms, length)
-        if place == len(self.rooms):
+        index = bisect_left(self.rooms, length)
+        if index == len(self.rooms):
             return None
-        room = self.rooms[place]
+        room = self.rooms[index]
         strategy, count = self.packs[room].pop()
         if count > most:
             self.packs[room].append((strategy, count - most))
         if not self.packs[room]:
-            del self.packs[room], self.rooms[place]
+            del self.packs[room], self.rooms[index]
         return strategy, min(count, most), room
 
     def rows(self) -> Counter:

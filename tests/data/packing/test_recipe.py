@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.packing import nnls
+from data.packing.assignment import RowAssignment, ranks_within, shuffled
 from data.packing.methods import METHODS
-from data.packing.placement import Placement, ranks_within, shuffled
 from data.packing.recipe import knapsack
 from packing import wikipedia_histogram
 
@@ -142,13 +142,13 @@ def test_wikipedia_packs_as_well_as_published_or_better(method, depth, efficienc
         assert recipe.row_count - recipe.bound <= rows_above_bound
 
 
-@pytest.mark.parametrize("module", ["recipe", "lpfhp", "nnls", "placement", "scatter_gather"])
+@pytest.mark.parametrize("module", ["masking", "packing.recipe", "packing.lpfhp", "packing.nnls", "packing.assignment"])
 def test_worked_examples_in_docstrings_are_true(module):
-    failed, attempted = doctest.testmod(import_module(f"data.packing.{module}"))
+    failed, attempted = doctest.testmod(import_module(f"data.{module}"))
     assert attempted and not failed
 
 
-# --- placement ---
+# --- assignment ---
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**32))
 @settings(max_examples=40, deadline=None)
@@ -177,11 +177,11 @@ def test_shuffled_leaves_no_order():
 
 @given(histogram=histograms(most_sequences=40), depth=st.integers(1, 6), seed=st.integers(0, 100))
 @settings(max_examples=40, deadline=None)
-def test_placement_gives_every_slot_of_every_row_to_one_sequence(histogram, depth, seed):
+def test_assignment_gives_every_slot_of_every_row_to_one_sequence(histogram, depth, seed):
     recipe = METHODS["lpfhp"].solve(histogram, depth)
-    placement = Placement(recipe, histogram, seed)
+    assignment = RowAssignment(recipe, histogram, seed)
     lengths = np.repeat(np.arange(len(histogram)), histogram)
-    rows, slots = placement.rows_and_slots(lengths, ranks_within(lengths))
+    rows, slots = assignment.rows_and_slots(lengths, ranks_within(lengths))
     packed = {}
     for row, slot, length in zip(rows.tolist(), slots.tolist(), lengths.tolist(), strict=True):
         assert slot not in packed.setdefault(row, {})
@@ -196,8 +196,8 @@ def test_seed_decides_which_sequences_meet():
     histogram[50] = 1000
     pairs = []
     for seed in (1, 1, 2):
-        placement = Placement(METHODS["lpfhp"].solve(histogram, 2), histogram, seed)
-        rows, _ = placement.rows_and_slots(np.full(1000, 50), np.arange(1000))
+        assignment = RowAssignment(METHODS["lpfhp"].solve(histogram, 2), histogram, seed)
+        rows, _ = assignment.rows_and_slots(np.full(1000, 50), np.arange(1000))
         pairs.append({tuple(pair) for pair in np.argsort(rows, kind="stable").reshape(500, 2).tolist()})
     assert pairs[0] == pairs[1]
     assert len(pairs[0] & pairs[2]) < 10
