@@ -20,14 +20,14 @@ def print_figures(args) -> None:
     import torch
 
     from checkpoint import folder as checkpoint
-    from data import shards
+    from data.shards import find_shards
     from devices import device as devices
     from modeling import BertConfig, BertForPreTraining
     from training.evaluation import describe, evaluate
 
     device = devices.select(args)
     config = BertConfig.from_json_file(args.config_file)
-    held_out = shards.find(args.eval_dir, "test", "--eval_dir")
+    held_out = find_shards(args.eval_dir, "test", "--eval_dir")
     torch.manual_seed(args.seed)
     model = BertForPreTraining(config, device.attentions[-1])
     if args.checkpoint:

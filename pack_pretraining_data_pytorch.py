@@ -22,13 +22,13 @@ from tqdm import tqdm
 from common import cli
 from common.errors import UserError
 from common.files import write_json
-from data import shards
 from data.masking import MOST_SEQUENCES
 from data.packing import plot as packing_plot
 from data.packing import scatter_gather as packing_shards
 from data.packing.assignment import RowAssignment
 from data.packing.methods import METHODS
 from data.packing.recipe import Recipe, knapsack
+from data.shards import Shard, find_shards, metadata_path
 from data.workers import open_pool, ordered_map
 
 PART_NAME = "mixed_strategies_part_{}.hdf5"
@@ -115,12 +115,8 @@ def packed_parts(folder: Path) -> list[Path]:
     return sorted(folder.glob(PART_NAME.format("*")))
 
 
-def metadata_path(output_dir: Path) -> Path:
-    return output_dir.with_name(f"{output_dir.name}_metadata.json")
-
-
-def find_unpacked(args) -> list[shards.Shard]:
-    found = shards.find(args.input_dir)
+def find_unpacked(args) -> list[Shard]:
+    found = find_shards(args.input_dir)
     for shard in found:
         if shard.packed:
             raise UserError(f"--input_dir {args.input_dir}: {shard.path} is packed already, from row 0 on")
@@ -211,7 +207,7 @@ def publish(folder: Path, output_dir: Path) -> None:
 
 # --- what is told about the result ---
 
-def metadata(args, found: list[shards.Shard], histogram: np.ndarray, recipe: Recipe) -> dict:
+def metadata(args, found: list[Shard], histogram: np.ndarray, recipe: Recipe) -> dict:
     """Samples are rows: of one sequence before, of several after."""
     sequences, rows, row_length = int(histogram.sum()), recipe.row_count, args.max_sequence_length
     tokens = int(histogram @ np.arange(row_length + 1))

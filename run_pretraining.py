@@ -6,8 +6,6 @@ README.md has the recipes.  This file reads the flags, checks everything that ca
 training.py holds the loop.  torch is imported after the flags are read: Gaudi's software reads its environment then.
 """
 
-from functools import partial
-
 from common import cli
 from common.errors import UserError
 from data.shard_reader import ShardReader
@@ -121,12 +119,14 @@ def facts(args, config, shards, device, start) -> dict[str, str]:
 def training_shards(args, config, reader, report) -> list:
     """The shards of --input_dir, checked against the flags and the config."""
     from data import dataloader as dataset
-    from data import shards as shard_files
+    from data.shards import find_readable_shards, find_shards
 
-    unreadable = [] if args.skip_bad_shards else None
-    found = shard_files.find(args.input_dir, inspect=partial(reader.call, shard_files.inspect), unreadable=unreadable)
-    for fault in unreadable or ():
-        report(f"left out from the start: {fault}")
+    if args.skip_bad_shards:
+        found, unreadable = find_readable_shards(args.input_dir, reader=reader)
+        for fault in unreadable:
+            report(f"left out from the start: {fault}")
+    else:
+        found = find_shards(args.input_dir, reader=reader)
     first = found[0]
     if first.sequence_length != args.max_seq_length:
         raise UserError(f"{first.path}: its rows have {first.sequence_length} tokens, "
@@ -149,11 +149,11 @@ def training_shards(args, config, reader, report) -> list:
 
 
 def held_out_shards(args, config, reader) -> list | None:
-    from data import shards as shard_files
+    from data.shards import find_shards
 
     if not args.eval_dir:
         return None
-    found = shard_files.find(args.eval_dir, "test", "--eval_dir", partial(reader.call, shard_files.inspect))
+    found = find_shards(args.eval_dir, "test", "--eval_dir", reader)
     check_length(f"{found[0].path}: the row length", found[0].sequence_length, config)
     return found
 

@@ -42,11 +42,11 @@ def local_file(name) -> Path:
     return fetch(str(name), cache_folder() / place / (PurePosixPath(urlsplit(str(name)).path).name or "file"))
 
 
-def local_folder(name, ending: str = ".hdf5") -> Path:
+def local_folder(name, ending: str = ".hdf5", beside: str = "") -> Path:
     """A local folder as it is; of an s3:// prefix, a folder with local copies of the objects directly below it.
 
-    Also fetched is NAME_metadata.json beside the prefix, which the packer writes there.  Objects that are gone are
-    removed from the copy, so that it never mixes two states.
+    Also fetched, where there is one, is the object beside the prefix that is named like it with `beside` at the end.
+    Objects that are gone are removed from the copy, so that it never mixes two states.
     """
     if not str(name).startswith("s3://"):
         return Path(name)
@@ -59,9 +59,8 @@ def local_folder(name, ending: str = ".hdf5") -> Path:
         raise UserError(f"{name}: no object that ends in {ending} below it")
     for key in tqdm(wanted, unit="file", desc=f"fetching {name}", disable=len(wanted) < 2):
         fetch(key, folder / key.rpartition("/")[2])
-    for key in listed:
-        if key == f"{prefix}_metadata.json":
-            fetch(key, folder.parent / key.rpartition("/")[2])
+    if beside and prefix + beside in listed:
+        fetch(prefix + beside, folder.with_name(folder.name + beside))
     for path in set(folder.glob(f"*{ending}")) - {folder / key.rpartition("/")[2] for key in wanted}:
         path.unlink()
     return folder

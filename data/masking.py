@@ -51,7 +51,8 @@ class MaskingRule:
         wanted = np.clip(np.rint(lengths * self.masked_lm_prob), 1, self.max_predictions_per_seq)
         return np.clip(wanted, 0, np.maximum(lengths - SPECIALS_PER_SEQUENCE, 0)).astype(np.int64)
 
-    def describe(self) -> str:
+    @property
+    def description(self) -> str:
         return (f"without masks ({self.masked_lm_prob:.0%} of the tokens, at most {self.max_predictions_per_seq} a "
                 f"sequence, in a vocabulary of {self.vocab_size} with {', '.join(map(str, self.special_ids))})")
 

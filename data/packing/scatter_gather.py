@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from data import shards
 from data.masking import MaskingRule, ranges
 from data.packing.assignment import RowAssignment, ranks_within
+from data.shards import MASK_KEYS, Shard, read_rows, write_shard
 
 TOKENS_PER_BLOCK = 2**22  # of the input; a process holds one block or part at a time, up to 100 bytes a token
 TOKENS_PER_PART = 2**23   # of the output, padding included: 16,384 rows of 512
@@ -36,7 +36,7 @@ class Block:
     """Some rows of an unpacked shard, few enough to be held in memory."""
 
     number: int
-    shard: shards.Shard
+    shard: Shard
     start: int
     stop: int
 
@@ -45,7 +45,7 @@ class Block:
         return f"{self.shard.path}: row {self.start + index}"
 
 
-def blocks_of(found: list[shards.Shard]) -> list[Block]:
+def blocks_of(found: list[Shard]) -> list[Block]:
     """Cut the shards into blocks, in the order of the shards."""
     blocks = []
     for shard in found:
@@ -69,7 +69,7 @@ class Survey:
 def survey(block: Block) -> Survey:
     """Count the lengths of a block's sequences.  Raises UserError naming file and row where a row cannot be packed."""
     keys = [key for key in block.shard.keys if key in ("input_mask", "masked_lm_positions")]
-    rows = shards.read(block.shard, keys, rows=slice(block.start, block.stop))
+    rows = read_rows(block.shard, keys, rows=slice(block.start, block.stop))
     lengths = checked_lengths(block, rows["input_mask"])
     rule = block.shard.rule
     predictions = (rule.predictions(lengths) if rule else
@@ -150,7 +150,7 @@ def scatter(block: Block, assignment: RowAssignment, ranks_before: np.ndarray, l
 
     `ranks_before[length]` counts the sequences of that length in the blocks before this one.
     """
-    rows = shards.read(block.shard, rows=slice(block.start, block.stop))
+    rows = read_rows(block.shard, rows=slice(block.start, block.stop))
     lengths = np.count_nonzero(rows["input_mask"], axis=1)
     output_rows, slots = assignment.rows_and_slots(lengths, ranks_before[lengths] + ranks_within(lengths))
     parts, rows_in_part = np.divmod(output_rows, layout.rows_per_part)
@@ -174,7 +174,7 @@ def records_of(rows: dict, lengths, output_rows, slots) -> tuple[np.ndarray, np.
     for key in TOKEN.names:
         tokens[key] = rows[key][is_token]
 
-    positions, ids = (rows.get(key, np.zeros((len(lengths), 0), np.int32)) for key in shards.MASK_KEYS)
+    positions, ids = (rows.get(key, np.zeros((len(lengths), 0), np.int32)) for key in MASK_KEYS)
     is_prediction = positions > 0
     predictions = np.empty(np.count_nonzero(is_prediction), PREDICTION)
     predictions["position"] = positions[is_prediction]
@@ -196,7 +196,7 @@ def gather(part: int, block_count: int, layout: Layout, path: Path) -> int:
     pieces = [read_piece(block_number, part, layout) for block_number in range(block_count)]
     sequences, tokens, predictions = (np.concatenate(records) for records in zip(*pieces, strict=True))
     rows = packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part))
-    shards.write(path, rows, layout.rule, layout.prediction_slots)
+    write_shard(path, rows, layout.rule, layout.prediction_slots)
     return len(sequences)
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from data import dataloader as dataset
-from data import shards
 from data.dataloader import BatchStream, batches_once, micro_batch_rows, pieces, row_order, shard_order
 from data.shard_reader import ShardReader
+from data.shards import PACKED_KEYS, find_shards, read_rows, write_shard
 from tests.support import samples, synthetic
 
 ROWS_OF_SHARDS = {1: [29], 3: [7, 13, 5], 7: [1, 9, 4, 2, 11, 3, 6]}
@@ -76,12 +76,12 @@ def reader():
 
 
 def stored_rows(found) -> list[bytes]:
-    return [row.tobytes() for shard in found for row in shards.read(shard, ["input_ids"])["input_ids"].astype(np.int32)]
+    return [row.tobytes() for shard in found for row in read_rows(shard, ["input_ids"])["input_ids"].astype(np.int32)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 25, 60])
 def test_stream_delivers_every_row_once_an_epoch(folder, batch_size):
-    found = shards.find(folder)
+    found = find_shards(folder)
     stream = BatchStream(found, batch_size, seed=1, vocab_size=synthetic.VOCAB_SIZE)
     rows = [row.numpy().tobytes() for _ in range(-(-100 // batch_size)) for row in next(stream)["input_ids"]]
     for epoch in range(4):
@@ -91,8 +91,8 @@ def test_stream_delivers_every_row_once_an_epoch(folder, batch_size):
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_stream_follows_the_pure_function_on_every_rank(folder, world_size):
-    found = shards.find(folder)
-    contents = [shards.read(shard)["input_ids"] for shard in found]
+    found = find_shards(folder)
+    contents = [read_rows(shard)["input_ids"] for shard in found]
     rows_per_shard = [shard.rows for shard in found]
     for rank in range(world_size):
         stream = BatchStream(found, 4, 9, synthetic.VOCAB_SIZE, rank, world_size)
@@ -102,7 +102,7 @@ def test_stream_follows_the_pure_function_on_every_rank(folder, world_size):
 
 
 def test_stream_goes_on_from_any_row(folder):
-    found = shards.find(folder)
+    found = find_shards(folder)
     whole = BatchStream(found, 3, 1, synthetic.VOCAB_SIZE)
     batches = [next(whole) for _ in range(20)]
     later = BatchStream(found, 3, 1, synthetic.VOCAB_SIZE, first_row=3 * 11)
@@ -113,14 +113,14 @@ def test_stream_goes_on_from_any_row(folder):
 
 def test_shards_without_rows_are_passed_over(tmp_path):
     folder = samples.write_dataset(tmp_path, (2, 1))
-    empty = {key: values[:0] for key, values in shards.read(shards.find(folder)[0]).items()}
-    shards.write(folder / "sample_training_9.hdf5", empty)
-    rows = next(BatchStream(shards.find(folder), 3, 0, synthetic.VOCAB_SIZE))["input_ids"]
-    assert Counter(row.numpy().tobytes() for row in rows) == Counter(stored_rows(shards.find(folder)))
+    empty = {key: values[:0] for key, values in read_rows(find_shards(folder)[0]).items()}
+    write_shard(folder / "sample_training_9.hdf5", empty)
+    rows = next(BatchStream(find_shards(folder), 3, 0, synthetic.VOCAB_SIZE))["input_ids"]
+    assert Counter(row.numpy().tobytes() for row in rows) == Counter(stored_rows(find_shards(folder)))
 
 
 def test_one_pass_holds_every_row_once_and_fills_up_with_empty_rows(folder):
-    found = shards.find(folder)
+    found = find_shards(folder)
     batches = list(batches_once(found, 4, synthetic.VOCAB_SIZE))
     assert {len(batch["input_ids"]) for batch in batches} == {4}
     rows = [row.numpy().tobytes() for batch in batches for row, mask in zip(batch["input_ids"], batch["input_mask"],
@@ -130,7 +130,7 @@ def test_one_pass_holds_every_row_once_and_fills_up_with_empty_rows(folder):
 
 
 def test_impossible_values_are_named_with_file_and_row(folder):
-    found = shards.find(folder)
+    found = find_shards(folder)
     with pytest.raises(UserError, match=r"sample_training_\d\.hdf5: input_ids of row \d+ holds \d+, not from 0 to 999"):
         next(BatchStream(found, 4, 1, vocab_size=1000))
 
@@ -142,8 +142,8 @@ def packed_rows():
 
 def test_sequences_per_row_come_from_metadata_else_from_the_shards(tmp_path, reader):
     folder = tmp_path / "packed"
-    shards.write(folder / "part.hdf5", packed_rows())
-    found = shards.find(folder)
+    write_shard(folder / "part.hdf5", packed_rows())
+    found = find_shards(folder)
     assert dataset.average_sequences_per_row(found, reader) == pytest.approx(4 / 3)
     (tmp_path / "packed_metadata.json").write_text('{"avg_seq_per_sample": 1.5}')
     assert dataset.average_sequences_per_row(found, reader) == 1.5
@@ -154,8 +154,8 @@ def test_sequences_per_row_come_from_metadata_else_from_the_shards(tmp_path, rea
 
 
 def test_unpacked_rows_become_packed_rows_of_one_sequence(folder):
-    batch = next(BatchStream(shards.find(folder), 5, 1, synthetic.VOCAB_SIZE))
-    assert set(batch) == set(shards.PACKED_KEYS)
+    batch = next(BatchStream(find_shards(folder), 5, 1, synthetic.VOCAB_SIZE))
+    assert set(batch) == set(PACKED_KEYS)
     assert batch["positions"][3].tolist() == list(range(samples.SEQUENCE_LENGTH))
     assert batch["next_sentence_labels"].shape == batch["next_sentence_weights"].shape == (5, 1)
     assert dataset.sequences_in(batch) == 5

@@ -17,7 +17,9 @@ import pytorch_packed_data_checker
 import run_pretraining
 from common.errors import UserError
 from data import dataloader as dataset
-from data import masking, shards, vocabulary
+from data import masking, vocabulary
+from data.shard_checks import read_checked_rows
+from data.shards import MASK_KEYS, UNPACKED_KEYS, Shard, find_shards, read_header, read_rows
 from tests.support import ranks, samples, synthetic
 
 LENGTH, PREDICTIONS = samples.SEQUENCE_LENGTH, samples.PREDICTIONS
@@ -122,7 +124,7 @@ def workspace(tmp_path, monkeypatch):
 
 
 def stream(rank=0, world_size=1, first_row=0, size=3) -> dataset.BatchStream:
-    return dataset.BatchStream(shards.find("data"), size, 1, synthetic.VOCAB_SIZE, rank, world_size, first_row)
+    return dataset.BatchStream(find_shards("data"), size, 1, synthetic.VOCAB_SIZE, rank, world_size, first_row)
 
 
 def rows_of(*batches) -> list[tuple]:
@@ -199,9 +201,9 @@ def check() -> int:
 def test_packing_keeps_every_sequence_and_the_rule(workspace, capsys):
     pack()
     assert check() == 0 and "49 sequences, the same as in data: no fault" in capsys.readouterr().out
-    unpacked, packed = shards.find("data")[0], shards.find("packed")[0]
+    unpacked, packed = find_shards("data")[0], find_shards("packed")[0]
     assert packed.rule == unpacked.rule and packed.prediction_slots == PREDICTIONS + 3
-    assert not set(shards.MASK_KEYS) & set(shards.read(packed))
+    assert not set(MASK_KEYS) & set(read_rows(packed))
     with h5py.File(packed.path, "a") as file:
         file.attrs["masked_lm_prob"] = 0.2
     assert check() == 1 and "without masks (20% of the tokens" in capsys.readouterr().out
@@ -253,11 +255,11 @@ def test_a_vocabulary_larger_than_the_models_is_refused(workspace):
 WORDS = ["the", "sea", "is", "deep", "and", "old", "ships", "sail", "far", "out"]
 
 
-def create(text, output, *flags) -> shards.Shard:
+def create(text, output, *flags) -> Shard:
     vocabulary.write("vocab.txt", [*vocabulary.SPECIAL_TOKENS, *WORDS])
     create_pretraining_data.main([f"--input_file={text}", f"--output_file={output}", "--vocab_file=vocab.txt",
                                   "--max_seq_length=128", *flags])
-    return shards.inspect(output)
+    return read_header(output)
 
 
 def test_samples_are_stored_once_in_a_fifth_of_the_space(tmp_path, monkeypatch):
@@ -270,8 +272,8 @@ def test_samples_are_stored_once_in_a_fifth_of_the_space(tmp_path, monkeypatch):
     assert fixed.rule is None and abs(fixed.rows / dynamic.rows - 5) < 0.3
     assert dynamic.path.stat().st_size < 0.2 * fixed.path.stat().st_size
     assert dynamic.rule == masking.MaskingRule(0.15, 20, 15, (0, 1, 2, 3, 4))
-    rows = shards.read_checked(dynamic, 15)
-    assert set(rows) == set(shards.UNPACKED_KEYS) - set(shards.MASK_KEYS)
+    rows = read_checked_rows(dynamic, 15)
+    assert set(rows) == set(UNPACKED_KEYS) - set(MASK_KEYS)
     assert not (rows["input_ids"] == 4).any()
     twice = create("text.txt", tmp_path / "twice_training.hdf5", "--dynamic_masking", "--dupe_factor=2")
     assert abs(twice.rows / dynamic.rows - 2) < 0.2

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data import shards
 from data.packing import scatter_gather as packing_shards
 from data.packing.methods import METHODS
+from data.shards import find_shards, read_rows
 from data.workers import open_pool, ordered_map
 from pack_pretraining_data_pytorch import main
 from tests.support.synthetic import write_unpacked_shard
@@ -101,7 +101,7 @@ def small_pieces(monkeypatch):
 def test_packing_keeps_every_sequence_at_any_depth_also_in_the_last_file(unpacked, tmp_path, depth):
     pack(unpacked, tmp_path / "packed", depth=depth)
     assert packed_sequences(tmp_path / "packed") == unpacked_sequences(unpacked)
-    rows = [shard.rows for shard in shards.find(tmp_path / "packed")]
+    rows = [shard.rows for shard in find_shards(tmp_path / "packed")]
     metadata = json.loads((tmp_path / "packed_metadata.json").read_text())
     assert sum(rows) == metadata["new_number_of_samples"] and max(rows) == 7
     assert len(rows) == -(-sum(rows) // 7)
@@ -185,7 +185,7 @@ def test_rows_are_shuffled_over_the_whole_set(tmp_path, monkeypatch):
     for number, length in enumerate((128, 64, 30)):  # three kinds of row, one a shard
         write_unpacked_shard(tmp_path / "unpacked" / f"a_training_{number}.hdf5", np.full(200, length), seed=number)
     pack(tmp_path / "unpacked", tmp_path / "packed", depth=4)
-    kinds = [shards.read(shard, ["input_mask"])["input_mask"].max(axis=1) for shard in shards.find(tmp_path / "packed")]
+    kinds = [read_rows(shard, ["input_mask"])["input_mask"].max(axis=1) for shard in find_shards(tmp_path / "packed")]
     assert len(kinds) == 7
     overall = np.bincount(np.concatenate(kinds))
     assert overall.tolist() == [0, 200, 100, 0, 50]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from data import dataloader as dataset
-from data import shards
+from data.shards import find_shards
 from devices import device as devices
 from parallel import ranks as distributed
 from tests.support import synthetic
@@ -16,6 +16,6 @@ from tests.support import synthetic
 data, micro_batches, results = sys.argv[1:]
 with distributed.join(argparse.Namespace(local_rank=None, collective_timeout=60)) as process:
     process.connect(devices.Device())
-    stream = dataset.BatchStream(shards.find(data), 2, 1, synthetic.VOCAB_SIZE, process.rank, process.world_size)
+    stream = dataset.BatchStream(find_shards(data), 2, 1, synthetic.VOCAB_SIZE, process.rank, process.world_size)
     rows = [row for _ in range(int(micro_batches)) for row in next(stream)["input_ids"].tolist()]
     Path(results, f"rank_{process.rank}.txt").write_text("\n".join(str(row) for row in rows))
