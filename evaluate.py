@@ -20,7 +20,7 @@ def print_figures(args) -> None:
     import torch
 
     from checkpoint.load import load_weights
-    from data import shards
+    from data.shards import find_shards
     from devices import device as devices
     from modeling import BertConfig, BertForPreTraining
     from parallel.ranks import Process
@@ -29,7 +29,7 @@ def print_figures(args) -> None:
 
     device = devices.select(args)
     config = BertConfig.from_json_file(args.config_file)
-    held_out = shards.find(args.eval_dir, "test", "--eval_dir")
+    held_out = find_shards(args.eval_dir, "test", "--eval_dir")
     torch.manual_seed(args.seed)
     model = BertForPreTraining(config, device.attentions[-1])
     if args.checkpoint:

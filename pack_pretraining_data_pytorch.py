@@ -22,18 +22,15 @@ from tqdm import tqdm
 from common import cli
 from common.errors import UserError
 from common.files import write_json
-from data import shards
 from data.masking import MOST_SEQUENCES
 from data.packing import plot as packing_plot
 from data.packing import scatter_gather as packing_shards
-from data.packing.cutting_stock import cutting_stock
-from data.packing.nnls import MAX_DEPTH as NNLS_MAX_DEPTH
-from data.packing.nnls import nnls
-from data.packing.placement import Placement
-from data.packing.recipe import Recipe, by_longest_pack_first, knapsack
+from data.packing.assignment import RowAssignment
+from data.packing.methods import METHODS
+from data.packing.recipe import Recipe, knapsack
+from data.shards import Shard, find_shards, metadata_path
 from data.workers import open_pool, ordered_map
 
-METHODS = {"cutting_stock": cutting_stock, "nnls": nnls, "lpfhp": by_longest_pack_first}
 PART_NAME = "mixed_strategies_part_{}.hdf5"
 UNFINISHED = "packing_in_progress"  # the folder inside the output folder that holds everything until all is written
 
@@ -50,10 +47,9 @@ def parse_arguments(argv):
                         help="masked tokens that a packed row has room for, beside one for each of "
                              "--max_sequences_per_pack")
     parser.add_argument("--max_sequences_per_pack", type=cli.positive_int, default=3, help="most sequences in a row")
-    parser.add_argument("--packing_method", choices=METHODS, default="cutting_stock",
-                        help="how the rows are worked out. cutting_stock: the fewest rows, and proof of how few are "
-                             "possible; nnls: NNLSHP as published, at most 3 sequences a row; lpfhp: the longest "
-                             "sequence first, into the fullest row that takes it")
+    parser.add_argument("--packing_method", choices=METHODS, default=next(iter(METHODS)),
+                        help="how the rows are worked out. "
+                             + "; ".join(f"{method.name}: {method.help}" for method in METHODS.values()))
     parser.add_argument("--seed", type=int, default=42, help="of the order of the rows, and of which sequences meet")
     parser.add_argument("--n_processes", type=cli.positive_int, default=min(4, os.cpu_count() or 1),
                         help="processes, each below 1 GB of memory; the result is the same for any number")
@@ -62,8 +58,9 @@ def parse_arguments(argv):
     parser.add_argument("--plot", metavar="FILE.png", help="draw lengths, fill and sequences a row")
     parser.add_argument("--disable_progress_bar", action="store_true", help="print no progress bars")
     args = parser.parse_args(argv)
-    if args.packing_method == "nnls" and args.max_sequences_per_pack > NNLS_MAX_DEPTH:
-        parser.error(f"--packing_method nnls packs at most {NNLS_MAX_DEPTH} sequences a row, "
+    method = METHODS[args.packing_method]
+    if not method.supports(args.max_sequences_per_pack):
+        parser.error(f"--packing_method {method.name} packs at most {method.max_depth} sequences a row, "
                      f"--max_sequences_per_pack is {args.max_sequences_per_pack}: choose another method")
     return args
 
@@ -118,12 +115,8 @@ def packed_parts(folder: Path) -> list[Path]:
     return sorted(folder.glob(PART_NAME.format("*")))
 
 
-def metadata_path(output_dir: Path) -> Path:
-    return output_dir.with_name(f"{output_dir.name}_metadata.json")
-
-
-def find_unpacked(args) -> list[shards.Shard]:
-    found = shards.find(args.input_dir)
+def find_unpacked(args) -> list[Shard]:
+    found = find_shards(args.input_dir)
     for shard in found:
         if shard.packed:
             raise UserError(f"--input_dir {args.input_dir}: {shard.path} is packed already, from row 0 on")
@@ -152,7 +145,7 @@ def refuse_too_many_predictions(args, surveys: list[packing_shards.Survey]) -> N
 
 def solve(args, histogram: np.ndarray) -> Recipe:
     start = time.perf_counter()
-    recipe = METHODS[args.packing_method](histogram, args.max_sequences_per_pack)
+    recipe = METHODS[args.packing_method].solve(histogram, args.max_sequences_per_pack)
     print(f"{args.packing_method}: {recipe.row_count:,} rows by {len(recipe.rows):,} strategies, worked out in "
           f"{time.perf_counter() - start:.2f} s; no packing has fewer than {recipe.bound:,}", file=sys.stderr)
     return recipe
@@ -178,7 +171,7 @@ def staged(output_dir: Path):
 def write_rows(args, work, blocks, surveys, recipe: Recipe, folder: Path, rule) -> None:
     """Write the packed shards into `folder`, by way of temporary files there."""
     histogram = sum(survey.histogram for survey in surveys)
-    placement = Placement(recipe, histogram, args.seed)
+    assignment = RowAssignment(recipe, histogram, args.seed)
     layout = packing_shards.Layout(
         row_count=recipe.row_count, rows_per_part=packing_shards.rows_per_part(args.max_sequence_length),
         row_length=args.max_sequence_length, max_sequences=args.max_sequences_per_pack,
@@ -187,7 +180,7 @@ def write_rows(args, work, blocks, surveys, recipe: Recipe, folder: Path, rule) 
 
     ranks_before = accumulate((survey.histogram for survey in surveys), initial=np.zeros_like(histogram))
     work("placing sequences", packing_shards.scatter,
-         [(block, placement, ranks, layout) for block, ranks in zip(blocks, ranks_before, strict=False)])
+         [(block, assignment, ranks, layout) for block, ranks in zip(blocks, ranks_before, strict=False)])
     written = sum(work("writing shards", packing_shards.gather,
                        [(part, len(blocks), layout, folder / PART_NAME.format(part))
                         for part in range(layout.part_count)]))
@@ -214,7 +207,7 @@ def publish(folder: Path, output_dir: Path) -> None:
 
 # --- what is told about the result ---
 
-def metadata(args, found: list[shards.Shard], histogram: np.ndarray, recipe: Recipe) -> dict:
+def metadata(args, found: list[Shard], histogram: np.ndarray, recipe: Recipe) -> dict:
     """Samples are rows: of one sequence before, of several after."""
     sequences, rows, row_length = int(histogram.sum()), recipe.row_count, args.max_sequence_length
     tokens = int(histogram @ np.arange(row_length + 1))

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from common import cli
 from common.errors import UserError
-from data import shards
 from data.packing.checks import faults, fingerprints
 from data.packing.scatter_gather import Block, blocks_of
+from data.shard_checks import tokens_to_predict
+from data.shards import Shard, find_shards, metadata_path, read_rows
 from data.workers import open_pool, ordered_map
-from pack_pretraining_data_pytorch import UNFINISHED, metadata_path
+from pack_pretraining_data_pytorch import UNFINISHED
 
 BUCKETS = 2**16  # fingerprints are compared by the sums of so many groups of them
 
@@ -85,17 +86,17 @@ def main(argv=None) -> int:
     return 0
 
 
-def find(folder, packed: bool, flag: str) -> list[shards.Shard]:
-    found = shards.find(folder, flag=flag)
+def find(folder, packed: bool, flag: str) -> list[Shard]:
+    found = find_shards(folder, flag=flag)
     if found[0].packed != packed:
-        raise UserError(f"{flag} {folder}: its shards are {shards.description(found[0])}")
+        raise UserError(f"{flag} {folder}: its shards are {found[0].description}")
     return found
 
 
-def check_rows(each, packed: list[shards.Shard], report: Report) -> Sequences:
+def check_rows(each, packed: list[Shard], report: Report) -> Sequences:
     """Check every row by itself; returns the sequences of the rows without fault."""
     first = next(shard for shard in packed if shard.rows)
-    cls_token = int(shards.read(first, ["input_ids"], slice(1))["input_ids"][0, 0])
+    cls_token = int(read_rows(first, ["input_ids"], slice(1))["input_ids"][0, 0])
     total = Sequences()
     for faulty_rows, fault, sequences in each("checking rows", check_block, packed, cls_token):
         if faulty_rows:
@@ -111,7 +112,7 @@ def check_block(block: Block, cls_token: int) -> tuple[int, str, Sequences]:
     first = (len(faulty), "")
     found = list(faults(rows, cls_token))
     if block.shard.rule:
-        crowded = shards.to_predict(block.shard, rows["input_mask"]) > block.shard.prediction_slots
+        crowded = tokens_to_predict(block.shard, rows["input_mask"]) > block.shard.prediction_slots
         found.append(("has more tokens to predict than room for them", crowded))
     for fault, bad in found:
         if bad.any():
@@ -122,7 +123,7 @@ def check_block(block: Block, cls_token: int) -> tuple[int, str, Sequences]:
 
 
 def read(block: Block) -> dict[str, np.ndarray]:
-    return shards.read(block.shard, rows=slice(block.start, block.stop))
+    return read_rows(block.shard, rows=slice(block.start, block.stop))
 
 
 def in_buckets(values: np.ndarray) -> Sequences:
@@ -133,7 +134,7 @@ def in_buckets(values: np.ndarray) -> Sequences:
     return Sequences(np.bincount(bucket, minlength=BUCKETS), sums)
 
 
-def check_totals(input_dir, packed: list[shards.Shard], sequences: int, report: Report) -> None:
+def check_totals(input_dir, packed: list[Shard], sequences: int, report: Report) -> None:
     """Compare the set with its metadata, where there are any."""
     folder = Path(os.path.abspath(input_dir))
     if (folder / UNFINISHED).exists():
@@ -159,8 +160,8 @@ def compare(each, packed, unpacked, sequences: Sequences, report: Report) -> Non
     the packed set should not have.
     """
     if packed[0].rule != unpacked[0].rule:
-        report.add(1, f"{packed[0].path} is {shards.description(packed[0])}, "
-                      f"{unpacked[0].path} is {shards.description(unpacked[0])}")
+        report.add(1, f"{packed[0].path} is {packed[0].description}, "
+                      f"{unpacked[0].path} is {unpacked[0].description}")
         return
     original = sum(each("reading unpacked rows", sequences_in_block, unpacked), Sequences())
     different = sequences.differs_from(original)
@@ -193,9 +194,9 @@ def first_difference(in_packed: list[tuple[int, str]], in_unpacked: list[tuple[i
     for ours, theirs, verdict in ((in_packed, in_unpacked, "is not in the unpacked set, or not so often"),
                                   (in_unpacked, in_packed, "is not in the packed set, or not so often")):
         missing = [value for value, _ in theirs]
-        for value, place in ours:
+        for value, name in ours:
             if value not in missing:
-                return f"{place}: {verdict}"
+                return f"{name}: {verdict}"
             missing.remove(value)
     raise AssertionError("two multisets that differ have no difference")
 

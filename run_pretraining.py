@@ -7,8 +7,6 @@ together; training/trainer.py holds the loop.  torch is imported after the flags
 environment then.
 """
 
-from functools import partial
-
 from common import cli
 from common.errors import UserError
 from data.shard_reader import ShardReader
@@ -121,13 +119,15 @@ def run_fingerprint(args, config, shards, device, resume_point) -> dict[str, str
 
 def training_shards(args, config, reader, report) -> list:
     """The shards of --input_dir, checked against the flags and the config."""
-    from data import shards as shard_files
     from data.dataloader import check_first_rows
+    from data.shards import find_readable_shards, find_shards
 
-    unreadable = [] if args.skip_bad_shards else None
-    found = shard_files.find(args.input_dir, inspect=partial(reader.call, shard_files.inspect), unreadable=unreadable)
-    for fault in unreadable or ():
-        report(f"left out from the start: {fault}")
+    if args.skip_bad_shards:
+        found, unreadable = find_readable_shards(args.input_dir, reader=reader)
+        for fault in unreadable:
+            report(f"skipped from the start: {fault}")
+    else:
+        found = find_shards(args.input_dir, reader=reader)
     first = found[0]
     if first.sequence_length != args.max_seq_length:
         raise UserError(f"{first.path}: its rows have {first.sequence_length} tokens, "
@@ -150,11 +150,11 @@ def training_shards(args, config, reader, report) -> list:
 
 
 def held_out_shards(args, config, reader) -> list | None:
-    from data import shards as shard_files
+    from data.shards import find_shards
 
     if not args.eval_dir:
         return None
-    found = shard_files.find(args.eval_dir, "test", "--eval_dir", partial(reader.call, shard_files.inspect))
+    found = find_shards(args.eval_dir, "test", "--eval_dir", reader)
     check_length(f"{found[0].path}: the row length", found[0].sequence_length, config)
     return found
 

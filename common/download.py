@@ -42,11 +42,11 @@ def local_file(name) -> Path:
     return fetch(str(name), cache_folder() / place / (PurePosixPath(urlsplit(str(name)).path).name or "file"))
 
 
-def local_folder(name, ending: str = ".hdf5") -> Path:
-    """The folder itself if it is local; for an s3:// prefix, a folder with copies of the objects directly below it.
+def local_folder(name, ending: str = ".hdf5", beside: str = "") -> Path:
+    """A local folder unchanged; for an s3:// prefix, a folder with copies of the objects directly below it.
 
-    NAME_metadata.json beside the prefix, which the packer writes, is copied too.  Copies of objects that no longer
-    exist are deleted, so that old and new objects are never mixed.
+    The object PREFIX + `beside`, if there is one, is fetched too.  Objects that are gone are removed from the copy, so
+    that it never mixes two states.
     """
     if not str(name).startswith("s3://"):
         return Path(name)
@@ -59,9 +59,8 @@ def local_folder(name, ending: str = ".hdf5") -> Path:
         raise UserError(f"{name}: no object that ends in {ending} below it")
     for key in tqdm(wanted, unit="file", desc=f"fetching {name}", disable=len(wanted) < 2):
         fetch(key, folder / key.rpartition("/")[2])
-    for key in listed:
-        if key == f"{prefix}_metadata.json":
-            fetch(key, folder.parent / key.rpartition("/")[2])
+    if beside and prefix + beside in listed:
+        fetch(prefix + beside, folder.with_name(folder.name + beside))
     for path in set(folder.glob(f"*{ending}")) - {folder / key.rpartition("/")[2] for key in wanted}:
         path.unlink()
     return folder

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from common.errors import UserError, dictionary, whole_number
-from data import shards as shard_files
 from data.masking import masked, row_keys
 from data.row_order import locate, row_order, row_ranges, rows_of_epoch
+from data.shard_checks import read_checked_rows
 from data.shard_reader import ShardReader
-from data.shards import Shard
+from data.shards import Shard, count_sequences, metadata_path
 
 HELD_OUT_SEED = 0  # for masking held-out rows that come without masks: the same masks at every evaluation
 ROWS_CHECKED_FIRST = 50_000  # read and checked before anything is built; the others when their shard's turn comes
@@ -93,7 +93,7 @@ class BatchStream:
         return self.open_shards[epoch, shard]
 
     def read_shuffled(self, epoch: int, shard: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        rows = self.reader.call(shard_files.read_checked, self.shards[shard], self.vocab_size)
+        rows = self.reader.call(read_checked_rows, self.shards[shard], self.vocab_size)
         return rows, row_order(self.seed, epoch, shard, self.rows_per_shard[shard])
 
     def skip_unreadable(self) -> None:
@@ -200,7 +200,7 @@ def check_first_rows(shards: list[Shard], vocab_size: int, reader: ShardReader) 
     for shard in shards:
         if checked >= ROWS_CHECKED_FIRST:
             return
-        reader.call(shard_files.read_checked, shard, vocab_size)
+        reader.call(read_checked_rows, shard, vocab_size)
         checked += shard.rows
 
 
@@ -231,7 +231,7 @@ def batches_once(shards: list[Shard], batch_size: int, vocab_size: int):
     pending: dict[str, torch.Tensor] | None = None
     with ShardReader() as reader:
         for number, shard in enumerate(shards):
-            rows = reader.call(shard_files.read_checked, shard, vocab_size)
+            rows = reader.call(read_checked_rows, shard, vocab_size)
             keys = row_keys(HELD_OUT_SEED, 0, number, np.arange(shard.rows))
             batch = as_batch(with_masks(rows, shard, keys))
             pending = batch if pending is None else {key: torch.cat([pending[key], batch[key]]) for key in batch}
@@ -250,8 +250,7 @@ def average_sequences_per_row(shards: list[Shard], reader: ShardReader, skip_bad
     """How many sequences a row holds on average: 1 where unpacked, else from the packer's metadata, else counted."""
     if not shards[0].packed:
         return 1.0
-    folder = shards[0].path.parent.resolve()
-    metadata = folder.parent / f"{folder.name}_metadata.json"
+    metadata = metadata_path(shards[0].path.parent.resolve())
     try:
         average = json.loads(metadata.read_text(encoding="utf-8"))["avg_seq_per_sample"]
     except FileNotFoundError:
@@ -268,7 +267,7 @@ def counted_sequences_per_row(shards: list[Shard], reader: ShardReader, skip_bad
     sequences, rows = 0, 0
     for shard in shards:
         try:
-            sequences += reader.call(shard_files.count_sequences, shard)
+            sequences += reader.call(count_sequences, shard)
             rows += shard.rows
         except UserError:
             if not skip_bad_shards:

@@ -51,7 +51,8 @@ class MaskingRule:
         wanted = np.clip(np.rint(lengths * self.masked_lm_prob), 1, self.max_predictions_per_seq)
         return np.clip(wanted, 0, np.maximum(lengths - SPECIALS_PER_SEQUENCE, 0)).astype(np.int64)
 
-    def describe(self) -> str:
+    @property
+    def description(self) -> str:
         return (f"without masks ({self.masked_lm_prob:.0%} of the tokens, at most {self.max_predictions_per_seq} a "
                 f"sequence, in a vocabulary of {self.vocab_size} with {', '.join(map(str, self.special_ids))})")
 
@@ -107,19 +108,20 @@ def chosen_tokens(input_mask, input_ids, rule: MaskingRule, keys) -> tuple[np.nd
                           for masks in (members, [mask & free for mask in members]))
     counts = np.minimum(rule.predictions(lengths), available)
     first = np.cumsum(available, axis=1) - available + np.arange(rows)[:, None] * length
-    rank = ramps(first.ravel(), counts.ravel())  # (K,) into the sorted tokens
+    rank = ranges(first.ravel(), counts.ravel())  # (K,) into the sorted tokens
 
     row = np.repeat(np.arange(rows), counts.sum(axis=1))
     place = row * length + (order.ravel()[rank] & np.uint64(2**POSITION_BITS - 1)).astype(np.int64)
     chosen = np.zeros(rows * length, bool)
     chosen[place] = True
-    return row, ramps(np.zeros(rows, np.int64), counts.sum(axis=1)), np.flatnonzero(chosen) - row * length
+    return row, ranges(np.zeros(rows, np.int64), counts.sum(axis=1)), np.flatnonzero(chosen) - row * length
 
 
-def ramps(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Numbers that count up from each `first`, so many of each.
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """range(start, start + count) for each start and count, joined, in the dtype of `starts`.
 
-    >>> ramps(np.array([5, 0, 90]), np.array([3, 0, 2]))
+    >>> ranges(np.array([5, 0, 90]), np.array([3, 0, 2]))
     array([ 5,  6,  7, 90, 91])
     """
-    return np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
+    return np.arange(counts.sum(), dtype=starts.dtype) + np.repeat(
+        (starts - np.cumsum(counts) + counts).astype(starts.dtype), counts)

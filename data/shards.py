@@ -1,4 +1,4 @@
-"""HDF5 shards of training samples: the schema, and reading, checking and writing whole shards.
+"""HDF5 shards of training samples: the schema, and finding, reading and writing shards.
 
 One row is one sample.  S = max_seq_length, P = max_predictions_per_seq, N = the most sequences that share a packed row.
 An unpacked row holds one sequence; a packed one holds up to N, numbered 1, 2, … in input_mask.  Only numpy and h5py are
@@ -9,6 +9,7 @@ file's attributes say how to mask by masking.py: masked_lm_prob, max_predictions
 [PAD] [UNK] [CLS] [SEP] [MASK]), and prediction_slots, the width that MASK_KEYS would have.
 """
 
+import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from common.download import local_folder
 from common.errors import UserError
 from common.files import PatientFile, replacing
 from data.masking import LONGEST_ROW, MOST_SEQUENCES, MaskingRule
+from data.shard_reader import IN_PROCESS
 
 ROWS_PER_CHUNK = 1024  # of the shards written here: HDF5 compresses and reads this many rows at a time
 MOST_COMPRESSED = 5000  # times that rows can be larger than their file (gzip: about 1000, zstd: more)
@@ -52,6 +54,7 @@ UNPACKED_KEYS = tuple(column.key for column in SCHEMA if column.unpacked)
 PACKED_KEYS = tuple(column.key for column in SCHEMA)
 MASK_KEYS = ("masked_lm_positions", "masked_lm_ids")
 SLOTS = "prediction_slots"  # the attribute beside those of the rule
+METADATA_SUFFIX = "_metadata.json"  # of the packer's file about the set, after the name of the set's folder
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,13 @@ class Shard:
         """Its data sets."""
         return keys_of(self.packed, self.rule)
 
+    @property
+    def description(self) -> str:
+        """Its form in words; the shards of one set share it."""
+        packed = f"packed to {self.max_sequences} sequences a row" if self.packed else "unpacked"
+        rule = f", {self.rule.description}" if self.rule else ""
+        return f"{packed}, {self.sequence_length} tokens and {self.prediction_slots} prediction slots a row{rule}"
+
 
 def keys_of(packed: bool, rule: MaskingRule | None) -> tuple[str, ...]:
     """The data sets of a shard."""
@@ -78,8 +88,14 @@ def keys_of(packed: bool, rule: MaskingRule | None) -> tuple[str, ...]:
     return tuple(key for key in keys if rule is None or key not in MASK_KEYS)
 
 
-def inspect(path) -> Shard:
-    """Read the header of a shard and check it against the schema: keys, integer dtypes, equal row counts, shapes.
+def metadata_path(folder) -> Path:
+    """The packer's metadata lie beside the folder of the packed shards."""
+    folder = Path(os.path.abspath(folder))
+    return folder.parent / (folder.name + METADATA_SUFFIX)
+
+
+def read_header(path) -> Shard:
+    """What the header of a shard says, checked against the schema: keys, integer dtypes, equal row counts, shapes.
 
     Raises UserError naming the file and what is wrong with it.
     """
@@ -140,73 +156,65 @@ def expected_shape(shard: Shard, key: str) -> tuple:
     return (shard.rows,) if width == "1" else (shard.rows, sizes[width])
 
 
-def find(folder, split: str = "training", flag: str = "--input_dir", inspect=inspect, unreadable=None) -> list[Shard]:
+def find_shards(folder, split: str = "training", flag: str = "--input_dir", reader=IN_PROCESS) -> list[Shard]:
     """The shards of a folder, in the order of their names: every packed .hdf5 file, and the unpacked ones whose names
     hold `split` ("training" or "test").  Other files do no harm.
 
-    `inspect` reads a header, here or in another process; a list `unreadable` gets the errors of shards that it cannot
-    read, which are passed over.  Raises UserError, naming `flag`, where the folder is missing or no shard is in it,
-    where its shards are not all of one form, and, without that list, where one cannot be read.
+    `reader` reads the headers: IN_PROCESS or a ShardReader.  Raises UserError where the folder is missing or holds no
+    shard, where a shard cannot be read, and where the shards are not all of one form; the message names `flag`.
     """
-    folder = local_folder(folder)
+    folder = local_shard_folder(folder, flag)
+    found = [reader.call(read_header, path) for path in sorted(folder.glob("*.hdf5"))]
+    return usable_shards(found, folder, split, flag)
+
+
+def find_readable_shards(folder, split: str = "training", flag: str = "--input_dir",
+                         reader=IN_PROCESS) -> tuple[list[Shard], list[str]]:
+    """The same without the shards that cannot be read, and why each of those cannot."""
+    folder = local_shard_folder(folder, flag)
+    found, errors = [], []
+    for path in sorted(folder.glob("*.hdf5")):
+        try:
+            found.append(reader.call(read_header, path))
+        except UserError as error:
+            errors.append(str(error))
+    return usable_shards(found, folder, split, flag), errors
+
+
+def local_shard_folder(folder, flag: str) -> Path:
+    folder = local_folder(folder, beside=METADATA_SUFFIX)
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
-    shards = [shard for path in sorted(folder.glob("*.hdf5")) if (shard := inspected(path, inspect, unreadable))]
-    shards = [shard for shard in shards if shard.packed or split in shard.path.name]
+    return folder
+
+
+def usable_shards(found: list[Shard], folder: Path, split: str, flag: str) -> list[Shard]:
+    shards = [shard for shard in found if shard.packed or split in shard.path.name]
     if not shards:
         raise UserError(f"{flag} {folder}: no shard in it "
                         f"(packed .hdf5 files, or unpacked ones with '{split}' in the name)")
     for shard in shards:
-        if description(shard) != description(shards[0]):
-            raise UserError(f"{flag} {folder}: {shards[0].path.name} is {description(shards[0])}, "
-                            f"{shard.path.name} is {description(shard)}")
+        if shard.description != shards[0].description:
+            raise UserError(f"{flag} {folder}: {shards[0].path.name} is {shards[0].description}, "
+                            f"{shard.path.name} is {shard.description}")
     if not any(shard.rows for shard in shards):
         raise UserError(f"{flag} {folder}: no row in any of its {len(shards)} shards")
     return shards
 
 
-def inspected(path, inspect, unreadable: list | None) -> Shard | None:
-    try:
-        return inspect(path)
-    except UserError as error:
-        if unreadable is None:
-            raise
-        unreadable.append(str(error))
-        return None
-
-
-def description(shard: Shard) -> str:
-    """The form of a shard in words; shards of one set share it."""
-    packed = f"packed to {shard.max_sequences} sequences a row" if shard.packed else "unpacked"
-    rule = f", {shard.rule.describe()}" if shard.rule else ""
-    return f"{packed}, {shard.sequence_length} tokens and {shard.prediction_slots} prediction slots a row{rule}"
-
-
-def read(shard: Shard, keys=None, rows=...) -> dict[str, np.ndarray]:
+def read_rows(shard: Shard, keys=None, rows=...) -> dict[str, np.ndarray]:
     """All rows of a shard, or those of the slice `rows`, each key as one array in the dtype of the file."""
     with opened(shard.path) as file:
         return {key: file[key][rows] for key in keys or shard.keys}
 
 
-def read_checked(shard: Shard, vocab_size: int) -> dict[str, np.ndarray]:
-    """All rows of a shard; UserError naming file, row and value where the model could not take one."""
-    rows = read(shard)
-    for key, values in rows.items():
-        if values.shape != expected_shape(shard, key) or values.dtype.kind not in "iu":
-            raise UserError(f"{shard.path}: changed since the run began: {key} is now {values.shape}, {values.dtype}")
-    fault = first_fault(shard, rows, vocab_size)
-    if fault:
-        raise UserError(f"{shard.path}: {fault}")
-    return rows
-
-
 def count_sequences(shard: Shard) -> int:
     """How many sequences the rows of a packed shard hold."""
     key = "next_sentence_weights"
-    return int(np.count_nonzero(read(shard, [key])[key]))
+    return int(np.count_nonzero(read_rows(shard, [key])[key]))
 
 
-def write(path, rows: dict[str, np.ndarray], rule: MaskingRule | None = None, prediction_slots: int = 0) -> None:
+def write_shard(path, rows: dict[str, np.ndarray], rule: MaskingRule | None = None, prediction_slots: int = 0) -> None:
     """Write one shard in the dtypes of the schema, gzip-compressed, whole or not at all.
 
     `rows` holds exactly the keys of the unpacked or of the packed form; with a `rule`, those without masks.
@@ -287,38 +295,3 @@ def opened(path):
         raise UserError(f"{path}: no such file") from None
     except DAMAGE as error:
         raise UserError(f"{path}: not a readable HDF5 file ({type(error).__name__}: {error})") from None
-
-
-def first_fault(shard: Shard, rows: dict[str, np.ndarray], vocab_size: int) -> str | None:
-    """What no model with this vocabulary can take in the rows of a shard, naming key, row and value; or None."""
-    sequence_length = shard.sequence_length
-    limits = {"input_ids": vocab_size, "masked_lm_ids": vocab_size, "segment_ids": 2, "next_sentence_labels": 2,
-              "masked_lm_positions": sequence_length, "positions": sequence_length,
-              "next_sentence_positions": sequence_length, "next_sentence_weights": 2,
-              "input_mask": shard.max_sequences + 1}
-    for key, values in rows.items():
-        bad = (values < 0) | (values >= limits[key])
-        if bad.any():
-            where = np.argwhere(bad)[0]
-            return f"{key} of row {where[0]} holds {values[tuple(where)]}, not from 0 to {limits[key] - 1}"
-    empty = ~rows["input_mask"].any(axis=1)
-    if empty.any():
-        return f"row {empty.argmax()} holds no token"
-    return rule_fault(shard, rows["input_mask"], vocab_size) if shard.rule else None
-
-
-def rule_fault(shard: Shard, input_mask: np.ndarray, vocab_size: int) -> str | None:
-    """Why rows without masks cannot be masked for a model with this vocabulary, or None."""
-    rule = shard.rule
-    if rule.vocab_size > vocab_size:
-        return f"made with a vocabulary of {rule.vocab_size}, but the config's has {vocab_size}"
-    counts = to_predict(shard, input_mask)
-    if counts.max(initial=0) > shard.prediction_slots:
-        return f"row {counts.argmax()} has {counts.max()} tokens to predict, and room for {shard.prediction_slots}"
-    return None
-
-
-def to_predict(shard: Shard, input_mask: np.ndarray) -> np.ndarray:
-    """How many tokens of each row will be masked in a shard without masks.  (n, S) → (n,)"""
-    return sum(shard.rule.predictions(np.count_nonzero(input_mask == number, axis=1))
-               for number in range(1, shard.max_sequences + 1))

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from checkpoint import optimizer_shards
 from checkpoint.file import write_file
-from data import shards
 from data.masking import MaskingRule
+from data.shards import write_shard
 from tests.support import samples, synthetic
 
 LENGTH, PREDICTIONS, VOCABULARY = 24, 4, 99
@@ -79,13 +79,13 @@ def write_data(folder: Path) -> None:
         rng = np.random.default_rng(seed)
         rows = synthetic.unpacked_rows(np.array([24, 5, 11, 13, 8, 17]), rng, LENGTH, PREDICTIONS)
         rows |= {key: rows[key] % VOCABULARY for key in ("input_ids", "masked_lm_ids")}
-        shards.write(folder / f"data/{name}_training.hdf5", rows)
-        shards.write(folder / f"without_masks/{name}_training.hdf5", rows, RULE, PREDICTIONS)
+        write_shard(folder / f"data/{name}_training.hdf5", rows)
+        write_shard(folder / f"without_masks/{name}_training.hdf5", rows, RULE, PREDICTIONS)
     batch = samples.unpacked_batch([24, 5, 11, 13, 8, 10])
     packed = samples.packed_batch(batch, [[0], [1, 2], [3, 4], [5]], LENGTH)
     packed |= {key: packed[key] % VOCABULARY for key in ("input_ids", "masked_lm_ids")}
     for name in ("a", "b"):
-        shards.write(folder / f"packed/{name}.hdf5", {key: value.numpy() for key, value in packed.items()})
+        write_shard(folder / f"packed/{name}.hdf5", {key: value.numpy() for key, value in packed.items()})
     (folder / "packed_metadata.json").write_text(json.dumps({"avg_seq_per_sample": 1.5, "top_8_strategies": [[24]]}))
 
 

@@ -17,8 +17,8 @@ from checkpoint.folder import KEPT, saved_steps
 from common.errors import UserError
 from common.files import nearest_existing
 from common.units import format_bytes, format_duration
-from data import shards as shard_files
 from data.dataloader import batches_once
+from data.shard_checks import read_checked_rows
 from training import memory_estimate
 
 MOMENTS = 2  # numbers that the optimizer keeps for each weight
@@ -49,7 +49,7 @@ def check_rows(trainer) -> int:
     training = [shard for number, shard in enumerate(stream.shards) if number not in stream.skipped_shards]
     for shard in tqdm([*held_out, *training], unit="shard", desc="checking rows", disable=hidden, leave=False):
         try:
-            stream.reader.call(shard_files.read_checked, shard, trainer.model.config.vocab_size)
+            stream.reader.call(read_checked_rows, shard, trainer.model.config.vocab_size)
             usable += shard.rows if shard in training else 0
         except UserError as error:
             if not trainer.args.skip_bad_shards or shard in held_out:

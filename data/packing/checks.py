@@ -81,7 +81,7 @@ def prediction_faults(rows: dict[str, np.ndarray]) -> Iterator[tuple[str, np.nda
         np.where(used, labels <= 0, labels != 0)).any(axis=1)
     inside = np.where(outside, 0, positions)
     yield "a masked_lm_position is that of a [CLS] or [SEP]", (
-        used & np.take_along_axis(special_places(mask, rows["segment_ids"]), inside, axis=1)).any(axis=1)
+        used & np.take_along_axis(special_tokens(mask, rows["segment_ids"]), inside, axis=1)).any(axis=1)
     yield "the masked_lm_positions of a sequence do not point at [MASK] or at their own labels", misplaced_rows(
         rows, used & ~outside, inside)
 
@@ -108,7 +108,7 @@ def sequence_starts(mask: np.ndarray) -> np.ndarray:
     return (mask != before) & (mask != 0)
 
 
-def special_places(mask: np.ndarray, segments: np.ndarray) -> np.ndarray:
+def special_tokens(mask: np.ndarray, segments: np.ndarray) -> np.ndarray:
     """Where [CLS] and [SEP] stand in sequences of the form [CLS] A [SEP] B [SEP], (n, S) bool."""
     after = np.concatenate([mask[:, 1:], np.zeros_like(mask[:, :1])], axis=1)
     segment_after = np.concatenate([segments[:, 1:], np.zeros_like(segments[:, :1])], axis=1)
@@ -135,10 +135,10 @@ def fingerprints(rows: dict[str, np.ndarray]) -> np.ndarray:
 
     if "masked_lm_positions" in rows:
         masked_row, slot = np.nonzero(rows["masked_lm_positions"])
-        place = rows["masked_lm_positions"][masked_row, slot].astype(np.int64)
+        offset = rows["masked_lm_positions"][masked_row, slot].astype(np.int64)
         counts = np.count_nonzero(starts, axis=1)
-        sequence = (np.cumsum(counts) - counts)[masked_row] + mask[masked_row, place] - 1
-        np.add.at(sums, sequence, hashed(rows["masked_lm_ids"][masked_row, slot], place - start[sequence], 1))
+        sequence = (np.cumsum(counts) - counts)[masked_row] + mask[masked_row, offset] - 1
+        np.add.at(sums, sequence, hashed(rows["masked_lm_ids"][masked_row, slot], offset - start[sequence], 1))
     labels = rows["next_sentence_labels"]
     labels = (labels if labels.ndim == 2 else labels[:, None])[row, mask[row, start] - 1]
     return scrambled(sums + labels.astype(np.uint64))

@@ -18,7 +18,8 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import csc_array, hstack
 
-from data.packing.recipe import Recipe, elementary_bound, fill_rows, knapsack, longest_pack_first
+from data.packing.lpfhp import fill_rows, longest_pack_first
+from data.packing.recipe import Recipe, elementary_bound, knapsack
 
 PRICE_UNIT = 2**40        # prices are whole numbers of 1 / PRICE_UNIT rows: sums of them are exact, and so are bounds
 SMALLEST_PROGRAM = 64     # row length from which on it pays to solve a coarser program first

@@ -12,7 +12,8 @@ from scipy.optimize import linprog
 from scipy.sparse import csc_array, diags_array
 from threadpoolctl import threadpool_limits
 
-from data.packing.recipe import Recipe, elementary_bound, fill_rows
+from data.packing.lpfhp import fill_rows
+from data.packing.recipe import Recipe, elementary_bound
 
 MAX_DEPTH = 3
 SHORT_LENGTHS, SHORT_WEIGHT = 8, 0.09

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from data import shards
-from data.masking import MaskingRule
-from data.packing.placement import Placement, ranks_within
+from data.masking import MaskingRule, ranges
+from data.packing.assignment import RowAssignment, ranks_within
+from data.shards import MASK_KEYS, Shard, read_rows, write_shard
 
 TOKENS_PER_BLOCK = 2**22  # of the input; a process holds one block or part at a time, up to 100 bytes a token
 TOKENS_PER_PART = 2**23   # of the output, padding included: 16,384 rows of 512
@@ -36,7 +36,7 @@ class Block:
     """Some rows of an unpacked shard, few enough to be held in memory."""
 
     number: int
-    shard: shards.Shard
+    shard: Shard
     start: int
     stop: int
 
@@ -45,7 +45,7 @@ class Block:
         return f"{self.shard.path}: row {self.start + index}"
 
 
-def blocks_of(found: list[shards.Shard]) -> list[Block]:
+def blocks_of(found: list[Shard]) -> list[Block]:
     """Cut the shards into blocks, in the order of the shards."""
     blocks = []
     for shard in found:
@@ -69,7 +69,7 @@ class Survey:
 def survey(block: Block) -> Survey:
     """Count the lengths of a block's sequences.  Raises UserError naming file and row where a row cannot be packed."""
     keys = [key for key in block.shard.keys if key in ("input_mask", "masked_lm_positions")]
-    rows = shards.read(block.shard, keys, rows=slice(block.start, block.stop))
+    rows = read_rows(block.shard, keys, rows=slice(block.start, block.stop))
     lengths = checked_lengths(block, rows["input_mask"])
     rule = block.shard.rule
     predictions = (rule.predictions(lengths) if rule else
@@ -145,14 +145,14 @@ def temporary_bytes(surveys: list[Survey], part_count: int) -> int:
             + len(surveys) * (part_count + 1) * INDEX_LINE)
 
 
-def scatter(block: Block, placement: Placement, ranks_before: np.ndarray, layout: Layout) -> None:
+def scatter(block: Block, assignment: RowAssignment, ranks_before: np.ndarray, layout: Layout) -> None:
     """Write the sequences of a block to its temporary files, sorted by the part that they go to.
 
     `ranks_before[length]` counts the sequences of that length in the blocks before this one.
     """
-    rows = shards.read(block.shard, rows=slice(block.start, block.stop))
+    rows = read_rows(block.shard, rows=slice(block.start, block.stop))
     lengths = np.count_nonzero(rows["input_mask"], axis=1)
-    output_rows, slots = placement.rows_and_slots(lengths, ranks_before[lengths] + ranks_within(lengths))
+    output_rows, slots = assignment.rows_and_slots(lengths, ranks_before[lengths] + ranks_within(lengths))
     parts, rows_in_part = np.divmod(output_rows, layout.rows_per_part)
     order = np.argsort(parts, kind="stable")
     rows = {key: values[order] for key, values in rows.items()}
@@ -174,7 +174,7 @@ def records_of(rows: dict, lengths, output_rows, slots) -> tuple[np.ndarray, np.
     for key in TOKEN.names:
         tokens[key] = rows[key][is_token]
 
-    positions, ids = (rows.get(key, np.zeros((len(lengths), 0), np.int32)) for key in shards.MASK_KEYS)
+    positions, ids = (rows.get(key, np.zeros((len(lengths), 0), np.int32)) for key in MASK_KEYS)
     is_prediction = positions > 0
     predictions = np.empty(np.count_nonzero(is_prediction), PREDICTION)
     predictions["position"] = positions[is_prediction]
@@ -196,7 +196,7 @@ def gather(part: int, block_count: int, layout: Layout, path: Path) -> int:
     pieces = [read_piece(block_number, part, layout) for block_number in range(block_count)]
     sequences, tokens, predictions = (np.concatenate(records) for records in zip(*pieces, strict=True))
     rows = packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part))
-    shards.write(path, rows, layout.rule, layout.prediction_slots)
+    write_shard(path, rows, layout.rule, layout.prediction_slots)
     return len(sequences)
 
 
@@ -214,40 +214,32 @@ def packed_rows(sequences, tokens, predictions, layout: Layout, row_count: int) 
     Within a row the sequences stand in the order of their slots, which are 0, 1, … without a gap.
     """
     shape = (row_count, layout.max_sequences)
-    place = (sequences["row"], sequences["slot"])
+    row_and_slot = (sequences["row"], sequences["slot"])
     lengths, prediction_counts, labels = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int8)
-    lengths[place] = sequences["length"]
-    prediction_counts[place] = sequences["predictions"]
-    labels[place] = sequences["label"]
+    lengths[row_and_slot] = sequences["length"]
+    prediction_counts[row_and_slot] = sequences["predictions"]
+    labels[row_and_slot] = sequences["label"]
     starts = np.cumsum(lengths, axis=1) - lengths
     prediction_starts = np.cumsum(prediction_counts, axis=1) - prediction_counts
 
     rows = {"next_sentence_positions": np.where(lengths > 0, starts, 0), "next_sentence_labels": labels,
             "next_sentence_weights": (lengths > 0).astype(np.int32)}
 
-    positions = ramps(sequences["length"])
-    targets = np.repeat(sequences["row"] * layout.row_length + starts[place], sequences["length"]) + positions
+    zeros = np.zeros(len(sequences), np.int32)
+    positions = ranges(zeros, sequences["length"])
+    targets = np.repeat(sequences["row"] * layout.row_length + starts[row_and_slot], sequences["length"]) + positions
     token_values = {"input_ids": tokens["input_ids"], "segment_ids": tokens["segment_ids"], "positions": positions,
                     "input_mask": np.repeat(sequences["slot"] + 1, sequences["length"])}
     for key, values in token_values.items():
         rows[key] = spread(values, targets, (row_count, layout.row_length))
 
     width = layout.prediction_slots
-    targets = np.repeat(sequences["row"] * width + prediction_starts[place], sequences["predictions"])
-    targets += ramps(sequences["predictions"])
-    offsets = np.repeat(starts[place], sequences["predictions"])
+    targets = np.repeat(sequences["row"] * width + prediction_starts[row_and_slot], sequences["predictions"])
+    targets += ranges(zeros, sequences["predictions"])
+    offsets = np.repeat(starts[row_and_slot], sequences["predictions"])
     rows["masked_lm_positions"] = spread(predictions["position"] + offsets, targets, (row_count, width))
     rows["masked_lm_ids"] = spread(predictions["id"], targets, (row_count, width))
     return rows
-
-
-def ramps(counts: np.ndarray) -> np.ndarray:
-    """0, 1, … for every count, one after the other.
-
-    >>> ramps(np.array([3, 0, 2]))
-    array([0, 1, 2, 0, 1], dtype=int32)
-    """
-    return np.arange(counts.sum(), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32)
 
 
 def spread(values: np.ndarray, targets: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import pack_pretraining_data_pytorch as packer
 import run_pretraining
 from checkpoint.folder import checkpoint_path, read_checkpoint, saved_steps
-from data import shards
 from data.shard_reader import ShardReader
+from data.shards import find_shards, read_rows
 from tests.support import ranks, samples
 from tests.support.small_run import logged_steps, train
 
@@ -115,7 +115,7 @@ def test_two_ranks_go_on_bit_for_bit_and_one_rank_with_the_same_rows(tmp_path, m
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return shards.find(samples.write_dataset(tmp_path_factory.mktemp("rows")))
+    return find_shards(samples.write_dataset(tmp_path_factory.mktemp("rows")))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_no_row_is_lost_or_repeated_where_the_number_of_ranks_changes(found, rea
         row += rounds * world_size * size
         for stream in streams:
             stream.close()
-    stored = [tuple(ids) for shard in found for ids in shards.read(shard)["input_ids"].tolist()]
+    stored = [tuple(ids) for shard in found for ids in read_rows(shard)["input_ids"].tolist()]
     for epoch in range(0, len(used), len(stored)):
         counts = Counter(used[epoch:epoch + len(stored)])
         assert counts <= Counter(stored) and (counts == Counter(stored) or epoch + len(stored) > len(used))

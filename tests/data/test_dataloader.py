@@ -13,6 +13,7 @@ from data import shards
 from data.dataloader import average_sequences_per_row, batches_once, sequences_in
 from data.row_order import row_order, row_ranges, shard_order
 from data.shard_reader import ShardReader
+from data.shards import find_shards, read_rows, write_shard
 from tests.support import samples, synthetic
 from tests.support.samples import batch_stream
 
@@ -84,12 +85,12 @@ def reader():
 
 
 def stored_rows(found) -> list[bytes]:
-    return [row.tobytes() for shard in found for row in shards.read(shard, ["input_ids"])["input_ids"].astype(np.int32)]
+    return [row.tobytes() for shard in found for row in read_rows(shard, ["input_ids"])["input_ids"].astype(np.int32)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 25, 60])
 def test_stream_delivers_every_row_once_an_epoch(folder, batch_size):
-    found = shards.find(folder)
+    found = find_shards(folder)
     stream = batch_stream(found, batch_size)
     rows = [row.numpy().tobytes() for _ in range(-(-100 // batch_size)) for row in next(stream)["input_ids"]]
     for epoch in range(4):
@@ -99,8 +100,8 @@ def test_stream_delivers_every_row_once_an_epoch(folder, batch_size):
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_stream_follows_the_pure_function_on_every_rank(folder, world_size):
-    found = shards.find(folder)
-    contents = [shards.read(shard)["input_ids"] for shard in found]
+    found = find_shards(folder)
+    contents = [read_rows(shard)["input_ids"] for shard in found]
     rows_per_shard = [shard.rows for shard in found]
     for rank in range(world_size):
         stream = batch_stream(found, 4, 9, rank, world_size)
@@ -110,7 +111,7 @@ def test_stream_follows_the_pure_function_on_every_rank(folder, world_size):
 
 
 def test_stream_continues_from_any_row(folder):
-    found = shards.find(folder)
+    found = find_shards(folder)
     whole = batch_stream(found, 3)
     batches = [next(whole) for _ in range(20)]
     later = batch_stream(found, 3, first_row=3 * 11)
@@ -121,14 +122,14 @@ def test_stream_continues_from_any_row(folder):
 
 def test_shards_without_rows_are_passed_over(tmp_path):
     folder = samples.write_dataset(tmp_path, (2, 1))
-    empty = {key: values[:0] for key, values in shards.read(shards.find(folder)[0]).items()}
-    shards.write(folder / "sample_training_9.hdf5", empty)
-    rows = next(batch_stream(shards.find(folder), 3, 0))["input_ids"]
-    assert Counter(row.numpy().tobytes() for row in rows) == Counter(stored_rows(shards.find(folder)))
+    empty = {key: values[:0] for key, values in read_rows(find_shards(folder)[0]).items()}
+    write_shard(folder / "sample_training_9.hdf5", empty)
+    rows = next(batch_stream(find_shards(folder), 3, 0))["input_ids"]
+    assert Counter(row.numpy().tobytes() for row in rows) == Counter(stored_rows(find_shards(folder)))
 
 
 def test_one_pass_holds_every_row_once_and_fills_up_with_empty_rows(folder):
-    found = shards.find(folder)
+    found = find_shards(folder)
     batches = list(batches_once(found, 4, synthetic.VOCAB_SIZE))
     assert {len(batch["input_ids"]) for batch in batches} == {4}
     rows = [row.numpy().tobytes() for batch in batches for row, mask in zip(batch["input_ids"], batch["input_mask"],
@@ -138,7 +139,7 @@ def test_one_pass_holds_every_row_once_and_fills_up_with_empty_rows(folder):
 
 
 def test_impossible_values_are_named_with_file_and_row(folder):
-    found = shards.find(folder)
+    found = find_shards(folder)
     with pytest.raises(UserError, match=r"sample_training_\d\.hdf5: input_ids of row \d+ holds \d+, not from 0 to 999"):
         next(batch_stream(found, 4, vocab_size=1000))
 
@@ -150,8 +151,8 @@ def packed_rows():
 
 def test_sequences_per_row_come_from_metadata_else_from_the_shards(tmp_path, reader):
     folder = tmp_path / "packed"
-    shards.write(folder / "part.hdf5", packed_rows())
-    found = shards.find(folder)
+    write_shard(folder / "part.hdf5", packed_rows())
+    found = find_shards(folder)
     assert average_sequences_per_row(found, reader) == pytest.approx(4 / 3)
     (tmp_path / "packed_metadata.json").write_text('{"avg_seq_per_sample": 1.5}')
     assert average_sequences_per_row(found, reader) == 1.5
@@ -162,7 +163,7 @@ def test_sequences_per_row_come_from_metadata_else_from_the_shards(tmp_path, rea
 
 
 def test_unpacked_rows_become_packed_rows_of_one_sequence(folder):
-    batch = next(batch_stream(shards.find(folder), 5))
+    batch = next(batch_stream(find_shards(folder), 5))
     assert set(batch) == set(shards.PACKED_KEYS)
     assert batch["positions"][3].tolist() == list(range(samples.SEQUENCE_LENGTH))
     assert batch["next_sentence_labels"].shape == batch["next_sentence_weights"].shape == (5, 1)

@@ -18,6 +18,8 @@ import run_pretraining
 from common.errors import UserError
 from data import masking, shards
 from data.dataloader import BatchStream, as_batch
+from data.shard_checks import read_checked_rows
+from data.shards import MASK_KEYS, UNPACKED_KEYS, find_shards, read_header, read_rows
 from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
 from tests.support import ranks, samples, synthetic
 
@@ -123,7 +125,7 @@ def workspace(tmp_path, monkeypatch):
 
 
 def stream(rank=0, world_size=1, first_row=0, size=3) -> BatchStream:
-    return samples.batch_stream(shards.find("data"), size, 1, rank, world_size, first_row)
+    return samples.batch_stream(find_shards("data"), size, 1, rank, world_size, first_row)
 
 
 def rows_of(*batches) -> list[tuple]:
@@ -200,9 +202,9 @@ def check() -> int:
 def test_packing_keeps_every_sequence_and_the_rule(workspace, capsys):
     pack()
     assert check() == 0 and "49 sequences, the same as in data: no fault" in capsys.readouterr().out
-    unpacked, packed = shards.find("data")[0], shards.find("packed")[0]
+    unpacked, packed = find_shards("data")[0], find_shards("packed")[0]
     assert packed.rule == unpacked.rule and packed.prediction_slots == PREDICTIONS + 3
-    assert not set(shards.MASK_KEYS) & set(shards.read(packed))
+    assert not set(MASK_KEYS) & set(read_rows(packed))
     with h5py.File(packed.path, "a") as file:
         file.attrs["masked_lm_prob"] = 0.2
     assert check() == 1 and "without masks (20% of the tokens" in capsys.readouterr().out
@@ -258,7 +260,7 @@ def create(text, output, *flags) -> shards.Shard:
     save_vocabulary("vocab.txt", [*SPECIAL_TOKENS, *WORDS])
     create_pretraining_data.main([f"--input_file={text}", f"--output_file={output}", "--vocab_file=vocab.txt",
                                   "--max_seq_length=128", *flags])
-    return shards.inspect(output)
+    return read_header(output)
 
 
 def test_samples_are_stored_once_in_a_fifth_of_the_space(tmp_path, monkeypatch):
@@ -271,8 +273,8 @@ def test_samples_are_stored_once_in_a_fifth_of_the_space(tmp_path, monkeypatch):
     assert fixed.rule is None and abs(fixed.rows / dynamic.rows - 5) < 0.3
     assert dynamic.path.stat().st_size < 0.2 * fixed.path.stat().st_size
     assert dynamic.rule == masking.MaskingRule(0.15, 20, 15, (0, 1, 2, 3, 4))
-    rows = shards.read_checked(dynamic, 15)
-    assert set(rows) == set(shards.UNPACKED_KEYS) - set(shards.MASK_KEYS)
+    rows = read_checked_rows(dynamic, 15)
+    assert set(rows) == set(UNPACKED_KEYS) - set(MASK_KEYS)
     assert not (rows["input_ids"] == 4).any()
     twice = create("text.txt", tmp_path / "twice_training.hdf5", "--dynamic_masking", "--dupe_factor=2")
     assert abs(twice.rows / dynamic.rows - 2) < 0.2

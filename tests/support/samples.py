@@ -38,18 +38,18 @@ def packed_batch(batch: dict, rows: list[list[int]], sequence_length: int) -> di
                for key in ("next_sentence_positions", "next_sentence_labels", "next_sentence_weights")}
     for row, members in enumerate(rows):
         start = 0
-        for place, member in enumerate(members):
+        for number, member in enumerate(members):
             length = int(batch["input_mask"][member].sum())
             here = slice(start, start + length)
             for key in ("input_ids", "segment_ids", "positions"):
                 packed[key][row, here] = batch[key][member, :length]
-            packed["input_mask"][row, here] = place + 1
-            masked, own_slots = batch["masked_lm_positions"][member], slice(place * slots, (place + 1) * slots)
+            packed["input_mask"][row, here] = number + 1
+            masked, own_slots = batch["masked_lm_positions"][member], slice(number * slots, (number + 1) * slots)
             packed["masked_lm_positions"][row, own_slots] = torch.where(masked > 0, masked + start, 0)
             packed["masked_lm_ids"][row, own_slots] = batch["masked_lm_ids"][member]
-            packed["next_sentence_positions"][row, place] = start
-            packed["next_sentence_labels"][row, place] = batch["next_sentence_labels"][member, 0]
-            packed["next_sentence_weights"][row, place] = 1
+            packed["next_sentence_positions"][row, number] = start
+            packed["next_sentence_labels"][row, number] = batch["next_sentence_labels"][member, 0]
+            packed["next_sentence_weights"][row, number] = 1
             start += length
     return packed
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from data import shards
 from data.dataloader import average_sequences_per_row, batches_once, sequences_in
 from data.shard_reader import ShardReader
+from data.shards import find_shards
 from modeling import BertForPreTraining
 from pack_pretraining_data_pytorch import main as pack
 from tests.support import samples
@@ -34,7 +34,7 @@ def model():
 
 def whole_set(folder):
     """All rows of a folder in one batch."""
-    found = shards.find(folder)
+    found = find_shards(folder)
     (batch,) = batches_once(found, sum(shard.rows for shard in found), VOCAB_SIZE)
     return batch
 
@@ -69,7 +69,7 @@ def test_metadata_and_shards_agree_on_the_sequences_a_row(unpacked, tmp_path, de
     pack(["--input_dir", str(unpacked), "--output_dir", str(tmp_path / "packed"), "--max_sequence_length", str(LENGTH),
           "--max_predictions_per_sequence", str(PREDICTIONS), "--max_sequences_per_pack", str(depth),
           "--n_processes", "1", "--disable_progress_bar"])
-    found = shards.find(tmp_path / "packed")
+    found = find_shards(tmp_path / "packed")
     with ShardReader() as reader:
         named = average_sequences_per_row(found, reader)
         (tmp_path / "packed_metadata.json").unlink()

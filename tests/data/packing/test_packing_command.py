@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data import shards
 from data.packing import scatter_gather as packing_shards
+from data.packing.methods import METHODS
+from data.shards import find_shards, read_rows
 from data.workers import open_pool, ordered_map
 from pack_pretraining_data_pytorch import main
 from tests.support.synthetic import write_unpacked_shard
@@ -100,21 +101,21 @@ def small_pieces(monkeypatch):
 def test_packing_keeps_every_sequence_at_any_depth_also_in_the_last_file(unpacked, tmp_path, depth):
     pack(unpacked, tmp_path / "packed", depth=depth)
     assert packed_sequences(tmp_path / "packed") == unpacked_sequences(unpacked)
-    rows = [shard.rows for shard in shards.find(tmp_path / "packed")]
+    rows = [shard.rows for shard in find_shards(tmp_path / "packed")]
     metadata = json.loads((tmp_path / "packed_metadata.json").read_text())
     assert sum(rows) == metadata["new_number_of_samples"] and max(rows) == 7
     assert len(rows) == -(-sum(rows) // 7)
 
 
 @given(lengths=st.lists(st.lists(st.integers(5, 40), max_size=12), min_size=1, max_size=3).filter(any),
-       depth=st.integers(1, 9), method=st.sampled_from(["cutting_stock", "nnls", "lpfhp"]), seed=st.integers(0, 9))
+       depth=st.integers(1, 9), method=st.sampled_from(list(METHODS.values())), seed=st.integers(0, 9))
 @settings(max_examples=25, deadline=None)
 def test_packing_keeps_any_multiset_of_sequences(tmp_path_factory, lengths, depth, method, seed):
     folder = tmp_path_factory.mktemp("any")
     for number, in_shard in enumerate(lengths):
         write_unpacked_shard(folder / "unpacked" / f"a_training_{number}.hdf5", np.array(in_shard, int), seed, 40, 6)
-    depth = min(depth, 3) if method == "nnls" else depth
-    pack(folder / "unpacked", folder / "packed", "--packing_method", method, "--seed", str(seed),
+    depth = min(depth, method.max_depth or depth)
+    pack(folder / "unpacked", folder / "packed", "--packing_method", method.name, "--seed", str(seed),
          length=40, predictions=6, depth=depth)
     assert packed_sequences(folder / "packed") == unpacked_sequences(folder / "unpacked")
 
@@ -184,7 +185,7 @@ def test_rows_are_shuffled_over_the_whole_set(tmp_path, monkeypatch):
     for number, length in enumerate((128, 64, 30)):  # three kinds of row, one a shard
         write_unpacked_shard(tmp_path / "unpacked" / f"a_training_{number}.hdf5", np.full(200, length), seed=number)
     pack(tmp_path / "unpacked", tmp_path / "packed", depth=4)
-    kinds = [shards.read(shard, ["input_mask"])["input_mask"].max(axis=1) for shard in shards.find(tmp_path / "packed")]
+    kinds = [read_rows(shard, ["input_mask"])["input_mask"].max(axis=1) for shard in find_shards(tmp_path / "packed")]
     assert len(kinds) == 7
     overall = np.bincount(np.concatenate(kinds))
     assert overall.tolist() == [0, 200, 100, 0, 50]

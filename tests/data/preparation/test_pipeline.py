@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import shards
 from data.preparation import estimates, samples, sentences
 from data.preparation.datasets import DATASETS
+from data.shards import find_shards, read_rows
 from data.tokenizer import Encoder, load_vocabulary
 from tests.support.preparation import ROOT, SAMPLE, STAGES, command, files_below, prepare, text_shards
 
@@ -33,7 +33,7 @@ def stages_only(folder) -> dict[str, bytes]:
 
 
 def test_the_sample_becomes_8_training_and_2_test_shards(sample):
-    training, test = (shards.find(hdf5_folder(sample), split) for split in ("training", "test"))
+    training, test = (find_shards(hdf5_folder(sample), split) for split in ("training", "test"))
     assert (len(training), len(test)) == (8, 2)
     assert sum(shard.rows for shard in training + test) > 25_000
     assert {(shard.sequence_length, shard.prediction_slots, shard.packed) for shard in training} == {(128, 20, False)}
@@ -89,8 +89,8 @@ def test_rows_of_the_sample_hold_what_the_schema_says(sample):
     cls, sep, mask = (tokens.index(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
     masked = random_labels = rows_in_all = predicted = 0
     fates = np.zeros(3, int)
-    for shard in shards.find(hdf5_folder(sample)):
-        rows = shards.read(shard)
+    for shard in find_shards(hdf5_folder(sample)):
+        rows = read_rows(shard)
         lengths = rows["input_mask"].sum(axis=1, dtype=int)
         column = np.arange(128)
         slot = rows["masked_lm_positions"] > 0

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import create_pretraining_data
 from common.errors import UserError
-from data import shards
 from data.preparation import samples
 from data.preparation.samples import Documents, SampleOptions
+from data.shards import read_header, read_rows
 from data.tokenizer import SPECIAL_TOKENS
 
 WORDS = ["the", "sea", "is", "deep", "and", "old", "ships", "sail", "far", "out", "##s", "."]
@@ -76,7 +76,7 @@ def rows_of(sizes, wanted: SampleOptions, tmp_path) -> dict:
                        for document in sizes)
     (tmp_path / "x_training_0.txt").write_text(text)
     samples.create_shard(tmp_path / "x_training_0.txt", tmp_path / "x.hdf5", TOKENS, wanted)
-    return shards.read(shards.inspect(tmp_path / "x.hdf5"))
+    return read_rows(read_header(tmp_path / "x.hdf5"))
 
 
 def test_rows_hold_what_the_schema_says(tmp_path):
@@ -170,6 +170,6 @@ def test_a_shard_read_in_blocks_holds_the_documents_of_one_read_at_once(tmp_path
     for size in (1 << 20, 200):
         monkeypatch.setattr(samples, "READ_BYTES", size)
         counts.append(samples.create_shard(tmp_path / "x_training_0.txt", tmp_path / "x.hdf5", TOKENS, options()))
-        assert shards.inspect(tmp_path / "x.hdf5").rows == counts[-1]["samples"] > 60
+        assert read_header(tmp_path / "x.hdf5").rows == counts[-1]["samples"] > 60
     assert all(counts[0][key] == counts[1][key] for key in ("documents", "sentences", "tokens"))
     assert counts[0]["documents"] == 20

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from common.download import checksum
 from common.errors import UserError
-from data import bertPrep, shards
+from data import bertPrep
 from data.preparation import archives, books, downloads, formatting, google_vocabulary, sentences, sharding, wikipedia
+from data.shards import find_shards, read_header
 from tests.support.bad_servers import file_server, serving
 from tests.support.preparation import (
     ROOT,
@@ -291,7 +292,7 @@ def test_a_document_of_50_mb_on_one_line_goes_through_all_stages(folder, tmp_pat
     prepare(folder, "sharding", "--input_files", path, *flags, "--n_processes", 1, dataset="wikicorpus_en")
     prepare(folder, "create_hdf5_files", "--vocab_file", write_vocabulary(tmp_path / "vocab.txt"), *flags,
             "--dupe_factor", 1, "--n_processes", 1, dataset="wikicorpus_en")
-    assert max(shard.rows for shard in shards.find(next(folder.glob("hdf5_*")) / "wikicorpus_en")) > 50
+    assert max(shard.rows for shard in find_shards(next(folder.glob("hdf5_*")) / "wikicorpus_en")) > 50
 
 
 # create_hdf5_files
@@ -359,7 +360,7 @@ def test_a_full_disk_ends_in_one_line_and_finished_shards_stay_whole(folder, sha
         assert "File too large; what is finished is whole and kept" in outcome.stderr
     left = hdf5_files(folder)
     assert left.items() >= small.items()
-    assert all(shards.inspect(folder / name).rows for name in left)
+    assert all(read_header(folder / name).rows for name in left)
 
 
 def test_a_shard_that_is_not_utf8_a_missing_file_and_no_vocabulary_are_named(folder, sharded, tmp_path):
@@ -506,7 +507,7 @@ def test_wikipedia_and_books_become_one_corpus(folder, tmp_path, dump):
     record = json.loads(next(folder.glob("sharded_*/records/books_wiki_en_corpus.json")).read_text())
     assert list(record["inputs"]) == ["wikicorpus_en/part_00000.txt", "bookscorpus/part_00000.txt"]
     found = next(folder.glob("hdf5_*")) / "books_wiki_en_corpus"
-    assert sum(shard.rows for split in ("training", "test") for shard in shards.find(found, split)) > 50
+    assert sum(shard.rows for split in ("training", "test") for shard in find_shards(found, split)) > 50
     text = "".join(path.read_text() for path in folder.glob("sharded_*/books_wiki_en_corpus/*.txt"))
     assert sum(bool(line) for line in text.split("\n")) == 12 * 8 + 6 * 20
 

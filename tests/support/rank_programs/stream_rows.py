@@ -7,9 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from data import shards
 from data.dataloader import BatchStream
 from data.shard_reader import ShardReader
+from data.shards import find_shards
 from devices import device as devices
 from parallel import ranks as distributed
 from tests.support import synthetic
@@ -17,6 +17,6 @@ from tests.support import synthetic
 data, micro_batches, results = sys.argv[1:]
 with distributed.join(argparse.Namespace(local_rank=None, collective_timeout=60)) as process:
     process.connect(devices.Device())
-    stream = BatchStream(shards.find(data), 2, 1, synthetic.VOCAB_SIZE, ranks=process, reader=ShardReader())
+    stream = BatchStream(find_shards(data), 2, 1, synthetic.VOCAB_SIZE, ranks=process, reader=ShardReader())
     rows = [row for _ in range(int(micro_batches)) for row in next(stream)["input_ids"].tolist()]
     Path(results, f"rank_{process.rank}.txt").write_text("\n".join(str(row) for row in rows))

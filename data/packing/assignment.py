@@ -7,10 +7,11 @@ can be placed by whoever reads it, in any process, and no table of all sequences
 import numpy as np
 
 from data.counter_rng import scrambled
+from data.masking import ranges
 from data.packing.recipe import Recipe
 
 
-class Placement:
+class RowAssignment:
     """Where every sequence goes: the recipe's slots, handed out pseudo-randomly among sequences of equal length."""
 
     def __init__(self, recipe: Recipe, histogram: np.ndarray, seed: int):
@@ -74,5 +75,5 @@ def ranks_within(lengths: np.ndarray) -> np.ndarray:
     order = np.argsort(lengths, kind="stable")
     counts = np.bincount(lengths)
     ranks = np.empty_like(order)
-    ranks[order] = np.arange(len(lengths)) - np.repeat(np.cumsum(counts) - counts, counts)
+    ranks[order] = ranges(np.zeros_like(counts), counts)
     return ranks
