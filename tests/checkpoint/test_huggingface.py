@@ -140,6 +140,11 @@ def test_the_card_tells_the_facts_of_the_training(workspace):
     card = (workspace / "out/README.md").read_text()
     assert "# Small sea" in card and "| Phase | 2 |" in card
     assert "| train_batch_size | 8 |" in card and "| learning_rate | 0.01 |" in card and "| final_loss | " in card
+    assert "starting from" not in card and "padded to 1008 entries.  The 5 added" in card
+    continued = (workspace / "log.json").read_text().replace('"init_checkpoint": null', '"init_checkpoint": "base.pt"')
+    (workspace / "log.json").write_text(continued)
+    export(log="log.json", output_dir="other")
+    assert "starting from the weights of base.pt" in (workspace / "other/README.md").read_text()
 
 
 @pytest.mark.parametrize("changes, said", [
