@@ -90,9 +90,6 @@ def read_book(book: Path) -> tuple[str, str | None]:
     return text, None if text else "empty"
 
 
-def fingerprint_books(books: list[Path]) -> dict:
-    """One fingerprint of all books: a record that lists thousands of them would be large."""
-    return {"books": records.combined_fingerprint(books)}
-
-
-BOOKS = TextFormat(batches=batches, read_batch=read_books, pattern="*.txt", fingerprints=fingerprint_books)
+BOOKS = TextFormat(  # one fingerprint for all books, of which there can be thousands
+    batches=batches, read_batch=read_books, pattern="*.txt",
+    fingerprints=lambda books: {"books": records.combined_fingerprint(books)})

@@ -7,7 +7,7 @@ the TextFormat that reads them (books.py has both), and add an entry here.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data.preparation import books, google_vocabulary, wikipedia
+from data.preparation import books, downloads, wikipedia
 from data.preparation.formatting import TextFormat
 
 
@@ -30,7 +30,7 @@ WIKIPEDIA = Dataset(name="wikicorpus_en", download=wikipedia.download_dump, down
                     text_share=0.16, text_format=wikipedia.DUMP)
 BOOKS = Dataset(name="bookscorpus", download=books.download, text_format=books.BOOKS)
 WIKIPEDIA_AND_BOOKS = Dataset(name="books_wiki_en_corpus", parts=(WIKIPEDIA, BOOKS))
-GOOGLE_VOCABULARY = Dataset(name="google_pretrained_weights", download=google_vocabulary.download)
+GOOGLE_VOCABULARY = Dataset(name="google_pretrained_weights", download=downloads.download_google_vocabulary)
 SAMPLE = Dataset(name="wikicorpus_en_sample", download=wikipedia.download_sample, download_bytes=1.7e6,
                  text_share=0.4, text_format=wikipedia.DUMP, training_shards=8, test_shards=2,
                  may_train_vocabulary=True)

@@ -14,8 +14,15 @@ from pathlib import Path
 from common.download import TRIES, checksum, fetch, is_remote
 from common.errors import UserError
 from common.files import replacing
+from common.remote_sources import Interrupted
+from data.preparation import archives
 
 MIRRORS_VARIABLE = "BERT_PREP_MIRRORS"
+
+GOOGLE_NAME = "uncased_L-24_H-1024_A-16"
+GOOGLE_ARCHIVE = f"https://storage.googleapis.com/bert_models/2018_10_18/{GOOGLE_NAME}.zip"
+GOOGLE_FILES = ("vocab.txt", "bert_config.json")  # the rest of the archive is 1.2 GB of TensorFlow weights
+GOOGLE_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # of vocab.txt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +81,23 @@ def pip_download(package: str, folder: str) -> Path:
         reason = (outcome.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(f"pip could not download {package}: {reason}")
     return wheels[0]
+
+
+def download_google_vocabulary(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[str]]:
+    """Fetch vocab.txt and the config of BERT-Large, uncased, out of the archive of its weights, and check the former.
+
+    Only these two files are read if the server answers range requests, else the whole archive is downloaded.
+    """
+    vocabulary = folder / GOOGLE_NAME / "vocab.txt"
+    if vocabulary.is_file() and checksum(vocabulary) == GOOGLE_SHA256:
+        return [vocabulary], []
+    origin = mirrored(GOOGLE_ARCHIVE, options.mirrors)
+    try:
+        archives.unpack_remote(origin, folder, [f"{GOOGLE_NAME}/{name}" for name in GOOGLE_FILES])
+    except Interrupted:
+        archives.unpack(fetch_or_copy(GOOGLE_ARCHIVE, folder / f"{GOOGLE_NAME}.zip", options), folder)
+    found = checksum(vocabulary)
+    if found != GOOGLE_SHA256:
+        vocabulary.unlink()
+        raise UserError(f"{origin}: vocab.txt has sha256 {found}, expected {GOOGLE_SHA256}")
+    return [vocabulary], []

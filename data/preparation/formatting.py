@@ -15,6 +15,7 @@ from data.preparation import records
 from data.workers import ordered_map
 
 BATCHES_PER_PART = 512  # about 500 MB of XML; an interruption loses at most so much, 15 seconds on 16 cores
+COUNT_WORDS = {"random_next": "pairs with a random second segment"}  # where the name in a record says too little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,5 +80,6 @@ def write_part(path, results) -> tuple[dict, list[str]]:
 
 def describe_counts(counts: dict) -> str:
     """{"documents": 106, "redirects": 100} as "106 documents, 100 redirects"."""
-    parts = [f"{count:,} {name.replace('_', ' ')}" for name, count in sorted(counts.items()) if count]
+    parts = [f"{count:,} {COUNT_WORDS.get(name, name.replace('_', ' '))}"
+             for name, count in sorted(counts.items()) if count]
     return ", ".join(parts) or "nothing"

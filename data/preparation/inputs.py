@@ -35,7 +35,7 @@ def for_text_formatting(dataset: Dataset, text_format: TextFormat, names: list[s
         return named_files(names) or recorded_files("download", layout.download_folder(), dataset.name)
     places = [local_file(name) for name in names]
     if not places:
-        places = ([layout.extracted_folder(dataset.name)] if text_format.extracted
+        places = ([layout.working_folder() / "extracted" / dataset.name] if text_format.extracted
                   else recorded_files("download", layout.download_folder(), dataset.name))
     return [path for place in places for path in files_below(place, text_format.pattern)]
 

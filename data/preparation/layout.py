@@ -24,10 +24,6 @@ def download_folder() -> Path:
     return working_folder() / "download"
 
 
-def extracted_folder(dataset: str) -> Path:
-    return working_folder() / "extracted" / dataset
-
-
 def formatted_folder() -> Path:
     return working_folder() / "formatted_one_article_per_line"
 

@@ -5,39 +5,19 @@ list of abbreviations that this model lacks (e.g., i.e., No. 5, Brig.).  Both ar
 nothing is downloaded at run time.  benchmarks/README.md compares the splitters.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib import import_module
 
 from common.errors import UserError
 
 LONGEST_PIECE = 1 << 20  # characters given to a splitter at once, so that bad input takes linear memory and time
 
-
-def punkt():
-    from punkt import tokenizer_for
-
-    return tokenizer_for("english", prefixes=True).tokenize
-
-
-def nltk():
-    """The sentences of nltk.sent_tokenize, to the character."""
-    from punkt import tokenizer_for
-
-    return tokenizer_for("english").tokenize
-
-
-def nupunkt():
-    from nupunkt import sentences
-
-    return sentences
-
-
-def sentencex():
-    from sentencex import segment
-
-    return lambda text: segment("en", text)
-
-
-SPLITTERS = {"punkt": punkt, "nltk": nltk, "nupunkt": nupunkt, "sentencex": sentencex}
+SPLITTERS = {  # each imports its package and returns the function from a text to its sentences
+    "punkt": lambda: import_module("punkt").tokenizer_for("english", prefixes=True).tokenize,
+    "nltk": lambda: import_module("punkt").tokenizer_for("english").tokenize,  # exactly nltk.sent_tokenize
+    "nupunkt": lambda: import_module("nupunkt").sentences,
+    "sentencex": lambda: partial(import_module("sentencex").segment, "en"),
+}
 METHODS = tuple(SPLITTERS)
 
 

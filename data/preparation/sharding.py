@@ -84,19 +84,14 @@ def shard_documents(folder, dataset: str, texts: list[Path], inputs: dict, optio
             append(temporary, window, shards)
             for shard in shards:
                 documents[shard] += 1
-        check_filled(dataset, documents, options)
+        if not all(documents):
+            raise UserError(f"{dataset}: {sum(documents)} documents are too few for {options['training_shards']} "
+                            f"training and {options['test_shards']} test shards (--n_training_shards, --n_test_shards)")
     outputs = {f"{dataset}/{name}.txt": {"documents": documents[shard], "sentences": assignment.sentences[shard]}
                for shard, name in enumerate(names)}
     counts["sentences"] = sum(assignment.sentences)
     counts["test_sentences"] = assignment.totals[1]
     return records.write_record(folder, dataset, inputs, options, outputs, dict(counts))
-
-
-def check_filled(dataset: str, documents: list[int], options: dict) -> None:
-    """UserError if a shard is empty."""
-    if not all(documents):
-        raise UserError(f"{dataset}: {sum(documents)} documents are too few for {options['training_shards']} training "
-                        f"and {options['test_shards']} test shards (--n_training_shards, --n_test_shards)")
 
 
 def split_all(texts, method: str, pool, counts: Counter):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from common.download import checksum
 from common.errors import UserError
 from data import bertPrep
-from data.preparation import archives, books, downloads, formatting, google_vocabulary, sentences, sharding, wikipedia
+from data.preparation import archives, books, downloads, formatting, sentences, sharding, wikipedia
 from data.shards import find_shards, read_header
 from tests.support.bad_servers import file_server, serving
 from tests.support.preparation import (
@@ -441,7 +441,7 @@ def google_archive(path: Path, vocabulary: bytes) -> Path:
     with zipfile.ZipFile(path, "w") as file:
         for name, content in (("bert_model.ckpt.data", os.urandom(4_000_000)), ("vocab.txt", vocabulary),
                               ("bert_config.json", b"{}")):
-            file.writestr(f"{google_vocabulary.NAME}/{name}", content)
+            file.writestr(f"{downloads.GOOGLE_NAME}/{name}", content)
     return path
 
 
@@ -449,7 +449,7 @@ def google_archive(path: Path, vocabulary: bytes) -> Path:
 def test_googles_vocabulary_is_read_out_of_its_archive(folder, tmp_path, monkeypatch, ranges):
     vocabulary = write_vocabulary(tmp_path / "vocab.txt").read_bytes()
     archive = google_archive(tmp_path / "weights.zip", vocabulary).read_bytes()
-    monkeypatch.setattr(google_vocabulary, "VOCABULARY_SHA256", hashlib.sha256(vocabulary).hexdigest())
+    monkeypatch.setattr(downloads, "GOOGLE_SHA256", hashlib.sha256(vocabulary).hexdigest())
     sent = []
     answer = file_server(archive, ranges)
 
@@ -459,9 +459,9 @@ def test_googles_vocabulary_is_read_out_of_its_archive(folder, tmp_path, monkeyp
         return reply
 
     with serving(counted) as server:
-        stage("download", "--mirror", google_vocabulary.ARCHIVE, f"{server.url}/weights.zip",
+        stage("download", "--mirror", downloads.GOOGLE_ARCHIVE, f"{server.url}/weights.zip",
               dataset="google_pretrained_weights")
-    found = folder / "download/google_pretrained_weights" / google_vocabulary.NAME
+    found = folder / "download/google_pretrained_weights" / downloads.GOOGLE_NAME
     assert (found / "vocab.txt").read_bytes() == vocabulary and (found / "bert_config.json").read_bytes() == b"{}"
     if ranges:
         assert sum(sent) < 100_000, "the weights stay on the server"
@@ -470,7 +470,7 @@ def test_googles_vocabulary_is_read_out_of_its_archive(folder, tmp_path, monkeyp
 def test_another_vocabulary_than_googles_is_refused(folder, tmp_path):
     archive = google_archive(tmp_path / "weights.zip", b"[PAD]\n")
     with pytest.raises(UserError, match="vocab.txt has sha256"):
-        stage("download", "--mirror", google_vocabulary.ARCHIVE, archive, dataset="google_pretrained_weights")
+        stage("download", "--mirror", downloads.GOOGLE_ARCHIVE, archive, dataset="google_pretrained_weights")
     assert not list(folder.rglob("vocab.txt"))
 
 
