@@ -8,7 +8,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
-from devices.device import Device, LazyDevice
+from devices.device import Device
+from devices.lazy import LazyDevice
 from devices.op_list_mode import DtypeReport, OpListMode, op_name
 from devices.op_lists import OpLists
 from devices.precision import Precision
