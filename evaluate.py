@@ -7,12 +7,13 @@ import json
 
 from common import cli
 from devices import gaudi_environment
-from training.arguments import add_device_choice
+from devices.options import PrecisionOptions
+from training.arguments import add_device_choice, device_options
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    with gaudi_environment.prepared(args):
+    with gaudi_environment.prepared(device_options(args), PrecisionOptions()):
         print_figures(args)
 
 
@@ -25,7 +26,7 @@ def print_figures(args) -> None:
     from modeling import BertConfig, BertForPreTraining
     from training.evaluation import describe, evaluate
 
-    device = devices.select(args)
+    device = devices.select(device_options(args))
     config = BertConfig.from_json_file(args.config_file)
     held_out = shards.find(args.eval_dir, "test", "--eval_dir")
     torch.manual_seed(args.seed)
@@ -47,7 +48,6 @@ def parse_arguments(argv):
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
     add_device_choice(parser)
-    parser.set_defaults(use_torch_compile=False, hmp=False)  # of the flags that settle Gaudi's mode, those of training
     return parser.parse_args(argv)
 
 

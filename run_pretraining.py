@@ -12,12 +12,13 @@ from common import cli
 from common.errors import UserError
 from data.shard_reader import ShardReader
 from devices import gaudi_environment
-from training.arguments import parse_arguments
+from training.arguments import device_options, parse_arguments, precision_options
 
 
 def main(argv=None) -> None:
     args = parse_arguments(argv)
-    with gaudi_environment.prepared(args), ShardReader() as reader:
+    device, precision = device_options(args, args.use_torch_compile), precision_options(args)
+    with gaudi_environment.prepared(device, precision), ShardReader() as reader:
         pretrain(args, reader)
 
 
@@ -45,8 +46,8 @@ def run(args, process, reader) -> dict:
     from training.tensorboard_log import summary_writer
     from training.trainer import BatchPlan, Trainer
 
-    device = devices.select(args, process.local_rank)
-    precision = Precision(args, device)
+    device = devices.select(device_options(args, args.use_torch_compile), process.local_rank)
+    precision = Precision(precision_options(args), device)
     if args.tensorboard_logdir:
         summary_writer()
 

@@ -11,7 +11,6 @@ fp32 as three times those of plain operations under autocast.
 It runs on a CPU too, with --no_cuda, a small --config_file and small --sizes.
 """
 
-import argparse
 import contextlib
 import gc
 import io
@@ -76,14 +75,17 @@ def main(argv=None) -> None:
     import torch
 
     from devices import device as devices
+    from devices.options import PrecisionOptions
     from devices.precision import Precision
     from modeling import BertConfig
+    from training.arguments import device_options
     from training.metrics import PRODUCT_SIZE, REPEATS, matrix_peak
 
-    device = devices.select(args)
+    device = devices.select(device_options(args))
     torch.manual_seed(0)
     peak = matrix_peak(device.torch_device, torch.bfloat16, PRODUCT_SIZE[device.kind], REPEATS, device.synchronize)
-    bench = Bench(args, device, BertConfig.from_json_file(args.config_file), Precision(args, device), peak)
+    precision = Precision(PrecisionOptions(bf16=True), device)
+    bench = Bench(args, device, BertConfig.from_json_file(args.config_file), precision, peak)
     rivals = ["transformers"] if find_spec("transformers") else []
     figures = {"device": device.describe(), "machine": machine(*rivals), "bf16_peak_tflops": peak / 1e12,
                "steps": [figures for length in args.lengths for figures in shape_figures(bench, length)],
@@ -104,8 +106,6 @@ def parse_arguments(argv):
     parser.add_argument("--lamb", type=cli.boolean, default=True, metavar="BOOL", help="time the LAMB step")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_device_choice(parser)
-    parser.set_defaults(use_torch_compile=False, hmp=True, fp16=False, loss_scale=0.0, init_loss_scale=1.0, hmp_bf16="",
-                        hmp_fp32="", hmp_opt_level="O1", hmp_verbose=False)  # bf16 by autocast
     return parser.parse_args(argv)
 
 
@@ -249,11 +249,12 @@ def checked_error(bench: Bench, variant: Variant, batch: dict) -> float:
 
     ValueError where that is too far.
     """
+    from devices.options import PrecisionOptions
     from devices.precision import Precision
 
     length = batch["input_ids"].shape[1]
     if length not in bench.references:
-        exact = Precision(argparse.Namespace(**{**vars(bench.args), "hmp": False}), bench.device)
+        exact = Precision(PrecisionOptions(), bench.device)
         bench.references[length] = [training_losses(bench, VARIANTS["plain"], precision, batch)
                                     for precision in (exact, bench.precision)]
     right, plain = bench.references[length]

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity
 
 from common.errors import UserError
 from devices import gaudi_environment
+from devices.options import DeviceOptions
 
 
 class Device:
@@ -103,17 +104,17 @@ def proc_bytes(path: str, key: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
 
 
-def select(args, local_rank: int = 0) -> Device:
-    """The device that the flags ask for.  UserError where it cannot be had: a run never falls back silently."""
-    if args.use_habana:
+def select(options: DeviceOptions, local_rank: int = 0) -> Device:
+    """The device that the options ask for.  UserError where there is none: a run never falls back silently."""
+    if options.use_habana:
         from devices.hpu import HpuDevice
 
-        return HpuDevice(gaudi_environment.lazy_mode(args, os.environ))
-    if args.use_torch_lazy:
+        return HpuDevice(gaudi_environment.lazy_mode(options, os.environ))
+    if options.use_torch_lazy:
         from devices.lazy import LazyDevice
 
         return LazyDevice()
-    if torch.cuda.is_available() and not args.no_cuda:
+    if torch.cuda.is_available() and not options.no_cuda:
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"local rank {local_rank}, but only {torch.cuda.device_count()} CUDA devices")
         from devices.cuda import CudaDevice

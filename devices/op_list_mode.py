@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode, get_overridable_functions
 from common.errors import UserError
 from devices import op_lists
 from devices.op_lists import OpLists
+from devices.options import PrecisionOptions
 
 CAST = (torch.bfloat16, torch.float32)
 
@@ -22,10 +23,11 @@ IN_PLACE_OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idi
 FIRST_ARGUMENT_ONLY = {"layer_norm", "group_norm", "batch_norm", "instance_norm"}
 
 
-def check_names(lists: OpLists, args) -> None:
+def check_names(lists: OpLists, precision: PrecisionOptions) -> None:
     """UserError where a list names what is no op of PyTorch."""
     known = {op_name(name) for name in function_names()}
-    for flag, path, ops in (("--hmp_bf16", args.hmp_bf16, lists.bf16), ("--hmp_fp32", args.hmp_fp32, lists.fp32)):
+    for flag, path, ops in (("--hmp_bf16", precision.bf16_list, lists.bf16),
+                            ("--hmp_fp32", precision.fp32_list, lists.fp32)):
         unknown = sorted(ops - known)
         if unknown:
             first = ", ".join(name[:50] for name in unknown[:5])

@@ -20,6 +20,7 @@ from common.errors import UserError
 from devices import op_lists
 from devices.op_list_mode import DtypeReport, OpListMode, check_names
 from devices.op_lists import OpLists
+from devices.options import PrecisionOptions
 
 SCALE_KEYS = ("scale", "_growth_tracker")  # of GradScaler.state_dict
 
@@ -39,15 +40,15 @@ class Precision:
     `autocast()` goes around the forward pass.  `casts_off()` goes around what stays in fp32 whatever the op lists say.
     """
 
-    def __init__(self, args, device):
-        if args.fp16 and device.kind != "cuda":
+    def __init__(self, options: PrecisionOptions, device):
+        if options.fp16 and device.kind != "cuda":
             raise UserError(f"--fp16 needs CUDA, but the device is {device.kind} (--hmp trains in bf16 on any device)")
-        self.casts = choose_casts(args, device)
+        self.casts = choose_casts(options, device)
         self.casts_off = self.casts.off
-        self.observers = [DtypeReport()] if args.hmp and args.hmp_verbose and not device.hmp else []
-        self.fixed_scale = args.loss_scale or None
-        self.scaler = torch.amp.GradScaler("cuda", init_scale=self.fixed_scale or args.init_loss_scale,
-                                           enabled=args.fp16)
+        self.observers = [DtypeReport()] if options.bf16 and options.verbose and not device.hmp else []
+        self.fixed_scale = options.loss_scale or None
+        self.scaler = torch.amp.GradScaler("cuda", init_scale=self.fixed_scale or options.init_loss_scale,
+                                           enabled=options.fp16)
 
     def describe(self) -> str:
         return self.casts.description
@@ -80,20 +81,20 @@ class Precision:
             self.scaler.load_state_dict({**self.scaler.state_dict(), **known})
 
 
-def choose_casts(args, device) -> Casts:
-    """How a run casts, by its flags and by what the device has (see the top of this file)."""
-    if args.fp16:
+def choose_casts(options: PrecisionOptions, device) -> Casts:
+    """How a run casts, by its options and by what the device has (see the top of this file)."""
+    if options.fp16:
         return torch_autocast("float16 autocast", device, torch.float16)
-    if not args.hmp:
+    if not options.bf16:
         return Casts("float32")
-    lists = op_lists.given_lists(args)
+    lists = op_lists.read_lists(options)
     if lists:
-        check_names(lists, args)
+        check_names(lists, options)
     words = f" by op lists: {len(lists.bf16)} ops in bf16, {len(lists.fp32)} in fp32" if lists else ""
     if device.hmp:
-        device.hmp.convert(opt_level=args.hmp_opt_level, bf16_file_path=args.hmp_bf16, fp32_file_path=args.hmp_fp32,
-                           isVerbose=args.hmp_verbose)
-        return Casts(f"bfloat16 hmp {args.hmp_opt_level}{words}", off=device.hmp.disable_casts)
+        device.hmp.convert(opt_level=options.opt_level, bf16_file_path=options.bf16_list,
+                           fp32_file_path=options.fp32_list, isVerbose=options.verbose)
+        return Casts(f"bfloat16 hmp {options.opt_level}{words}", off=device.hmp.disable_casts)
     if device.reads_op_lists or (device.has_autocast and not lists):
         return torch_autocast(f"bfloat16 autocast{words}", device, torch.bfloat16)
     mode = OpListMode(lists or OpLists(), device.mixed_layer_norm)

@@ -9,6 +9,7 @@ import torch
 
 from devices import device as devices
 from devices.hpu import HpuDevice
+from devices.options import DeviceOptions
 from lamb import NVLAMB
 from optim.build import build_optimizer
 from tests.support import gaudi
@@ -92,8 +93,7 @@ def test_fused_lamb_is_made_as_its_signature_says(monkeypatch):
 
 def test_a_device_that_is_asked_for_is_the_one_that_is_taken():
     for lazy, kind in ((False, "cpu"), (True, "lazy")):
-        args = SimpleNamespace(use_habana=False, use_torch_lazy=lazy, no_cuda=True)
-        assert devices.select(args).kind == kind
+        assert devices.select(DeviceOptions(use_torch_lazy=lazy, no_cuda=True)).kind == kind
 
 
 ALL_REDUCE = """

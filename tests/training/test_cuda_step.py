@@ -49,7 +49,7 @@ def train(tmp_path, monkeypatch):
     """A function that takes four training steps on meta tensors: the trainer, and the copies that block."""
     samples.write_config(tmp_path / "config.json")
     samples.write_dataset(tmp_path / "data")
-    monkeypatch.setattr(devices, "select", lambda args, local_rank: GpuWithoutValues())
+    monkeypatch.setattr(devices, "select", lambda options, local_rank: GpuWithoutValues())
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     let_flash_attention_take_meta_tensors(monkeypatch)
     found = []
