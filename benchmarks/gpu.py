@@ -79,11 +79,11 @@ def main(argv=None) -> None:
     from devices.precision import Precision
     from modeling import BertConfig
     from training.arguments import device_options
-    from training.metrics import PRODUCT_SIZE, REPEATS, matrix_peak
+    from training.metrics import REPEATS, matrix_peak
 
     device = devices.select(device_options(args))
     torch.manual_seed(0)
-    peak = matrix_peak(device.torch_device, torch.bfloat16, PRODUCT_SIZE[device.kind], REPEATS, device.synchronize)
+    peak = matrix_peak(device.torch_device, torch.bfloat16, device.peak_matrix_size, REPEATS, device.synchronize)
     precision = Precision(PrecisionOptions(bf16=True), device)
     bench = Bench(args, device, BertConfig.from_json_file(args.config_file), precision, peak)
     rivals = ["transformers"] if find_spec("transformers") else []

@@ -12,6 +12,9 @@ class CudaDevice(Device):
     attentions = ("varlen", "sdpa")
     backend = "nccl"
     mixed_layer_norm = False
+    supports_fp16 = True
+    has_multi_tensor_kernels = True
+    peak_matrix_size = 8192
     pins_memory = True
 
     def __init__(self, local_rank: int):

@@ -28,11 +28,19 @@ class Device:
     has_autocast = True  # torch.autocast casts its tensors
     reads_op_lists = False  # and does so by the op lists that the environment names
     mixed_layer_norm = True  # layer_norm takes a bf16 input beside fp32 weights
+    supports_fp16 = False  # training in fp16 with loss scaling
+    has_multi_tensor_kernels = False  # PyTorch's fused Adam and foreach ops take many tensors in one kernel
+    peak_matrix_size: int | None = 1024  # with which peak FLOP/s are measured: large enough to reach the peak, quick
     pins_memory = False  # copies between host and device are faster in page-locked memory
     hmp = None  # Gaudi's first mixed-precision package
 
     def __init__(self, name: str = "cpu"):
         self.torch_device = torch.device(name)
+
+    @property
+    def has_cpu_kernels(self) -> bool:
+        """Whether the C++ kernels of ops/csrc can take its tensors."""
+        return self.torch_device.type == "cpu"
 
     def describe(self) -> str:
         return f"{self.kind} ({torch.get_num_threads()} threads)"

@@ -20,6 +20,7 @@ class HpuDevice(Device):
     compiler = "hpu_backend"
     compiles_in_parts = False
     reads_op_lists = True
+    peak_matrix_size = None  # not measured: the products would be graphs of their own
 
     def __init__(self, lazy: bool):
         try:

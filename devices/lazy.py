@@ -14,6 +14,7 @@ class LazyDevice(Device):
     kind = "lazy"
     compiler = None
     has_autocast = False
+    peak_matrix_size = None  # not measured: the products would be graphs of their own
 
     def __init__(self):
         start_lazy_backend()

@@ -41,14 +41,15 @@ class Precision:
     """
 
     def __init__(self, options: PrecisionOptions, device):
-        if options.fp16 and device.kind != "cuda":
+        if options.fp16 and not device.supports_fp16:
             raise UserError(f"--fp16 needs CUDA, but the device is {device.kind} (--hmp trains in bf16 on any device)")
+        self.dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32  # of matmuls
         self.casts = choose_casts(options, device)
         self.casts_off = self.casts.off
         self.observers = [DtypeReport()] if options.bf16 and options.verbose and not device.hmp else []
         self.fixed_scale = options.loss_scale or None
-        self.scaler = torch.amp.GradScaler("cuda", init_scale=self.fixed_scale or options.init_loss_scale,
-                                           enabled=options.fp16)
+        self.scaler = torch.amp.GradScaler(device.torch_device.type, enabled=options.fp16,
+                                           init_scale=self.fixed_scale or options.init_loss_scale)
 
     def describe(self) -> str:
         return self.casts.description

@@ -73,7 +73,7 @@ class Trainer:
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
         self.log_every = max(1, round(args.log_freq))
         self.needed_flops = NeededFlops(model.config)
-        self.throughput = Throughput(peak_flops(args, device))
+        self.throughput = Throughput(peak_flops(args.peak_tflops, device, precision.dtype))
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, process.rank, log.say)
         self.signals = StopSignals()
