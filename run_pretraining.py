@@ -76,7 +76,7 @@ def run(args, process, reader) -> dict:
     if start.state and start.state.get("optimizer") is not None:
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
     restore_skip_counts(optimizer, start.skipped)
-    precision.restore(start.scaler)
+    precision.load_state_dict(start.scaler)
     choices = [layers_choice, choice, f"ranks: {process.world_size}; reduction of gradients: {reduction.describe()}"]
     if args.use_torch_compile:
         choices.append(compile_training(device, model, local_part(optimizer), args.cuda_graphs))

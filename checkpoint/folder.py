@@ -206,7 +206,7 @@ class Start:
     state: dict | None = None  # its "optimizer" may be None: weights alone
     data: dict | None = None  # of the stream that goes on (dataset.BatchStream.state)
     skipped: dict = field(default_factory=dict)  # counts of skipped steps (optimizers.SKIP_COUNTS)
-    scaler: dict = field(default_factory=dict)  # loss scale (mixed_precision.Precision.state)
+    scaler: dict = field(default_factory=dict)  # loss scale (Precision.state_dict)
 
 
 def find_start(args, report) -> Start:

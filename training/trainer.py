@@ -223,7 +223,8 @@ class Trainer:
             # With keep_vars a tied weight is one tensor, not two that share their memory: it is copied once.
             state = {"model": self.model.state_dict(keep_vars=True), "optimizer": optimizer,
                      "step": step, "phase": 2 if self.args.phase2 else 1, "rows": self.rows_used(step),
-                     "config": vars(self.model.config), "data": self.stream.state(), "scaler": self.precision.state(),
+                     "config": vars(self.model.config), "data": self.stream.state(),
+                     "scaler": self.precision.state_dict(),
                      "skipped": {name: int(told[name]) for name in optimizers.SKIP_COUNTS if name in told}}
             if self.process.first:
                 self.checkpoints.save(number, state)
