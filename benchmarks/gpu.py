@@ -27,6 +27,7 @@ from train_step import transformers_loss, transformers_model
 
 # isort: split
 from common import cli
+from common.errors import first_line
 
 CHECKED_STEPS, MOST_ERROR = 20, 3.0
 BYTES_PER_PARAMETER = 44  # that a LAMB step has to move: 4 for the norm, 24 for the moments, 16 for the update
@@ -140,7 +141,7 @@ def note_failure(bench: Bench, what: str):
     try:
         yield
     except Exception as error:  # whatever a compiler or a kernel that is not there happens to raise
-        bench.failures[what] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        bench.failures[what] = f"{type(error).__name__}: {first_line(error)}"
         say(f"{what}: {bench.failures[what]}")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import PatientFile, replacing
 
 CHECKSUM = "checksum"
@@ -97,7 +97,3 @@ def check_seal(path: Path) -> bool:
     if end[2 + len(MARK):] != digest.hexdigest().encode():
         raise UserError(f"{path}: not a readable checkpoint: its bytes do not have the checksum that it ends in")
     return True
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

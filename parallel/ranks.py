@@ -20,7 +20,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from parallel import rendezvous as launch
 from parallel.rendezvous import Place
 from parallel.watchdog import Lifeline
@@ -104,15 +104,15 @@ class Member(Process):
         try:
             store = dist.TCPStore(self.address, self.port, is_master=keeper, timeout=timeout, wait_for_workers=False)
         except dist.DistError as error:
-            raise UserError(self.store_problem(str(error))) from None
+            raise UserError(self.store_problem(error)) from None
         store.set_timeout(self.timeout)
         return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
-    def store_problem(self, text: str) -> str:
-        if "EADDRINUSE" in text:
+    def store_problem(self, error: dist.DistError) -> str:
+        if "EADDRINUSE" in str(error):
             return f"rank {self.rank}: port {self.port} is in use on this server: name a free one in MASTER_PORT"
         return (f"rank {self.rank}: no store at {self.address}:{self.port}: does MASTER_ADDR name the server of "
-                f"rank 0? ({text.splitlines()[0]})")
+                f"rank 0? ({first_line(error)})")
 
     def __exit__(self, kind, error, trace) -> None:
         if error is not None:
