@@ -16,7 +16,7 @@ from common.errors import UserError
 from data.dataloader import sequences_in
 from optim import build as optimizers
 from optim.lr_schedule import learning_rate
-from parallel.stop_signal import Agreement, StopSignals
+from parallel.stop_signal import StopSignals, StopVote
 from training.compilation import GraphWatch
 from training.evaluation import describe, evaluate
 from training.log import Throughput
@@ -77,7 +77,7 @@ class Trainer:
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, process.rank, log.say)
         self.signals = StopSignals()
-        self.agreement = Agreement(process, ("stop",))
+        self.stop_vote = StopVote(process)
         self.batch = None
         self.final_loss = None
         self.loss_sums = self.zero_losses(1)  # over the steps since the last log line, and how many were added
@@ -99,7 +99,7 @@ class Trainer:
         for step in range(self.start.step + 1, self.last_step + 1):
             with self.profiler.around(step):
                 losses = self.train_step(step)
-            stopping = self.agreement.answers()["stop"]
+            stopping = self.stop_vote.result()
             if stopping:
                 self.log.say(f"stopping after step {step}: {self.signals.name or 'a signal'} asked for it")
                 self.last_step = step
@@ -127,8 +127,8 @@ class Trainer:
         batch = self.first_batch()
         for micro_step in range(1, self.plan.accumulation_steps + 1):
             last = micro_step == self.plan.accumulation_steps
-            if last:  # late, since a step can take a minute; not later, since the answers come while the device works
-                self.agreement.ask(stop=self.signals.received)
+            if last:  # a step can take a minute, so the vote starts late; its result arrives while the device works
+                self.stop_vote.start(stop=self.signals.received)
             with self.reduction.micro_step(last):
                 with self.precision.autocast():
                     outputs = self.reduction.model(batch)
