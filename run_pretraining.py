@@ -39,7 +39,7 @@ def run(args, process, reader) -> dict:
     from modeling import BertConfig, BertForPreTraining
     from ops import attention
     from optim.build import build_optimizer, local_part, restore_skip_counts
-    from parallel.gradient_reduction import build_reduction, share_weights
+    from parallel.gradient_reduction import broadcast_weights, build_reduction
     from training import dry_run
     from training.compilation import compile_training
     from training.log import TrainingLog
@@ -70,8 +70,9 @@ def run(args, process, reader) -> dict:
         checkpoint.check_architecture(config, start.state, start.path)
         checkpoint.load_model(model, start.state["model"], start.path)
     model.to_device(device.torch_device).train()
-    share_weights(process, model)
-    reduction = build_reduction(args, process, model)
+    broadcast_weights(process, model)
+    reduction = build_reduction(process, model, post_accumulation=args.allreduce_post_accumulation,
+                                in_16_bits=args.allreduce_post_accumulation_fp16, fp16=args.fp16)
     optimizer, choice = build_optimizer(args, model, device, process.world_size)
     if start.state and start.state.get("optimizer") is not None:
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
