@@ -24,9 +24,9 @@ def main(argv=None) -> None:
 
 def pretrain(args, reader) -> dict:
     """Train as the flags say; the figures of the summary."""
-    from parallel import ranks as distributed
+    from parallel.ranks import init_ranks
 
-    with distributed.join(args) as process:
+    with init_ranks(args.local_rank, args.collective_timeout) as process:
         return run(args, process, reader)
 
 
@@ -57,7 +57,7 @@ def run(args, process, reader) -> dict:
     plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(shards, reader, args.skip_bad_shards))
     start = checkpoint.find_start(args, report=process.warn)
     process.connect(device)
-    process.check_same(facts(args, config, shards, device, start))
+    process.check_same(run_fingerprint(args, config, shards, device, start))
     left_out = {}
     if start.data:
         shards, left_out = dataset.as_before(shards, start.data, args.skip_bad_shards, process.warn)
@@ -104,8 +104,8 @@ def run(args, process, reader) -> dict:
         log.close()
 
 
-def facts(args, config, shards, device, start) -> dict[str, str]:
-    """What must be the same on all ranks, by name: flags, config, data, software, and where to start."""
+def run_fingerprint(args, config, shards, device, start) -> dict[str, str]:
+    """What must be the same on all ranks, by name: flags, config, data, software and starting point."""
     import torch
 
     return {

@@ -3,18 +3,17 @@
     mpirun -n 3 python stream_rows.py DATA MICRO_BATCHES RESULTS
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from data import dataloader as dataset
 from data import shards
 from devices import device as devices
-from parallel import ranks as distributed
+from parallel.ranks import init_ranks
 from tests.support import synthetic
 
 data, micro_batches, results = sys.argv[1:]
-with distributed.join(argparse.Namespace(local_rank=None, collective_timeout=60)) as process:
+with init_ranks(None, timeout_seconds=60) as process:
     process.connect(devices.Device())
     stream = dataset.BatchStream(shards.find(data), 2, 1, synthetic.VOCAB_SIZE, process.rank, process.world_size)
     rows = [row for _ in range(int(micro_batches)) for row in next(stream)["input_ids"].tolist()]
