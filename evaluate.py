@@ -7,12 +7,13 @@ import json
 
 from common import cli
 from devices import gaudi_environment
-from training.arguments import add_device_choice
+from devices.options import PrecisionOptions
+from training.arguments import add_device_choice, device_options
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    with gaudi_environment.prepared(args):
+    with gaudi_environment.prepared(device_options(args), PrecisionOptions()):
         print_figures(args)
 
 
@@ -23,11 +24,11 @@ def print_figures(args) -> None:
     from data.shards import find_shards
     from devices import device as devices
     from modeling import BertConfig, BertForPreTraining
-    from parallel.ranks import Process
-    from parallel.rendezvous import Place
+    from parallel.ranks import SingleRank
+    from parallel.rendezvous import RankInfo
     from training.evaluation import Evaluator, describe
 
-    device = devices.select(args)
+    device = devices.select(device_options(args))
     config = BertConfig.from_json_file(args.config_file)
     held_out = find_shards(args.eval_dir, "test", "--eval_dir")
     torch.manual_seed(args.seed)
@@ -36,7 +37,7 @@ def print_figures(args) -> None:
         load_weights(model, args.checkpoint)
     model.to_device(device.torch_device)
     evaluator = Evaluator(shards=held_out, batch_size=args.batch_size, device=device,
-                          ranks=Process(Place()))
+                          ranks=SingleRank(RankInfo()))
     figures = evaluator.evaluate(model, progress=not args.disable_progress_bar)
     print(json.dumps(figures, indent=2) if args.json else describe(figures))
 
@@ -51,7 +52,6 @@ def parse_arguments(argv):
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
     add_device_choice(parser)
-    parser.set_defaults(use_torch_compile=False, hmp=False)  # of the flags that settle Gaudi's mode, those of training
     return parser.parse_args(argv)
 
 

@@ -11,20 +11,21 @@ from common import cli
 from common.errors import UserError
 from data.shard_reader import ShardReader
 from devices import gaudi_environment
-from training.arguments import parse_arguments
+from training.arguments import device_options, parse_arguments, precision_options
 
 
 def main(argv=None) -> None:
     args = parse_arguments(argv)
-    with gaudi_environment.prepared(args), ShardReader() as reader:
+    device, precision = device_options(args, args.use_torch_compile), precision_options(args)
+    with gaudi_environment.prepared(device, precision), ShardReader() as reader:
         pretrain(args, reader)
 
 
 def pretrain(args, reader) -> dict:
     """Train as the flags say; the figures of the summary."""
-    from parallel import ranks as parallel_ranks
+    from parallel.ranks import init_ranks
 
-    with parallel_ranks.join(args) as ranks:
+    with init_ranks(args.local_rank, args.collective_timeout) as ranks:
         return run(args, ranks, reader)
 
 
@@ -38,15 +39,15 @@ def run(args, ranks, reader) -> dict:
     from modeling import BertConfig, BertForPreTraining
     from ops import attention
     from optim.build import build_optimizer, local_part
-    from parallel.gradient_reduction import build_reduction, share_weights
+    from parallel.gradient_reduction import broadcast_weights, build_reduction
     from training import dry_run
     from training.compilation import compile_training
     from training.evaluation import Evaluator
     from training.log import TensorBoardLog, TrainingLog, summary_writer
     from training.trainer import BatchPlan, Trainer
 
-    device = devices.select(args, ranks.local_rank)
-    precision = Precision(args, device)
+    device = devices.select(device_options(args, args.use_torch_compile), ranks.local_rank)
+    precision = Precision(precision_options(args), device)
     if args.tensorboard_logdir:
         summary_writer()
 
@@ -72,8 +73,9 @@ def run(args, ranks, reader) -> dict:
     state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision)
     resume_point.restore(state)
     device.synchronize()  # copying the weights is no part of the first step's graph
-    share_weights(ranks, model)
-    reduction = build_reduction(args, ranks, model)
+    broadcast_weights(ranks, model)
+    reduction = build_reduction(ranks, model, post_accumulation=args.allreduce_post_accumulation,
+                                in_16_bits=args.allreduce_post_accumulation_fp16, fp16=args.fp16)
     descriptions = [layers, optimizer_description,
                     f"ranks: {ranks.world_size}; reduction of gradients: {reduction.describe()}"]
     if args.use_torch_compile:

@@ -83,12 +83,12 @@ def write_packed(folder: Path, count: int, rows: int) -> None:
 def epoch_rate(folder: Path, batch_size: int, reader) -> float:
     """Rows a second of one epoch read by a new stream."""
     from data.dataloader import BatchStream
-    from parallel.ranks import Process
-    from parallel.rendezvous import Place
+    from parallel.ranks import SingleRank
+    from parallel.rendezvous import RankInfo
 
     found = find_shards(folder, reader=reader)
     batches = sum(shard.rows for shard in found) // batch_size
-    stream = BatchStream(found, batch_size, 1, VOCABULARY, ranks=Process(Place()), reader=reader)
+    stream = BatchStream(found, batch_size, 1, VOCABULARY, ranks=SingleRank(RankInfo()), reader=reader)
     began = time.perf_counter()
     for _ in range(batches):
         next(stream)

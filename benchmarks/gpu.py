@@ -11,7 +11,6 @@ fp32 as three times those of plain operations under autocast.
 It runs on a CPU too, with --no_cuda, a small --config_file and small --sizes.
 """
 
-import argparse
 import contextlib
 import gc
 import io
@@ -28,6 +27,7 @@ from train_step import transformers_loss, transformers_model
 
 # isort: split
 from common import cli
+from common.errors import first_line
 
 CHECKED_STEPS, MOST_ERROR = 20, 3.0
 BYTES_PER_PARAMETER = 44  # that a LAMB step has to move: 4 for the norm, 24 for the moments, 16 for the update
@@ -76,14 +76,17 @@ def main(argv=None) -> None:
     import torch
 
     from devices import device as devices
+    from devices.options import PrecisionOptions
     from devices.precision import Precision
     from modeling import BertConfig
-    from training.metrics import PRODUCT_SIZE, REPEATS, matrix_peak
+    from training.arguments import device_options
+    from training.metrics import REPEATS, matrix_peak
 
-    device = devices.select(args)
+    device = devices.select(device_options(args))
     torch.manual_seed(0)
-    peak = matrix_peak(device.torch_device, torch.bfloat16, PRODUCT_SIZE[device.kind], REPEATS, device.synchronize)
-    bench = Bench(args, device, BertConfig.from_json_file(args.config_file), Precision(args, device), peak)
+    peak = matrix_peak(device.torch_device, torch.bfloat16, device.peak_matrix_size, REPEATS, device.synchronize)
+    precision = Precision(PrecisionOptions(bf16=True), device)
+    bench = Bench(args, device, BertConfig.from_json_file(args.config_file), precision, peak)
     rivals = ["transformers"] if find_spec("transformers") else []
     figures = {"device": device.describe(), "machine": machine(*rivals), "bf16_peak_tflops": peak / 1e12,
                "steps": [figures for length in args.lengths for figures in shape_figures(bench, length)],
@@ -104,8 +107,6 @@ def parse_arguments(argv):
     parser.add_argument("--lamb", type=cli.boolean, default=True, metavar="BOOL", help="time the LAMB step")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_device_choice(parser)
-    parser.set_defaults(use_torch_compile=False, hmp=True, fp16=False, loss_scale=0.0, init_loss_scale=1.0, hmp_bf16="",
-                        hmp_fp32="", hmp_opt_level="O1", hmp_verbose=False)  # bf16 by autocast
     return parser.parse_args(argv)
 
 
@@ -140,7 +141,7 @@ def note_failure(bench: Bench, what: str):
     try:
         yield
     except Exception as error:  # whatever a compiler or a kernel that is not there happens to raise
-        bench.failures[what] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        bench.failures[what] = f"{type(error).__name__}: {first_line(error)}"
         say(f"{what}: {bench.failures[what]}")
 
 
@@ -249,11 +250,12 @@ def checked_error(bench: Bench, variant: Variant, batch: dict) -> float:
 
     ValueError where that is too far.
     """
+    from devices.options import PrecisionOptions
     from devices.precision import Precision
 
     length = batch["input_ids"].shape[1]
     if length not in bench.references:
-        exact = Precision(argparse.Namespace(**{**vars(bench.args), "hmp": False}), bench.device)
+        exact = Precision(PrecisionOptions(), bench.device)
         bench.references[length] = [training_losses(bench, VARIANTS["plain"], precision, batch)
                                     for precision in (exact, bench.precision)]
     right, plain = bench.references[length]

@@ -67,7 +67,7 @@ def write_data(folder: Path) -> dict[str, float]:
 def counted_run(folder: Path, data: str, sequences_per_row: float, flags: list[str]) -> dict:
     """Train, with the lazy device's counters read before each step and after each mark_step of it."""
     import run_pretraining
-    from devices.device import LazyDevice
+    from devices.lazy import LazyDevice
     from training.trainer import Trainer
 
     mark_step, train_step, readings = LazyDevice.mark_step, Trainer.train_step, []

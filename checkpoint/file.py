@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import PatientFile, replacing
 
 CHECKSUM = "checksum"
@@ -98,12 +98,6 @@ def check_seal(path: Path) -> bool:
         raise UserError(f"{path}: not a readable checkpoint: its bytes do not have the checksum that it ends in")
     return True
 
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-# --- values ---
 
 def is_plain(value) -> bool:
     """Whether a value from a file is a tensor that weights and moments can be copied from."""

@@ -8,7 +8,6 @@ from checkpoint import optimizer_shards
 from checkpoint.load import load_model, load_optimizer
 from common.errors import dictionary, whole_number
 from data.dataloader import BatchStream
-from devices.precision import Precision
 from modeling import BertForPreTraining
 from optim.build import restore_skip_counts, skip_counts
 
@@ -32,7 +31,7 @@ class TrainingState:
     model: BertForPreTraining
     optimizer: torch.optim.Optimizer
     stream: BatchStream
-    precision: Precision
+    precision: object  # devices.precision.Precision
 
     def state_dict(self, path, ranks, batches_ahead: int) -> dict:
         """What belongs in the checkpoint at `path`, beside step and phase, where each rank holds so many unused

@@ -6,7 +6,7 @@ class UserError(ValueError):
 
 
 def whole_number(values: dict, key: str, what: str, default: int = 0) -> int:
-    """A count of at least 0 from a file: UserError where it is something else."""
+    """A count from a file; UserError where it is not a whole number of at least 0."""
     value = values.get(key, default)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -21,3 +21,8 @@ def dictionary(values: dict, key: str, what) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{what}: {key} is no dictionary")
     return value
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; the name of its type where it has no text."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,6 +1,6 @@
-"""The op lists at work where there is no Gaudi: the casts of hmp as a mode of PyTorch, and a report of an op's types.
+"""Op lists on devices other than Gaudi: the casts of hmp as a PyTorch mode, and a mode that prints dtypes.
 
-A TorchFunctionMode sees each call of a function of torch, nn.functional and Tensor in the blocks where it is on.
+Within its block, a TorchFunctionMode intercepts each call of a function of torch, nn.functional and Tensor.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,22 @@ from torch.overrides import TorchFunctionMode, get_overridable_functions
 from common.errors import UserError
 from devices import op_lists
 from devices.op_lists import OpLists
+from devices.options import PrecisionOptions
 
 CAST = (torch.bfloat16, torch.float32)
 
-# In neither list, these run in fp32 if any argument is fp32.
+# Ops that, when they are in neither list, run in fp32 if any argument is fp32.
 WIDEST_INPUT = {"add", "addcmul", "addcdiv", "cat", "div", "exp", "mul", "pow", "sub", "stack"}
 REFLECTED = {"radd": "add", "rmul": "mul", "rdiv": "div", "rtruediv": "div", "rpow": "pow", "rmatmul": "matmul"}
 IN_PLACE_OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__imatmul__"}
 FIRST_ARGUMENT_ONLY = {"layer_norm", "group_norm", "batch_norm", "instance_norm"}
 
 
-def check_names(lists: OpLists, args) -> None:
-    """UserError where a list names what is no op of PyTorch."""
+def check_names(lists: OpLists, precision: PrecisionOptions) -> None:
+    """UserError where a list names an op that PyTorch does not have."""
     known = {op_name(name) for name in function_names()}
-    for flag, path, ops in (("--hmp_bf16", args.hmp_bf16, lists.bf16), ("--hmp_fp32", args.hmp_fp32, lists.fp32)):
+    for flag, path, ops in (("--hmp_bf16", precision.bf16_list, lists.bf16),
+                            ("--hmp_fp32", precision.fp32_list, lists.fp32)):
         unknown = sorted(ops - known)
         if unknown:
             first = ", ".join(name[:50] for name in unknown[:5])
@@ -34,19 +36,19 @@ def check_names(lists: OpLists, args) -> None:
 
 
 def function_names() -> set[str]:
-    """The names of all functions of torch that a TorchFunctionMode gets to see."""
+    """The names of all functions of torch that a TorchFunctionMode intercepts."""
     return {function.__name__ for group in get_overridable_functions().values() for function in group}
 
 
 class OpListMode(TorchFunctionMode):
-    """What hmp's level O1 does, on any device.
+    """hmp's level O1, on any device.
 
-    The float32 tensors among an op's arguments are cast to bf16 where the bf16 list has the op, the bf16 ones to
-    float32 where the fp32 list has it; layer_norm and its like cast the first argument alone.  An in-place op casts to
-    the type of what it changes.  The ops of WIDEST_INPUT, in neither list, run in float32 if any argument is; every
-    other op takes its arguments as they come.
+    An op of the bf16 list has its float32 arguments cast to bf16, an op of the fp32 list its bf16 arguments to float32;
+    ops of FIRST_ARGUMENT_ONLY have their first argument cast only.  In-place ops cast to the dtype of the tensor that
+    they change.  Ops of WIDEST_INPUT that are in neither list run in float32 if any argument is float32.  Other ops are
+    not cast.
 
-    The rule is looked up by the function's name, in a way that torch.compile can follow.
+    The rule is looked up by the function's name, which torch.compile can trace.
     """
 
     def __init__(self, lists: OpLists, mixed_layer_norm: bool = True):
@@ -61,15 +63,15 @@ class OpListMode(TorchFunctionMode):
         rule = self.rules.get(func.__name__) if self.active else None
         target = rule(args, kwargs) if rule else None
         if target is None:
-            return func(*args, **kwargs) if torch.compiler.is_compiling() else as_they_come(func, args, kwargs)
+            return func(*args, **kwargs) if torch.compiler.is_compiling() else call_uncast(func, args, kwargs)
         if func.__name__ in self.first_only and args:
             return func(cast(args[0], target), *args[1:], **kwargs)
         return func(*cast(args, target), **{name: cast(value, target) for name, value in kwargs.items()})
 
-    @torch.compiler.disable  # a compiled block would not notice
+    @torch.compiler.disable  # a compiled block would ignore the change of `active`
     @contextmanager
     def off(self):
-        """A block in which nothing is cast."""
+        """A block without casts."""
         before, self.active = self.active, False
         try:
             yield
@@ -77,23 +79,23 @@ class OpListMode(TorchFunctionMode):
             self.active = before
 
 
-def as_they_come(func, args, kwargs):
-    """Call an op without a cast.  UserError where it does not take the mixture of types that the lists have led to."""
+def call_uncast(func, args, kwargs):
+    """Call an op without casts.  UserError where it does not accept the mixture of dtypes that the lists lead to."""
     try:
         return func(*args, **kwargs)
     except RuntimeError as error:
         given = {dtype for dtype in dtypes([args, kwargs]) if dtype in CAST}
         if len(given) < 2:
             raise
-        raise UserError(f"--hmp_bf16, --hmp_fp32: {op_name(func.__name__)} is in neither list, and what comes to it is "
-                        f"part bfloat16, part float32: {error}") from error
+        raise UserError(f"--hmp_bf16, --hmp_fp32: {op_name(func.__name__)} is in neither list, and its arguments are "
+                        f"partly bfloat16, partly float32: {error}") from error
 
 
 def rule_of(function_name: str, lists: OpLists) -> Callable | None:
-    """The rule that gives the type to cast to from an op's (args, kwargs), itself None or giving None for no cast."""
+    """The rule of a function: from its (args, kwargs) the dtype to cast to.  No rule, or a rule's None, is no cast."""
     op = op_name(function_name)
     if is_in_place(function_name):
-        return type_of_first
+        return dtype_of_first
     if op in lists.bf16:
         return always_bf16
     if op in lists.fp32:
@@ -101,7 +103,7 @@ def rule_of(function_name: str, lists: OpLists) -> Callable | None:
     return fp32_if_any if op in WIDEST_INPUT else None
 
 
-def type_of_first(args, kwargs) -> torch.dtype | None:
+def dtype_of_first(args, kwargs) -> torch.dtype | None:
     return next(iter(dtypes(args)), None)
 
 
@@ -118,29 +120,28 @@ def fp32_if_any(args, kwargs) -> torch.dtype | None:
 
 
 class DtypeReport(TorchFunctionMode):
-    """Prints the types of an op's tensors, going in and coming out, once for each combination; not of the casts."""
+    """Prints the dtypes of an op's inputs and outputs, each combination once; casts are not printed."""
 
-    def __init__(self, report=print):
+    def __init__(self):
         super().__init__()
-        self.report = report
-        self.seen = set()
+        self.printed = set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        going_in, coming_out = dtypes([args, kwargs]), dtypes([result])
-        line = f"{op_name(func.__name__)}: {words(going_in)} -> {words(coming_out)}"
-        if going_in and coming_out and func.__name__ not in ("__get__", "to") and line not in self.seen:
-            self.seen.add(line)
-            self.report(line)
+        inputs, outputs = dtypes([args, kwargs]), dtypes([result])
+        line = f"{op_name(func.__name__)}: {names(inputs)} -> {names(outputs)}"
+        if inputs and outputs and func.__name__ not in ("__get__", "to") and line not in self.printed:
+            self.printed.add(line)
+            print(line)
         return result
 
 
-def words(types: list[torch.dtype]) -> str:
+def names(types: list[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in types)
 
 
 def op_name(function_name: str) -> str:
-    """The name in an op list of a function of torch.
+    """The op-list name of a function of torch.
 
         >>> [op_name(name) for name in ("linear", "__rsub__", "__radd__", "true_divide", "add_", "__iadd__")]
         ['linear', 'rsub', 'add', 'div', 'iadd', 'iadd']
@@ -157,7 +158,7 @@ def is_in_place(function_name: str) -> bool:
 
 
 def dtypes(value) -> list[torch.dtype]:
-    """The types of the floating-point tensors in nested lists, tuples and dicts, in order."""
+    """The dtypes of the floating-point tensors in nested lists, tuples and dicts, in order."""
     if isinstance(value, torch.Tensor):
         return [value.dtype] if value.dtype.is_floating_point else []
     if isinstance(value, dict):
@@ -168,7 +169,7 @@ def dtypes(value) -> list[torch.dtype]:
 
 
 def cast(value, target: torch.dtype):
-    """The bf16 and fp32 tensors in nested lists and tuples as `target`, where that is bf16 or fp32 too."""
+    """Cast the bf16 and fp32 tensors in nested lists and tuples to `target`, if that is bf16 or fp32 too."""
     if isinstance(value, torch.Tensor):
         return value.to(target) if value.dtype in CAST and target in CAST else value
     return [cast(item, target) for item in value] if isinstance(value, list | tuple) else value

@@ -1,25 +1,26 @@
-"""Lists of ops for bf16 training: read, checked, and translated into the names that Gaudi's autocast goes by.
+"""Op lists for bf16 training: reads, checks and translates them for Gaudi's autocast.  This file must not load torch.
 
-A list is a text file with one op a line, in the names that Gaudi's mixed precision has used from its first release on
-(ops_bf16_bert_pt.txt, ops_fp32_bert_pt.txt).  No torch here: Gaudi's software reads its lists while torch is imported.
+A list is a text file with one op a line, in the names of hmp, Gaudi's first mixed-precision package
+(ops_bf16_bert_pt.txt, ops_fp32_bert_pt.txt).  Gaudi's software reads its lists while torch is imported.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from devices.options import PrecisionOptions
 
-# Other names of an op → the one used here.  `a / b` is div, and whoever lists truediv means it too.
+# Other names of an op → the one used here.  `a / b` is div, so a list with truediv means it too.
 SAME_OP = {"truediv": "div", "true_divide": "div", "divide": "div", "itruediv": "idiv", "multiply": "mul",
            "subtract": "sub", "cross_entropy_loss": "cross_entropy", "nll_loss_nd": "nll_loss"}
 
-# The names used here → those of the aten ops behind them, where they differ.
+# The names used here → the aten ops that implement them, where the names differ.
 ATEN_NAMES = {"cross_entropy": ("cross_entropy_loss",), "nll_loss": ("nll_loss", "nll_loss_nd"),
               "div": ("div", "true_divide")}
 
-IN_PLACE = {"iadd", "isub", "imul", "idiv", "ipow"}  # never cast, and Gaudi's autocast knows no such names
+IN_PLACE = {"iadd", "isub", "imul", "idiv", "ipow"}  # never cast; Gaudi's autocast has no such names
 
-# What Gaudi's autocast runs in bf16 and in fp32 when it is given no list.
+# The default lists of Gaudi's autocast.
 AUTOCAST_BF16 = frozenset({
     "addmm", "addbmm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "dot", "dropout", "group_norm", "layer_norm",
     "leaky_relu", "linear", "log_softmax", "matmul", "mean", "mm", "mul", "mv", "scaled_dot_product_attention",
@@ -29,29 +30,30 @@ AUTOCAST_FP32 = frozenset({"cross_entropy", "div", "embedding", "exp", "log", "n
 
 @dataclass(frozen=True)
 class OpLists:
-    """The ops that run in bf16 and those that run in fp32, no op in both."""
+    """The ops that run in bf16 and those that run in fp32; no op is in both."""
 
     bf16: frozenset[str] = AUTOCAST_BF16
     fp32: frozenset[str] = AUTOCAST_FP32
 
 
-def given_lists(args) -> OpLists | None:
-    """The lists of --hmp_bf16 and --hmp_fp32; None where neither is given or --hmp_opt_level says to ignore them.
+def read_lists(precision: PrecisionOptions) -> OpLists | None:
+    """The lists that --hmp_bf16 and --hmp_fp32 name; None where neither is given or the opt level ignores them.
 
     Where only one is given, the other is Gaudi's default without the ops of the given one.
     """
-    if args.hmp_opt_level == "O2" or not (args.hmp_bf16 or args.hmp_fp32):
+    if precision.opt_level == "O2" or not (precision.bf16_list or precision.fp32_list):
         return None
-    bf16 = read_list(args.hmp_bf16, "--hmp_bf16") if args.hmp_bf16 else None
-    fp32 = read_list(args.hmp_fp32, "--hmp_fp32") if args.hmp_fp32 else None
+    bf16 = read_list(precision.bf16_list, "--hmp_bf16") if precision.bf16_list else None
+    fp32 = read_list(precision.fp32_list, "--hmp_fp32") if precision.fp32_list else None
     both = sorted((bf16 or frozenset()) & (fp32 or frozenset()))
     if both:
-        raise UserError(f"--hmp_bf16 {args.hmp_bf16} and --hmp_fp32 {args.hmp_fp32} both list {', '.join(both)}")
+        raise UserError(f"--hmp_bf16 {precision.bf16_list} and --hmp_fp32 {precision.fp32_list} both list "
+                        f"{', '.join(both)}")
     return OpLists(AUTOCAST_BF16 - fp32 if bf16 is None else bf16, AUTOCAST_FP32 - bf16 if fp32 is None else fp32)
 
 
 def read_list(path, flag: str) -> frozenset[str]:
-    """The ops of a list file by the names used here.  UserError where it cannot be read or a line is blank."""
+    """The ops of a list file in the names used here.  UserError where it cannot be read or a line is not one word."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -69,7 +71,7 @@ def canonical(name: str) -> str:
 
 
 def aten_names(ops) -> list[str]:
-    """The names by which Gaudi's autocast finds these ops.
+    """The names of these ops in Gaudi's autocast.
 
         >>> aten_names({"cross_entropy", "iadd", "mm"})
         ['cross_entropy_loss', 'mm']

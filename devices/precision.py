@@ -1,18 +1,15 @@
 """The precision of a run: fp32, bf16 (--hmp), or fp16 with loss scaling (--fp16).
 
-Weights, gradients and the optimizer's state are fp32 in all of them; losses and optimizer step are computed in fp32.
-bf16 comes about in one of four ways, the first that applies:
+Weights, gradients and optimizer state are fp32 in all of them; the losses and the optimizer step are computed in fp32.
+bf16 is done in one of four ways, the first that applies:
 
-    Gaudi, software with hmp          hmp.convert with the list files; its casts reach the whole process
-    Gaudi                             torch.autocast, with the lists that gaudi_environment.py set before
-    lists given, or a lazy device     OpListMode, the rules of hmp as a mode of our own
-    else                              torch.autocast, with the device's own choice of ops
+    Gaudi software with hmp (up to 1.12)   HmpCasts: hmp.convert with the list files
+    other Gaudi software                   Autocast, with the op lists that gaudi_environment.py set before torch
+    op lists given, or a lazy device       OpListCasts: the rules of hmp as a mode of PyTorch
+    else                                   Autocast, with the device's own choice of ops
 """
 
-import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -20,87 +17,129 @@ from common.errors import UserError
 from devices import op_lists
 from devices.op_list_mode import DtypeReport, OpListMode, check_names
 from devices.op_lists import OpLists
+from devices.options import PrecisionOptions
 
 SCALE_KEYS = ("scale", "_growth_tracker")  # of GradScaler.state_dict
 
 
-@dataclass(frozen=True)
 class Casts:
-    """A way to cast, in words, and two contexts: casts on, and casts off within them."""
+    """How ops cast their inputs.  In this class, for fp32, they do not."""
 
-    description: str
-    on: Callable[[], AbstractContextManager] = nullcontext
-    off: Callable[[], AbstractContextManager] = nullcontext
+    description = "float32"
+
+    def on(self) -> AbstractContextManager:
+        """A block in which ops cast."""
+        return nullcontext()
+
+    def off(self) -> AbstractContextManager:
+        """A block, also within one of on(), in which they do not."""
+        return nullcontext()
+
+
+class Autocast(Casts):
+    """torch.autocast."""
+
+    def __init__(self, description: str, device, dtype: torch.dtype):
+        self.description = description
+        self.device = device
+        self.dtype = dtype
+
+    def on(self) -> AbstractContextManager:
+        return self.device.autocast(self.dtype)
+
+    def off(self) -> AbstractContextManager:
+        return self.device.autocast(self.dtype, enabled=False)
+
+
+class OpListCasts(Casts):
+    """OpListMode, on any device."""
+
+    def __init__(self, description: str, mode: OpListMode):
+        self.description = description
+        self.mode = mode
+
+    def on(self) -> AbstractContextManager:
+        return self.mode
+
+    def off(self) -> AbstractContextManager:
+        return self.mode.off()
+
+
+class HmpCasts(Casts):
+    """hmp, Gaudi's first mixed-precision package: it casts in the whole process, from here on."""
+
+    def __init__(self, description: str, hmp, options: PrecisionOptions):
+        hmp.convert(opt_level=options.opt_level, bf16_file_path=options.bf16_list, fp32_file_path=options.fp32_list,
+                    isVerbose=options.verbose)
+        self.description = description
+        self.hmp = hmp
+
+    def off(self) -> AbstractContextManager:
+        return self.hmp.disable_casts()
 
 
 class Precision:
-    """What a training step asks about precision: contexts, a backward pass, an optimizer step.
+    """The casts and the loss scaling of a training step.
 
-    `autocast()` goes around the forward pass.  `casts_off()` goes around what stays in fp32 whatever the op lists say.
+    `dtype` is the type of matrix products.  The forward pass runs in autocast(); what must be computed in fp32 whatever
+    the op lists contain runs in casts_off().
     """
 
-    def __init__(self, args, device):
-        if args.fp16 and device.kind != "cuda":
+    def __init__(self, options: PrecisionOptions, device):
+        if options.fp16 and not device.supports_fp16:
             raise UserError(f"--fp16 needs CUDA, but the device is {device.kind} (--hmp trains in bf16 on any device)")
-        self.casts = choose_casts(args, device)
-        self.casts_off = self.casts.off
-        self.observers = [DtypeReport()] if args.hmp and args.hmp_verbose and not device.hmp else []
-        self.fixed_scale = args.loss_scale or None
-        self.scaler = torch.amp.GradScaler("cuda", init_scale=self.fixed_scale or args.init_loss_scale,
-                                           enabled=args.fp16)
+        self.dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32
+        self.casts = choose_casts(options, device)
+        self.report = DtypeReport() if options.bf16 and options.verbose and not device.hmp else nullcontext()
+        self.fixed_scale = options.loss_scale or None
+        self.scaler = torch.amp.GradScaler(device.torch_device.type, enabled=options.fp16,
+                                           init_scale=self.fixed_scale or options.init_loss_scale)
 
     def describe(self) -> str:
         return self.casts.description
 
     @contextmanager
     def autocast(self):
-        with ExitStack() as stack:
-            for context in (*self.observers, self.casts.on()):  # the mode entered last sees an op first
-                stack.enter_context(context)
+        with self.report, self.casts.on():  # the mode entered last sees an op first
             yield
+
+    def casts_off(self) -> AbstractContextManager:
+        return self.casts.off()
 
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer) -> None:
-        """The optimizer step; under loss scaling it is left out where a gradient overflowed."""
+        """The optimizer step; under loss scaling it is skipped where a gradient overflowed."""
         with self.casts_off():
             self.scaler.step(optimizer)
             self.scaler.update(self.fixed_scale)
 
     def state_dict(self) -> dict:
-        """The loss scale and what makes it change, in plain numbers; empty without loss scaling."""
+        """The loss scale and its growth counter as plain numbers; empty without loss scaling."""
         state = self.scaler.state_dict()
         return {key: state[key] for key in SCALE_KEYS if key in state}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue with a dynamic loss scale; one that a flag fixes stays."""
+        """Restore a dynamic loss scale; a scale fixed by --loss_scale stays."""
         if self.scaler.is_enabled() and self.fixed_scale is None:
             known = {key: state[key] for key in SCALE_KEYS if isinstance(state.get(key), int | float)}
             self.scaler.load_state_dict({**self.scaler.state_dict(), **known})
 
 
-def choose_casts(args, device) -> Casts:
-    """How a run casts, by its flags and by what the device has (see the top of this file)."""
-    if args.fp16:
-        return torch_autocast("float16 autocast", device, torch.float16)
-    if not args.hmp:
-        return Casts("float32")
-    lists = op_lists.given_lists(args)
+def choose_casts(options: PrecisionOptions, device) -> Casts:
+    """The casts by the options and by what the device supports, as the top of this file lists them."""
+    if options.fp16:
+        return Autocast("float16 autocast", device, torch.float16)
+    if not options.bf16:
+        return Casts()
+    lists = op_lists.read_lists(options)
     if lists:
-        check_names(lists, args)
-    words = f" by op lists: {len(lists.bf16)} ops in bf16, {len(lists.fp32)} in fp32" if lists else ""
+        check_names(lists, options)
+    by_lists = f" by op lists: {len(lists.bf16)} ops in bf16, {len(lists.fp32)} in fp32" if lists else ""
     if device.hmp:
-        device.hmp.convert(opt_level=args.hmp_opt_level, bf16_file_path=args.hmp_bf16, fp32_file_path=args.hmp_fp32,
-                           isVerbose=args.hmp_verbose)
-        return Casts(f"bfloat16 hmp {args.hmp_opt_level}{words}", off=device.hmp.disable_casts)
+        return HmpCasts(f"bfloat16 hmp {options.opt_level}{by_lists}", device.hmp, options)
     if device.reads_op_lists or (device.has_autocast and not lists):
-        return torch_autocast(f"bfloat16 autocast{words}", device, torch.bfloat16)
-    mode = OpListMode(lists or OpLists(), device.mixed_layer_norm)
-    return Casts(f"bfloat16{words}" if lists else "bfloat16 by the default op lists of Gaudi's autocast",
-                 lambda: mode, mode.off)
-
-
-def torch_autocast(description: str, device, dtype: torch.dtype) -> Casts:
-    return Casts(description, functools.partial(device.autocast, dtype),
-                 functools.partial(device.autocast, dtype, enabled=False))
+        return Autocast(f"bfloat16 autocast{by_lists}", device, torch.bfloat16)
+    by_lists = by_lists or " by the default op lists of Gaudi's autocast"
+    return OpListCasts(f"bfloat16{by_lists}", OpListMode(lists or OpLists(), device.mixed_layer_norm))

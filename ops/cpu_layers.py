@@ -21,7 +21,7 @@ FEWEST_LANES = 8  # of AVX2, with which the kernels' matrix products are faster 
 
 def reason_against(args, device, config) -> str | None:
     """Why a run does not compute its layers here, or None."""
-    if device.kind != "cpu":
+    if not device.has_cpu_kernels:
         return f"the kernels are for CPUs, not {device.kind}"
     if args.hmp:
         return "the kernels compute in fp32 only"

@@ -45,9 +45,9 @@ def choose_fused_lamb(args, device) -> tuple[type | None, str]:
         return None, "no --use_fused_lamb"
     if device.fused_lamb():
         return device.fused_lamb(), "FusedLamb"
-    if device.kind == "cuda":
+    if device.has_multi_tensor_kernels:
         return MultiTensorNVLAMB, "NVLAMB in PyTorch's kernels for many tensors"
-    if device.kind != "cpu":
+    if not device.has_cpu_kernels:
         return None, f"{device.kind} has no FusedLamb"
     problem = cpu_kernels.problem()
     return (None, problem) if problem else (CpuFusedNVLAMB, "NVLAMB in one kernel compiled for this CPU")

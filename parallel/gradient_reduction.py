@@ -1,8 +1,9 @@
-"""How the ranks come to the same weights, and to the mean of their gradients.
+"""Equal weights on all ranks, and the mean of their gradients.
 
-Three ways: DDP, which reduces while the last backward pass still runs; one all-reduce over flat buckets after it
-(--allreduce_post_accumulation); the same with 16 bits on the wire, half the bytes (…_fp16).  Gradients are divided by
-the number of ranks before they are summed, so that a sum in 16 bits does not overflow.  Accumulation stays in fp32.
+Gradients are reduced in one of three ways: by DDP, while the last backward pass still runs; by one all-reduce over flat
+buckets after it (--allreduce_post_accumulation); by the same with 16-bit elements on the wire, half the bytes
+(--allreduce_post_accumulation_fp16).  Gradients are divided by the number of ranks before they are summed, so that a
+16-bit sum does not overflow.  Accumulation stays in fp32.
 """
 
 import zlib
@@ -14,18 +15,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-BUCKET_BYTES = 230 * 2**20  # of fp32 gradients; large enough that a link runs at full speed
-IN_FLIGHT = 2  # flat buckets on the way at a time: each is a copy of its gradients
+BUCKET_BYTES = 230 * 2**20  # of fp32 gradients; large enough to use the full bandwidth of a link
+MAX_IN_FLIGHT = 2  # flat buckets being reduced at a time: each is a copy of its gradients
 
 
 class Reduction:
-    """For one rank: nothing to reduce.  `model` is what the forward pass goes through."""
+    """For one rank: nothing to reduce.  The forward pass calls `model`."""
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def micro_step(self, last: bool):
-        """A context for the forward and backward pass of a micro-batch, the last one of its step or not."""
+        """A context for the forward and backward pass of a micro-batch; `last`: of the optimizer step."""
         return nullcontext()
 
     def finish(self) -> None:
@@ -63,44 +64,42 @@ class FlatReduction(Reduction):
         in_flight = deque()
         for bucket in self.buckets:
             gradients = [parameter.grad for parameter in bucket]
-            flat = flattened(gradients).div_(self.world_size).to(self.wire_dtype)
+            flat = flatten(gradients).div_(self.world_size).to(self.wire_dtype)
             in_flight.append((gradients, flat, dist.all_reduce(flat, async_op=True)))
-            if len(in_flight) > IN_FLIGHT:
-                land(*in_flight.popleft())
+            if len(in_flight) > MAX_IN_FLIGHT:
+                wait_and_copy(*in_flight.popleft())
         while in_flight:
-            land(*in_flight.popleft())
+            wait_and_copy(*in_flight.popleft())
 
     def describe(self) -> str:
         return f"one all-reduce after the last micro-batch, {str(self.wire_dtype).removeprefix('torch.')} on the wire"
 
 
-def build_reduction(args, process, model: nn.Module) -> Reduction:
-    """The way of reducing that the flags ask for."""
-    if process.world_size == 1:
+def build_reduction(ranks, model: nn.Module, *, post_accumulation: bool, in_16_bits: bool, fp16: bool) -> Reduction:
+    """DDP, or with `post_accumulation` one all-reduce, whose elements are `in_16_bits` on the wire or fp32.
+
+    The 16-bit type is bf16; under `fp16` it is fp16, since there the loss scale keeps gradients within its range, and
+    an overflow skips the step.
+    """
+    if ranks.world_size == 1:
         return Reduction(model)
-    if not args.allreduce_post_accumulation:
+    if not post_accumulation:
         return DdpReduction(model)
-    return FlatReduction(model, process.world_size, wire_dtype(args))
-
-
-def wire_dtype(args) -> torch.dtype:
-    """fp16 only under --fp16: there the loss scale keeps gradients in its range, and an overflow skips the step."""
-    if not args.allreduce_post_accumulation_fp16:
-        return torch.float32
-    return torch.float16 if args.fp16 else torch.bfloat16
+    wire_dtype = torch.float32 if not in_16_bits else torch.float16 if fp16 else torch.bfloat16
+    return FlatReduction(model, ranks.world_size, wire_dtype)
 
 
 @torch.no_grad()
-def share_weights(process, model: nn.Module) -> None:
-    """Give all ranks the weights of rank 0, and check bit by bit that they have them."""
-    if process.world_size == 1:
+def broadcast_weights(ranks, model: nn.Module) -> None:
+    """Copy rank 0's weights to all ranks, and check by checksums that they have them bit for bit."""
+    if ranks.world_size == 1:
         return
     for bucket in buckets(list(model.parameters())):
-        flat = flattened(bucket)
+        flat = flatten(bucket)
         dist.broadcast(flat, src=0)
         unflatten(flat, bucket)
-    process.check_same({f"after rank 0's weights were sent round, the checksum of {name}": checksum(parameter)
-                        for name, parameter in model.named_parameters()})
+    ranks.check_same({f"after the broadcast of rank 0's weights, the checksum of {name}": checksum(parameter)
+                      for name, parameter in model.named_parameters()})
 
 
 def checksum(tensor: torch.Tensor) -> int:
@@ -108,7 +107,7 @@ def checksum(tensor: torch.Tensor) -> int:
 
 
 def buckets(parameters: list[torch.Tensor], size: int = BUCKET_BYTES) -> list[list[torch.Tensor]]:
-    """Parameters in groups of at most `size` bytes (a larger one alone), in the order given; a tied one comes once."""
+    """Groups of consecutive parameters of at most `size` bytes; a larger parameter is a group of its own."""
     groups, filled = [], 0
     for parameter in parameters:
         if not groups or filled + parameter.nbytes > size:
@@ -119,16 +118,16 @@ def buckets(parameters: list[torch.Tensor], size: int = BUCKET_BYTES) -> list[li
     return groups
 
 
-def flattened(tensors: list[torch.Tensor]) -> torch.Tensor:
+def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def unflatten(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
-    """Copy what `flattened` made back to where it came from."""
+    """Copy the parts of a flattened tensor back to the tensors that they came from."""
     for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
-def land(gradients: list[torch.Tensor], flat: torch.Tensor, work: dist.Work) -> None:
+def wait_and_copy(gradients: list[torch.Tensor], flat: torch.Tensor, work: dist.Work) -> None:
     work.wait()
     unflatten(flat, gradients)

@@ -1,12 +1,12 @@
-"""The ranks of a run: how they meet, what they do together on the host, and how they part.
+"""The ranks of a run: how they connect, what they exchange on the host, and how they end together.
 
-    with distributed.join(args) as process:
-        …                                    # what needs only the rank
-        process.connect(device)              # from here on the ranks can speak to each other
-        process.check_same(facts)
+    with init_ranks(local_rank, timeout_seconds) as ranks:
+        …                                    # what needs the rank only
+        ranks.connect(device)                # collectives work from here on
+        ranks.check_same(run_fingerprint)
 
-Gradients go over the device's own backend (hccl, nccl, gloo), torch.distributed's default group.  What ranks have to
-tell each other about the run goes over a second group, gloo on the host, so that no device is waited for.
+Gradients go over the device's own backend (hccl, nccl, gloo), torch.distributed's default group.  Values about the run
+itself go over a second group, gloo on the host, so that the device is not waited for.
 """
 
 import os
@@ -20,53 +20,56 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from common.errors import UserError
-from parallel import rendezvous as launch
-from parallel.rendezvous import Place
-from parallel.watchdog import Lifeline
+from common.errors import UserError, first_line
+from parallel import rendezvous
+from parallel.rendezvous import RankInfo
+from parallel.watchdog import RankWatchdog
 
-OWN_STORE_SECONDS = 30  # in which rank 0 must reach the store that it keeps itself
-
-
-def join(args) -> "Process":
-    """This process's place in the run, as a block: the ranks leave it together, or, where one fails, end together."""
-    place = launch.find_place(os.environ, args.local_rank)
-    return Process(place) if place.world_size == 1 else Member(place, timedelta(seconds=args.collective_timeout))
+OWN_STORE_SECONDS = 30  # in which rank 0 must reach the store that it hosts itself
 
 
-class Process:
-    """The only process of a run: what ranks do together, it does alone."""
+def init_ranks(local_rank: int | None, timeout_seconds: int) -> "SingleRank":
+    """The ranks as this process sees them, a context manager: they leave the block together; where one fails, all end.
 
-    def __init__(self, place: Place):
-        self.rank = place.rank
-        self.world_size = place.world_size
-        self.local_rank = place.local_rank
-        self.local_size = place.local_size or 1
+    `timeout_seconds` is the longest that a rank waits for another.
+    """
+    info = rendezvous.rank_info(os.environ, local_rank)
+    return SingleRank(info) if info.world_size == 1 else RankGroup(info, timedelta(seconds=timeout_seconds))
 
-    def __enter__(self) -> "Process":
+
+class SingleRank:
+    """The only rank of a run; collectives return its own values."""
+
+    def __init__(self, info: RankInfo):
+        self.rank = info.rank
+        self.world_size = info.world_size
+        self.local_rank = info.local_rank
+        self.local_size = info.local_size or 1
+
+    def __enter__(self) -> "SingleRank":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
-        """The run is over, well or not."""
+    def __exit__(self, error_type, error, trace) -> None:
+        """The run is over, with an error or without."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that logs and writes checkpoints."""
+        """Whether this is rank 0, which logs and writes checkpoints."""
         return self.rank == 0
 
     def warn(self, text: str) -> None:
-        """Tell the user, once for all ranks."""
+        """Print a warning, once for all ranks."""
         if self.first:
             print(f"warning: {text}", file=sys.stderr)
 
     def connect(self, device) -> None:
-        """Let the ranks speak to each other."""
+        """Connect the ranks, over the device's backend and on the host."""
 
-    def check_same(self, facts: dict) -> None:
-        """Check that all ranks have the same facts.  UserError names the rank and the first that differs."""
+    def check_same(self, values: dict) -> None:
+        """Check that all ranks have the same values.  UserError names a rank that differs and its first difference."""
 
     def gather(self, value) -> list:
-        """The values of all ranks (plain Python values), in the order of the ranks, on every rank."""
+        """The values (plain Python) of all ranks, in the order of the ranks, on every rank."""
         return [value]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -77,59 +80,59 @@ class Process:
         return self.sum(values) / self.world_size
 
     def start_maximum(self, values: torch.Tensor) -> dist.Work | None:
-        """Begin to replace a small host tensor by its maximum over all ranks; wait() on what is returned ends it."""
+        """Start to replace a small host tensor by its maximum over all ranks; wait() on the returned work."""
 
 
-class Member(Process):
+class RankGroup(SingleRank):
     """One of several ranks."""
 
-    def __init__(self, place: Place, timeout: timedelta):
-        super().__init__(place)
+    def __init__(self, info: RankInfo, timeout: timedelta):
+        super().__init__(info)
         self.timeout = timeout
-        self.address, self.port = launch.meeting_point(os.environ, place)
-        os.environ.update(launch.variables(place, self.address, self.port))
-        interface = launch.interface_towards(self.address, self.port)
+        self.address, self.port = rendezvous.master_address(os.environ, info)
+        os.environ.update(rendezvous.variables(info, self.address, self.port))
+        interface = rendezvous.interface_to(self.address, self.port)
         if interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         with deadline(timeout, f"rank {self.rank}: {self.address}:{self.port} (MASTER_ADDR, MASTER_PORT) answers, "
                                f"but not as the store of a run does: does another program use that port?"):
-            self.store = self.open_store(keeper=self.rank == 0 and not kept_by_torchrun())
-            self.lifeline = Lifeline(self.open_store(keeper=False), self.rank, self.world_size)
+            self.store = self.open_store(host=self.rank == 0 and not torchrun_hosts_store())
+            self.watchdog = RankWatchdog(self.open_store(host=False), self.rank, self.world_size)
 
-    def open_store(self, keeper: bool) -> dist.Store:
-        """A connection to the store in which the ranks meet; its keeper starts it."""
-        if not keeper:
+    def open_store(self, host: bool) -> dist.Store:
+        """A connection to the store through which the ranks connect; its host starts it."""
+        if not host:
             wait_for_listener(self.rank, self.address, self.port, self.timeout)
-        timeout = timedelta(seconds=OWN_STORE_SECONDS) if keeper else self.timeout
+        timeout = timedelta(seconds=OWN_STORE_SECONDS) if host else self.timeout
         try:
-            store = dist.TCPStore(self.address, self.port, is_master=keeper, timeout=timeout, wait_for_workers=False)
+            store = dist.TCPStore(self.address, self.port, is_master=host, timeout=timeout, wait_for_workers=False)
         except dist.DistError as error:
-            raise UserError(self.store_problem(str(error))) from None
+            raise UserError(self.store_problem(error)) from None
         store.set_timeout(self.timeout)
         return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
-    def store_problem(self, text: str) -> str:
-        if "EADDRINUSE" in text:
-            return f"rank {self.rank}: port {self.port} is in use on this server: name a free one in MASTER_PORT"
+    def store_problem(self, error: dist.DistError) -> str:
+        if "EADDRINUSE" in str(error):
+            return f"rank {self.rank}: port {self.port} is in use on this server: set MASTER_PORT to a free one"
         return (f"rank {self.rank}: no store at {self.address}:{self.port}: does MASTER_ADDR name the server of "
-                f"rank 0? ({text.splitlines()[0]})")
+                f"rank 0? ({first_line(error)})")
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, error_type, error, trace) -> None:
         if error is not None:
-            self.lifeline.fail(error)
-        self.lifeline.release()
+            self.watchdog.fail(error)
+        self.watchdog.stop()
         try:
-            dist.barrier(group=self.host_group)  # rank 0 may still be writing: if it fails, all end with that
-        except RuntimeError as lost:
-            self.lifeline.fail(lost)
+            dist.barrier(group=self.host_group)  # rank 0 may still be writing: if it fails, all ranks end with an error
+        except RuntimeError as lost_rank:
+            self.watchdog.fail(lost_rank)
         dist.destroy_process_group()
 
     def connect(self, device) -> None:
-        self.call_the_roll()
+        self.wait_for_all_ranks()
         device.register_backend()
-        place = {"rank": self.rank, "world_size": self.world_size}
         try:
-            dist.init_process_group(device.backend, store=self.store, timeout=self.timeout, **place)
+            dist.init_process_group(device.backend, store=self.store, timeout=self.timeout, rank=self.rank,
+                                    world_size=self.world_size)
             self.host_group = dist.new_group(backend="gloo", timeout=self.timeout)
             probe = torch.ones(1).to(device.torch_device)
             dist.all_reduce(probe)
@@ -140,24 +143,24 @@ class Member(Process):
             raise UserError(f"the sum of {self.world_size} ones over {device.backend} on "
                             f"{device.kind} is {probe.item():g}: this device cannot train on several ranks")
 
-    def call_the_roll(self) -> None:
-        """Wait until all ranks are here.  UserError names those that are not."""
-        self.store.set(f"here/{self.rank}", "")
+    def wait_for_all_ranks(self) -> None:
+        """Wait until all ranks are connected to the store.  UserError names those that are missing."""
+        self.store.set(f"connected/{self.rank}", "")
         if self.first:
             missing = list(range(self.world_size))
             give_up = time.monotonic() + self.timeout.total_seconds()
-            while missing := [rank for rank in missing if not self.store.check([f"here/{rank}"])]:
+            while missing := [rank for rank in missing if not self.store.check([f"connected/{rank}"])]:
                 if time.monotonic() > give_up:
-                    raise UserError(f"rank {', '.join(map(str, missing))} did not come within {self.timeout}: died, or "
-                                    f"cannot reach {self.address}:{self.port}")
+                    raise UserError(f"rank {', '.join(map(str, missing))} did not connect within {self.timeout}: it "
+                                    f"died, or cannot reach {self.address}:{self.port}")
                 time.sleep(0.05)
-            self.store.set("all here", "")
-        self.store.get("all here")
+            self.store.set("all connected", "")
+        self.store.get("all connected")
 
-    def check_same(self, facts: dict) -> None:
-        first_facts = [facts]
-        dist.broadcast_object_list(first_facts, src=0, group=self.host_group)
-        differences = self.gather(first_difference(facts, first_facts[0]))
+    def check_same(self, values: dict) -> None:
+        of_rank_0 = [values]
+        dist.broadcast_object_list(of_rank_0, src=0, group=self.host_group)
+        differences = self.gather(first_difference(values, of_rank_0[0]))
         for rank, difference in enumerate(differences):
             if difference:
                 raise UserError(f"rank {rank} and rank 0 differ: {difference}")
@@ -176,20 +179,20 @@ class Member(Process):
         return dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True)
 
 
-def kept_by_torchrun() -> bool:
-    """Whether the launcher keeps the store at MASTER_ADDR:MASTER_PORT, and no rank has to."""
+def torchrun_hosts_store() -> bool:
+    """Whether torchrun hosts the store at MASTER_ADDR:MASTER_PORT, so that no rank has to."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def wait_for_listener(rank: int, address: str, port: int, timeout: timedelta) -> None:
-    """Wait until somebody listens at address:port.  UserError where it cannot be reached at all, or not in time."""
+    """Wait until a program listens at address:port.  UserError where it cannot be reached, or not in time."""
     where = f"rank {rank}: {address}:{port} (MASTER_ADDR, MASTER_PORT)"
     give_up = time.monotonic() + timeout.total_seconds()
     while True:
         try:
             socket.create_connection((address, port), timeout=5.0).close()
             return
-        except (ConnectionError, TimeoutError) as error:  # not there yet, perhaps
+        except (ConnectionError, TimeoutError) as error:  # perhaps not started yet
             if time.monotonic() > give_up:
                 raise UserError(f"{where} did not answer within {timeout}: {error}") from None
         except OSError as error:  # an unknown name, no route
@@ -197,18 +200,18 @@ def wait_for_listener(rank: int, address: str, port: int, timeout: timedelta) ->
         time.sleep(0.2)
 
 
-def first_difference(facts: dict, first_facts: dict) -> str | None:
-    """The first fact in which this rank and rank 0 differ, in words, or None."""
-    for name in {**first_facts, **facts}:
-        own, first = (some.get(name, "nothing") for some in (facts, first_facts))
-        if own != first:
-            return f"{name} is {own}, on rank 0 {first}"
+def first_difference(own: dict, of_rank_0: dict) -> str | None:
+    """A sentence about the first value in which this rank and rank 0 differ, or None."""
+    for name in {**of_rank_0, **own}:
+        here, there = (values.get(name, "nothing") for values in (own, of_rank_0))
+        if here != there:
+            return f"{name} is {here}, on rank 0 {there}"
     return None
 
 
 @contextmanager
 def deadline(timeout: timedelta, text: str):
-    """End this process with `text` where the block takes too long: for calls that keep no time-out themselves."""
+    """End this process with `text` where the block takes too long: for calls that have no time-out of their own."""
     def end() -> None:
         print(f"{sys.argv[0]}: error: {text}", file=sys.stderr, flush=True)
         os._exit(2)

@@ -1,67 +1,69 @@
-"""Which of how many processes this one is, and where they meet: the environment that a launcher leaves behind.
+"""Rank, number of ranks and master address, from the environment that a launcher sets.  This file must not load torch.
 
-torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; Open MPI's mpirun sets OMPI_COMM_WORLD_*; behind any other MPI launcher
-mpi4py is asked.  No torch here.
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; Open MPI's mpirun sets OMPI_COMM_WORLD_*; under any other MPI launcher,
+mpi4py tells the rank.
 """
 
 import fcntl
 import socket
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.errors import UserError
 
 DEFAULT_ADDRESS, DEFAULT_PORT = "localhost", 12345
 OTHER_MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK")  # set by MPICH, Intel MPI and srun: an MPI launcher, but not Open MPI's
-GET_INTERFACE_ADDRESS = 0x8915  # Linux, SIOCGIFADDR
+SIOCGIFADDR = 0x8915  # Linux: the request for an interface's address
 
 
 @dataclass(frozen=True)
-class Place:
-    """The place of a process: `rank` of `world_size` in all, `local_rank` of `local_size` on its server."""
+class RankInfo:
+    """Process `rank` of `world_size`, which is `local_rank` of `local_size` on its server."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    local_size: int | None = None  # None where the launcher does not tell
+    local_size: int | None = None  # None where the launcher does not set it
 
 
-def find_place(environment: Mapping[str, str], local_rank: int | None = None) -> Place:
-    """The place of this process.  `local_rank`, where given (--local_rank), goes before the environment's.
+def rank_info(environment: Mapping[str, str], local_rank: int | None = None) -> RankInfo:
+    """The rank of this process.  `local_rank` (--local_rank), unless None or negative, overrides the environment's.
 
-        >>> find_place({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"})
-        Place(rank=9, world_size=16, local_rank=1, local_size=None)
+        >>> rank_info({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"})
+        RankInfo(rank=9, world_size=16, local_rank=1, local_size=None)
     """
-    own_card = local_rank is not None and local_rank >= 0
+    given = local_rank is not None and local_rank >= 0
     if "RANK" in environment or "WORLD_SIZE" in environment:
-        place = place_from(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        if place.world_size > 1 and "LOCAL_RANK" not in environment and not own_card:
-            raise UserError(f"WORLD_SIZE is {place.world_size}, but neither LOCAL_RANK nor --local_rank says which "
+        info = info_from_variables(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if info.world_size > 1 and "LOCAL_RANK" not in environment and not given:
+            raise UserError(f"WORLD_SIZE is {info.world_size}, but neither LOCAL_RANK nor --local_rank says which "
                             f"card of its server is this rank's")
     elif "OMPI_COMM_WORLD_SIZE" in environment:
-        place = place_from(environment, *(f"OMPI_COMM_WORLD_{name}"
-                                          for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
+        info = info_from_variables(environment, *(f"OMPI_COMM_WORLD_{name}"
+                                                  for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
     elif any(name in environment for name in OTHER_MPI_VARIABLES):
-        place = place_in_mpi()
+        info = info_from_mpi()
     else:
-        place = Place()
-    return Place(place.rank, place.world_size, local_rank if own_card else place.local_rank, place.local_size)
+        info = RankInfo()
+    return replace(info, local_rank=local_rank) if given else info
 
 
-def place_from(environment: Mapping[str, str], rank: str, world_size: str, local_rank: str, local_size: str) -> Place:
-    """The place that four variables with these names tell; UserError names the one that is missing or impossible."""
+def info_from_variables(environment: Mapping[str, str], rank: str, world_size: str, local_rank: str,
+                        local_size: str) -> RankInfo:
+    """From the variables with these names.  UserError names the one that is missing or impossible."""
     for given, absent in ((world_size, rank), (rank, world_size)):
         if absent not in environment:
             raise UserError(f"{given} is {environment[given]}, but {absent} is not set: the launcher sets both")
-    place = Place(number(environment, rank), number(environment, world_size), number(environment, local_rank, "0"),
-                  number(environment, local_size) if local_size in environment else None)
-    if place.world_size < 1 or not 0 <= place.rank < place.world_size:
-        raise UserError(f"{rank} is {place.rank} and {world_size} is {place.world_size}: ranks count from 0")
-    return place
+    info = RankInfo(integer(environment, rank), integer(environment, world_size),
+                    integer(environment, local_rank, "0"),
+                    integer(environment, local_size) if local_size in environment else None)
+    if info.world_size < 1 or not 0 <= info.rank < info.world_size:
+        raise UserError(f"{rank} is {info.rank} and {world_size} is {info.world_size}: ranks count from 0")
+    return info
 
 
-def number(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
+def integer(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
     text = environment.get(name, default)
     try:
         return int(text)
@@ -69,39 +71,40 @@ def number(environment: Mapping[str, str], name: str, default: str | None = None
         raise UserError(f"{name} is {text!r}, not a whole number") from None
 
 
-def place_in_mpi() -> Place:
-    """The place in MPI_COMM_WORLD: behind a launcher whose variables are not known here."""
+def info_from_mpi() -> RankInfo:
+    """From MPI_COMM_WORLD, under a launcher whose variables are not known here."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise UserError(f"started by an MPI launcher other than Open MPI's, so mpi4py has to tell the rank, "
+        raise UserError(f"started by an MPI launcher other than Open MPI's, so the rank is read through mpi4py, "
                         f"but it cannot be loaded: {error}") from None
     world = MPI.COMM_WORLD
     server = world.Split_type(MPI.COMM_TYPE_SHARED)
-    return Place(world.Get_rank(), world.Get_size(), server.Get_rank(), server.Get_size())
+    return RankInfo(world.Get_rank(), world.Get_size(), server.Get_rank(), server.Get_size())
 
 
-def meeting_point(environment: Mapping[str, str], place: Place) -> tuple[str, int]:
-    """Where the ranks meet: MASTER_ADDR and MASTER_PORT, on one server localhost:12345 where they are not set."""
-    if "MASTER_ADDR" not in environment and place.local_size not in (None, place.world_size):
-        raise UserError(f"{place.local_size} of {place.world_size} ranks are on this server, so MASTER_ADDR must name "
+def master_address(environment: Mapping[str, str], info: RankInfo) -> tuple[str, int]:
+    """MASTER_ADDR and MASTER_PORT; on one server their defaults are localhost and 12345."""
+    if "MASTER_ADDR" not in environment and info.local_size not in (None, info.world_size):
+        raise UserError(f"{info.local_size} of {info.world_size} ranks are on this server, so MASTER_ADDR must name "
                         f"the server of rank 0 (with mpirun: -x MASTER_ADDR -x MASTER_PORT)")
-    port = number(environment, "MASTER_PORT", str(DEFAULT_PORT))
+    port = integer(environment, "MASTER_PORT", str(DEFAULT_PORT))
     if not 0 < port < 2**16:
         raise UserError(f"MASTER_PORT is {port}, not from 1 to {2**16 - 1}")
     return environment.get("MASTER_ADDR", DEFAULT_ADDRESS), port
 
 
-def variables(place: Place, address: str, port: int) -> dict[str, str]:
-    """The place under the names that communication libraries (HCCL, NCCL) look for, whatever the launcher."""
-    return {"RANK": str(place.rank), "WORLD_SIZE": str(place.world_size), "LOCAL_RANK": str(place.local_rank),
+def variables(info: RankInfo, address: str, port: int) -> dict[str, str]:
+    """The environment variables that communication libraries (HCCL, NCCL) read, whatever the launcher."""
+    return {"RANK": str(info.rank), "WORLD_SIZE": str(info.world_size), "LOCAL_RANK": str(info.local_rank),
             "MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
 
-def interface_towards(address: str, port: int) -> str | None:
-    """The network interface from which `address` is reached (IPv4), or None where it cannot be told.
+def interface_to(address: str, port: int) -> str | None:
+    """The network interface from which `address` is reached (IPv4), or None where it cannot be determined.
 
-    Gloo would take the interface that the server's own name resolves to, often loopback, which no other server reaches.
+    Gloo's default is the interface that the server's own name resolves to, often loopback, which other servers cannot
+    reach.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -116,7 +119,7 @@ def address_of(interface: str) -> str | None:
     """The IPv4 address of a network interface; None where it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         try:
-            reply = fcntl.ioctl(any_socket, GET_INTERFACE_ADDRESS, struct.pack("256s", interface.encode()[:15]))
+            reply = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
         except OSError:
             return None
     return socket.inet_ntoa(reply[20:24])

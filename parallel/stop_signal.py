@@ -1,15 +1,15 @@
-"""What the ranks of a run agree on once a step, and the signals that ask a run to stop.
+"""The signals that ask a run to stop, and the vote by which all ranks stop after the same step.
 
-A signal reaches one rank, or each at another moment; but all must stop after the same step, or some would wait in a
-collective for ranks that have left.  So each step has a round of yes-or-no questions, and where any rank says yes, all
-have the answer yes.  The round runs over a gloo group on the host beside the step's computation: no device is waited
-for, and no rank waits longer than the group's time-out.
+A signal may reach one rank only, or the ranks at different moments; ranks that went on would wait in a collective for
+those that have stopped.  So the ranks vote once a step, and stop where any of them has received a signal.  The vote
+runs over a gloo group on the host beside the step's computation: the device is not waited for, and no rank waits longer
+than the group's time-out.
 
-    agreement = Agreement(process, ("stop",))
+    vote = StopVote(ranks)
     for step in …:
-        agreement.ask(stop=signals.received)
+        vote.start(stop=signals.received)
         …                                       # the step
-        if agreement.answers()["stop"]: …       # the same on all ranks
+        if vote.result(): …                     # the same on all ranks
 """
 
 import os
@@ -19,37 +19,36 @@ from contextlib import contextmanager
 
 import torch
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # mpirun hands SIGUSR1 on, but kills after a SIGTERM
-ECHO_SECONDS = 2.0  # a launcher repeats to its ranks what the terminal or the scheduler has sent them already
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # mpirun forwards SIGUSR1, but kills after a SIGTERM
+ECHO_SECONDS = 2.0  # within which a launcher may repeat a signal that the terminal or the scheduler has sent already
 
 
-class Agreement:
-    """One round of questions a step.  The questions, and their order, are the same on all ranks."""
+class StopVote:
+    """Whether any rank wants to stop, asked once a step."""
 
-    def __init__(self, process, questions: tuple[str, ...]):
-        self.process = process
-        self.questions = questions
-        self.flags = torch.zeros(len(questions), dtype=torch.int32)
-        self.round = None
+    def __init__(self, ranks):
+        self.ranks = ranks
+        self.stop = torch.zeros((), dtype=torch.int32)
+        self.work = None
 
-    def ask(self, **said: bool) -> None:
-        """Begin the step's round with what this rank says to each question."""
-        self.flags = torch.tensor([int(said[question]) for question in self.questions], dtype=torch.int32)
-        self.round = self.process.start_maximum(self.flags)
+    def start(self, stop: bool) -> None:
+        """Begin the step's vote with this rank's answer."""
+        self.stop = torch.tensor(int(stop), dtype=torch.int32)
+        self.work = self.ranks.start_maximum(self.stop)
 
-    def answers(self) -> dict[str, bool]:
-        """The answer to each question of the round begun last: yes where any rank says so."""
-        if self.round is not None:
-            self.round.wait()
-        return dict(zip(self.questions, map(bool, self.flags.tolist()), strict=True))
+    def result(self) -> bool:
+        """Wait for the vote that was started last: True where any rank answered True."""
+        if self.work is not None:
+            self.work.wait()
+        return bool(self.stop)
 
 
 class StopSignals:
-    """Remembers that a signal asked this process to stop.  A second one ends it at once, as if nobody listened."""
+    """Remembers that a signal asked this process to stop.  A second signal then has its default effect, at once."""
 
     def __init__(self):
-        self.name: str | None = None  # of the signal that came
-        self.came_at = 0.0
+        self.name: str | None = None  # of the signal received
+        self.received_at = 0.0
 
     @property
     def received(self) -> bool:
@@ -57,7 +56,7 @@ class StopSignals:
 
     @contextmanager
     def listening(self):
-        """A block in which the signals are remembered; before and after, they do what they did."""
+        """A block in which STOP_SIGNALS are remembered; their former handlers are restored at its end."""
         before = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
         try:
             yield self
@@ -67,7 +66,7 @@ class StopSignals:
 
     def receive(self, number: int, frame) -> None:
         if not self.received:
-            self.name, self.came_at = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - self.came_at > ECHO_SECONDS:
+            self.name, self.received_at = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self.received_at > ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

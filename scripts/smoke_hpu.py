@@ -179,7 +179,7 @@ def last_words(done: subprocess.CompletedProcess) -> str:
 
 
 def print_cards() -> None:
-    from devices.device import HpuDevice
+    from devices.hpu import HpuDevice
 
     print(HpuDevice(lazy=True).cards())
 
@@ -189,7 +189,7 @@ def all_reduce() -> None:
     import torch
     import torch.distributed as dist
 
-    from devices.device import HpuDevice
+    from devices.hpu import HpuDevice
 
     device = HpuDevice(lazy=True)
     device.register_backend()

@@ -3,6 +3,7 @@
 import argparse
 
 from common.cli import ArgumentParser, boolean, positive_int, proportion
+from devices.options import DeviceOptions, PrecisionOptions
 
 DESCRIPTION = """BERT pre-training (masked LM + next sentence prediction) with LAMB, on Gaudi, CUDA and CPU.
 
@@ -167,6 +168,18 @@ def add_accepted(parser) -> None:
                        help="deprecated: the shards decide; if given, it must agree with them")
     group.add_argument("--avg_seq_per_pack", type=float, help="deprecated, no effect: the data decides")
     group.add_argument("--use_env", action="store_true", help="no effect")
+
+
+def device_options(args, use_torch_compile: bool = False) -> DeviceOptions:
+    """The flags of add_device_choice as the value that devices/ takes."""
+    return DeviceOptions(use_habana=args.use_habana, use_torch_lazy=args.use_torch_lazy, no_cuda=args.no_cuda,
+                         use_lazy_mode=args.use_lazy_mode, use_torch_compile=use_torch_compile)
+
+
+def precision_options(args) -> PrecisionOptions:
+    return PrecisionOptions(bf16=args.hmp, fp16=args.fp16, bf16_list=args.hmp_bf16, fp32_list=args.hmp_fp32,
+                            opt_level=args.hmp_opt_level, verbose=args.hmp_verbose, loss_scale=args.loss_scale,
+                            init_loss_scale=args.init_loss_scale)
 
 
 def step_range(text: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
+from common.errors import first_line
 from lamb import NVLAMB
 
 WARM_UP_STEPS = 3  # of a run, in which each graph of a step compiles
@@ -58,7 +59,7 @@ def compiler_problem(device) -> str | None:
         twice = torch.compile(lambda value: value * 2.0, backend=device.compiler)
         twice(torch.ones(2).to(device.torch_device))
     except Exception as error:  # whatever a compiler that is not there, or half there, happens to raise
-        return f"{device.compiler} on {device.kind}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        return f"{device.compiler} on {device.kind}: {type(error).__name__}: {first_line(error)}"
     return None
 
 

@@ -166,7 +166,7 @@ def time_of(trainer, steps: int) -> dict[str, float]:
     for _ in range(1 + TIMED_STEPS):
         began = time.perf_counter()
         trainer.train_step(min(trainer.first_step + 1, trainer.args.max_steps))
-        trainer.agreement.answers()
+        trainer.stop_vote.result()
         trainer.device.synchronize()
         timed.append(time.perf_counter() - began)
     step = sum(timed[1:]) / TIMED_STEPS

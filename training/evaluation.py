@@ -13,7 +13,7 @@ from data.dataloader import batches_once
 from data.shards import Shard
 from devices.device import Device
 from modeling import IGNORED_LABEL, mlm_labels, nsp_labels
-from parallel.ranks import Process
+from parallel.ranks import SingleRank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Evaluator:
     shards: list[Shard]
     batch_size: int  # rows
     device: Device
-    ranks: Process
+    ranks: SingleRank
     autocast: Callable[[], AbstractContextManager] = nullcontext
 
     @torch.no_grad()

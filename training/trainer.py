@@ -20,8 +20,8 @@ from devices.device import Device
 from optim import build as optimizers
 from optim.lr_schedule import learning_rate
 from parallel.gradient_reduction import Reduction
-from parallel.ranks import Process
-from parallel.stop_signal import Agreement, StopSignals
+from parallel.ranks import SingleRank
+from parallel.stop_signal import StopSignals, StopVote
 from training.compilation import GraphWatch
 from training.evaluation import Evaluator, describe
 from training.log import Throughput, TrainingLog
@@ -64,7 +64,7 @@ class Trainer:
     """Everything a run consists of, put together by run_pretraining.py."""
 
     args: argparse.Namespace
-    ranks: Process
+    ranks: SingleRank
     device: Device
     state: TrainingState
     reduction: Reduction
@@ -81,11 +81,11 @@ class Trainer:
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
         self.log_every = max(1, round(args.log_freq))
         self.needed_flops = NeededFlops(self.model.config)
-        self.throughput = Throughput(peak_flops(args, device))
+        self.throughput = Throughput(peak_flops(args.peak_tflops, device, self.precision.dtype))
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, self.ranks.rank, self.log.print)
         self.signals = StopSignals()
-        self.agreement = Agreement(self.ranks, ("stop",))
+        self.stop_vote = StopVote(self.ranks)
         self.batch = None  # the next micro-batch, on the device
         self.final_loss = None
         self.loss_sums = self.zeros(len(SUMS))
@@ -106,7 +106,7 @@ class Trainer:
         for step in range(self.first_step + 1, self.last_step + 1):
             with self.profiler.around(step):
                 losses = self.train_step(step)
-            stopping = self.agreement.answers()["stop"]
+            stopping = self.stop_vote.result()
             if stopping:
                 self.log.print(f"stopping after step {step}: {self.signals.name or 'a signal'} asked for it")
                 self.last_step = step
@@ -134,8 +134,8 @@ class Trainer:
         batch = self.first_batch()
         for micro_step in range(1, self.plan.accumulation_steps + 1):
             last = micro_step == self.plan.accumulation_steps
-            if last:  # late, since a step can take a minute; not later, since the answers come while the device works
-                self.agreement.ask(stop=self.signals.received)
+            if last:  # a step can take a minute, so the vote starts late; its result arrives while the device works
+                self.stop_vote.start(stop=self.signals.received)
             with self.reduction.micro_step(last):
                 with self.precision.autocast():
                     outputs = self.reduction.model(batch)

@@ -9,7 +9,8 @@ import pytest
 
 from common.errors import UserError
 from devices.gaudi_environment import BF16_LIST, FP32_LIST, LAZY_MODE, lazy_mode, list_variables, prepared
-from training.arguments import parse_arguments
+from devices.options import DeviceOptions, PrecisionOptions
+from training.arguments import device_options, parse_arguments, precision_options
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LISTS = ["--hmp", "--hmp_bf16=ops_bf16_bert_pt.txt", "--hmp_fp32=ops_fp32_bert_pt.txt"]
@@ -17,6 +18,15 @@ LISTS = ["--hmp", "--hmp_bf16=ops_bf16_bert_pt.txt", "--hmp_fp32=ops_fp32_bert_p
 
 def arguments(*flags):
     return parse_arguments(["--do_train", "--input_dir=D", "--config_file=C", "--output_dir=O", "--use_habana", *flags])
+
+
+def device(*flags) -> DeviceOptions:
+    args = arguments(*flags)
+    return device_options(args, args.use_torch_compile)
+
+
+def precision(*flags) -> PrecisionOptions:
+    return precision_options(arguments(*flags))
 
 
 @pytest.mark.parametrize("flags, environ, lazy", [
@@ -30,7 +40,7 @@ def arguments(*flags):
     (["--use_torch_compile"], {LAZY_MODE: "0"}, False),
 ])
 def test_mode_comes_from_the_typed_flag_then_the_environment_then_the_default(flags, environ, lazy):
-    assert lazy_mode(arguments(*flags), environ) is lazy
+    assert lazy_mode(device(*flags), environ) is lazy
 
 
 @pytest.mark.parametrize("flags, value, named", [
@@ -42,12 +52,12 @@ def test_mode_comes_from_the_typed_flag_then_the_environment_then_the_default(fl
 ])
 def test_an_environment_that_contradicts_a_typed_flag_is_refused(flags, value, named):
     with pytest.raises(UserError, match=LAZY_MODE) as caught:
-        lazy_mode(arguments(*flags), {LAZY_MODE: value})
+        lazy_mode(device(*flags), {LAZY_MODE: value})
     assert named in str(caught.value) and value in str(caught.value)
 
 
 def test_lists_are_translated_into_the_names_of_gaudis_autocast(tmp_path):
-    variables = list_variables(arguments(*LISTS), {}, tmp_path)
+    variables = list_variables(precision(*LISTS), {}, tmp_path)
     bf16, fp32 = (Path(variables[name]).read_text().splitlines() for name in (BF16_LIST, FP32_LIST))
     assert bf16 == ["add", "addmm", "bmm", "dropout", "gelu", "layer_norm", "linear", "matmul", "mm", "rsub", "softmax"]
     assert {"cross_entropy_loss", "nll_loss_nd", "div", "true_divide", "embedding", "log_softmax"} <= set(fp32)
@@ -58,24 +68,24 @@ def test_lists_are_translated_into_the_names_of_gaudis_autocast(tmp_path):
     ([], set()), (["--hmp"], set()), (LISTS[:2], {BF16_LIST}), (["--hmp", LISTS[2]], {FP32_LIST}),
     ([*LISTS, "--hmp_opt_level=O2"], set()), (LISTS[1:], set())])
 def test_a_list_is_set_only_where_its_flag_counts(tmp_path, flags, names):
-    assert set(list_variables(arguments(*flags), {}, tmp_path)) == names
+    assert set(list_variables(precision(*flags), {}, tmp_path)) == names
 
 
 def test_a_list_in_the_environment_stays_unless_it_contradicts_a_typed_one(tmp_path):
     (tmp_path / "mine").write_text("linear\nmatmul\n")
     (tmp_path / "same").write_text("softmax\nadd\naddmm\nbmm\ndropout\ngelu\nlayer_norm\nlinear\nmatmul\nmm\nrsub\n")
-    assert list_variables(arguments("--hmp"), {BF16_LIST: str(tmp_path / "mine")}, tmp_path) == {}
-    same = list_variables(arguments(*LISTS), {BF16_LIST: str(tmp_path / "same")}, tmp_path)
+    assert list_variables(precision("--hmp"), {BF16_LIST: str(tmp_path / "mine")}, tmp_path) == {}
+    same = list_variables(precision(*LISTS), {BF16_LIST: str(tmp_path / "same")}, tmp_path)
     assert set(same) == {FP32_LIST}
     with pytest.raises(UserError, match="contradicts --hmp_bf16 ops_bf16_bert_pt.txt") as caught:
-        list_variables(arguments(*LISTS), {BF16_LIST: str(tmp_path / "mine")}, tmp_path)
+        list_variables(precision(*LISTS), {BF16_LIST: str(tmp_path / "mine")}, tmp_path)
     assert "softmax" in str(caught.value) and "matmul" not in str(caught.value)
 
 
 def test_variables_and_files_are_there_within_the_block_alone(monkeypatch):
     monkeypatch.setenv(LAZY_MODE, "1")
     monkeypatch.delenv(BF16_LIST, raising=False)
-    with prepared(arguments(*LISTS)):
+    with prepared(device(), precision(*LISTS)):
         file = Path(os.environ[BF16_LIST])
         assert os.environ[LAZY_MODE] == "1" and "linear" in file.read_text().split()
     assert os.environ[LAZY_MODE] == "1" and BF16_LIST not in os.environ and not file.exists()
@@ -83,12 +93,12 @@ def test_variables_and_files_are_there_within_the_block_alone(monkeypatch):
 
 def test_nothing_is_set_without_use_habana(monkeypatch):
     monkeypatch.delenv(LAZY_MODE, raising=False)
-    with prepared(parse_arguments(["--do_train", "--input_dir=D", "--config_file=C", "--output_dir=O", *LISTS])):
+    with prepared(DeviceOptions(), precision(*LISTS)):
         assert LAZY_MODE not in os.environ and BF16_LIST not in os.environ
 
 
 def test_what_comes_before_torch_does_not_import_it():
-    program = ("import sys, training.arguments, devices.gaudi_environment, devices.op_lists; "
+    program = ("import sys, training.arguments, devices.gaudi_environment, devices.op_lists, devices.options; "
                "import run_pretraining, evaluate; "
                "assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -5,7 +5,7 @@ import torch
 
 import lazy_graphs
 import run_pretraining
-from devices.device import LazyDevice
+from devices.lazy import LazyDevice
 from lamb import NVLAMB
 from tests.support import samples
 from training.compilation import GraphWatch

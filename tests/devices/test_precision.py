@@ -8,9 +8,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
-from devices.device import Device, LazyDevice
+from devices.device import Device
+from devices.lazy import LazyDevice
 from devices.op_list_mode import DtypeReport, OpListMode, op_name
 from devices.op_lists import OpLists
+from devices.options import PrecisionOptions
 from devices.precision import Precision
 from lamb import NVLAMB
 from modeling import BertForPreTraining
@@ -20,11 +22,9 @@ from tests.support import samples
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def arguments(**changes) -> SimpleNamespace:
-    values = {"hmp": True, "hmp_bf16": "ops_bf16_bert_pt.txt", "hmp_fp32": "ops_fp32_bert_pt.txt", "fp16": False,
-              "hmp_opt_level": "O1", "hmp_verbose": False, "loss_scale": 0.0, "init_loss_scale": 1.0,
-              "use_fused_lamb": False, "learning_rate": 0.01}
-    return SimpleNamespace(**{**values, **changes})
+def options(**changes) -> PrecisionOptions:
+    values = {"bf16": True, "bf16_list": "ops_bf16_bert_pt.txt", "fp32_list": "ops_fp32_bert_pt.txt"}
+    return PrecisionOptions(**{**values, **changes})
 
 
 class Recorder(TorchFunctionMode):
@@ -54,7 +54,7 @@ def small_batch() -> dict:
 
 
 def test_every_op_of_a_training_step_runs_in_the_type_that_the_lists_give():
-    precision = Precision(arguments(), Device())
+    precision = Precision(options(), Device())
     model, recorder = small_model(precision), Recorder()
     with recorder, precision.autocast():
         loss = model(small_batch())["loss"]
@@ -88,9 +88,9 @@ def test_weights_gradients_and_optimizer_state_stay_fp32_and_so_does_the_optimiz
             self.types |= {value.dtype for value in [*args, result] if isinstance(value, torch.Tensor)}
             return result
 
-    precision = Precision(arguments(), Device())
+    precision = Precision(options(), Device())
     model = small_model(precision)
-    optimizer, _ = build_optimizer(arguments(), model, Device())
+    optimizer, _ = build_optimizer(SimpleNamespace(use_fused_lamb=False, learning_rate=0.01), model, Device())
     with precision.autocast():
         loss = model(small_batch())["loss"]
     precision.backward(loss)
@@ -115,7 +115,7 @@ def test_weights_gradients_and_optimizer_state_stay_fp32_and_so_does_the_optimiz
     (torch.Tensor.add_, (BF16, FP32), (BF16, BF16)),
     (torch.Tensor.mul_, (BF16, FP32), (BF16, BF16)),
 ])
-def test_rules_for_two_arguments(func, given, run_in):
+def test_rules_for_two_options(func, given, run_in):
     lists = OpLists(frozenset({"matmul", "add", "iadd"}), frozenset({"div"}))
     recorder = Recorder()
     left, right = (torch.ones(3, 3, dtype=dtype) for dtype in given)
@@ -141,7 +141,7 @@ def test_layer_norm_casts_all_arguments_where_the_device_wants_one_type():
 def test_the_mask_stays_finite_in_bf16():
     from ops.attention import attention_mask
 
-    with Precision(arguments(), Device()).autocast():
+    with Precision(options(), Device()).autocast():
         mask = attention_mask(torch.tensor([[1, 1, 2, 0]]), slots=2)
     assert mask.dtype == BF16
     assert sorted(set(mask.flatten().tolist())) == [-9984.0, 0.0]
@@ -151,7 +151,7 @@ def test_losses_and_their_sum_are_fp32_whatever_the_lists_say(tmp_path):
     ops = "add cross_entropy div sum float flatten truediv stack linear matmul layer_norm"
     (tmp_path / "bf16").write_text("\n".join(ops.split()))
     (tmp_path / "fp32").write_text("exp\n")
-    precision = Precision(arguments(hmp_bf16=tmp_path / "bf16", hmp_fp32=tmp_path / "fp32"), Device())
+    precision = Precision(options(bf16_list=tmp_path / "bf16", fp32_list=tmp_path / "fp32"), Device())
     with precision.autocast():
         found = small_model(precision)(small_batch())
     assert {loss.dtype for loss in found.values()} == {FP32}
@@ -162,7 +162,7 @@ def test_losses_and_their_sum_are_fp32_whatever_the_lists_say(tmp_path):
 def test_recomputed_layers_take_the_casts_of_the_forward_pass():
     gradients = []
     for checkpoint_activations in (False, True):
-        precision = Precision(arguments(), Device())
+        precision = Precision(options(), Device())
         torch.manual_seed(0)
         model = BertForPreTraining(samples.config(vocab_size=99), "plain", checkpoint_activations, precision.autocast,
                                    precision.casts_off)
@@ -176,7 +176,7 @@ def test_recomputed_layers_take_the_casts_of_the_forward_pass():
 
 
 def test_verbose_prints_the_types_of_each_op_once(capsys):
-    precision = Precision(arguments(hmp_verbose=True), Device())
+    precision = Precision(options(verbose=True), Device())
     for _ in range(2):
         with precision.autocast():
             small_model(precision)(small_batch())
@@ -189,7 +189,7 @@ def test_verbose_prints_the_types_of_each_op_once(capsys):
 def test_without_lists_cpu_takes_autocast_and_lazy_the_default_lists_of_gaudi():
     product = {}
     for device in (Device(), LazyDevice()):
-        precision = Precision(arguments(hmp_bf16="", hmp_fp32=""), device)
+        precision = Precision(options(bf16_list="", fp32_list=""), device)
         one = torch.ones(2, 2).to(device.torch_device)
         with precision.autocast():
             product[device.kind] = (one @ one, (one / 3.0), precision.describe())
@@ -199,13 +199,13 @@ def test_without_lists_cpu_takes_autocast_and_lazy_the_default_lists_of_gaudi():
 
 
 def test_level_o2_ignores_the_lists():
-    assert Precision(arguments(hmp_opt_level="O2", hmp_bf16="missing"), Device()).describe() == "bfloat16 autocast"
+    assert Precision(options(opt_level="O2", bf16_list="missing"), Device()).describe() == "bfloat16 autocast"
 
 
 def test_one_list_alone_leaves_the_other_at_gaudis_default(tmp_path):
     (tmp_path / "bf16").write_text("div\nlinear\n")
     recorder = Recorder()
-    precision = Precision(arguments(hmp_bf16=str(tmp_path / "bf16"), hmp_fp32=""), Device())
+    precision = Precision(options(bf16_list=str(tmp_path / "bf16"), fp32_list=""), Device())
     with recorder, precision.autocast():
         torch.ones(2) / torch.ones(2)
         torch.exp(torch.ones(2, dtype=BF16))
@@ -227,26 +227,25 @@ def test_faulty_lists_are_refused(tmp_path, bf16, fp32, complaint):
         if text is not None:
             (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match="--hmp_") as caught:
-        Precision(arguments(hmp_bf16=str(tmp_path / "bf16"), hmp_fp32=str(tmp_path / "fp32")), Device())
+        Precision(options(bf16_list=str(tmp_path / "bf16"), fp32_list=str(tmp_path / "fp32")), Device())
     assert complaint in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 def test_fp16_without_cuda_is_refused():
     with pytest.raises(UserError, match="--fp16 needs CUDA"):
-        Precision(arguments(fp16=True, hmp=False), Device())
+        Precision(options(fp16=True, bf16=False), Device())
 
 
 @pytest.mark.parametrize("given, after_overflow", [(64.0, 64.0), (0.0, 512.0)])
-def test_an_overflow_skips_the_step_and_lowers_no_scale_but_a_dynamic_one(monkeypatch, given, after_overflow):
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+def test_an_overflow_skips_the_step_and_lowers_no_scale_but_a_dynamic_one(given, after_overflow):
     device = Device()
-    device.kind = "cuda"  # the scale lies where the loss does
-    precision = Precision(arguments(hmp=False, fp16=True, loss_scale=given, init_loss_scale=1024.0), device)
+    device.supports_fp16 = True
+    precision = Precision(options(bf16=False, fp16=True, loss_scale=given, init_loss_scale=1024.0), device)
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = NVLAMB([weight], lr=0.5)
     precision.backward((weight * float("inf")).sum())
     precision.step(optimizer)
-    assert precision.state()["scale"] == after_overflow
+    assert precision.state_dict()["scale"] == after_overflow
     assert torch.equal(weight, torch.ones(3)) and optimizer.skipped_steps == 1
     optimizer.zero_grad()
     precision.backward((weight * 0.1).sum())
@@ -254,10 +253,9 @@ def test_an_overflow_skips_the_step_and_lowers_no_scale_but_a_dynamic_one(monkey
     assert weight.detach().tolist() == pytest.approx([0.5] * 3, rel=1e-3), "LAMB moves it by its own length times 0.5"
 
 
-def test_report_tells_apart_combinations_of_types():
-    lines = []
-    with DtypeReport(lines.append):
+def test_report_tells_apart_combinations_of_types(capsys):
+    with DtypeReport():
         for dtype in (FP32, BF16, FP32):
             torch.tanh(torch.ones(2, dtype=dtype))
-    assert [line for line in lines if line.startswith("tanh")] == ["tanh: float32 -> float32",
-                                                                   "tanh: bfloat16 -> bfloat16"]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tanh")]
+    assert printed == ["tanh: float32 -> float32", "tanh: bfloat16 -> bfloat16"]

@@ -16,7 +16,7 @@ from ops.attention import ATTENTIONS, Attention
 from optim.build import parameter_groups
 from optim.fused_lamb import CpuFusedNVLAMB, MultiTensorNVLAMB
 from tests.support import samples
-from training.arguments import parse_arguments
+from training.arguments import parse_arguments, precision_options
 from training.trainer import Trainer
 
 
@@ -103,7 +103,7 @@ LENGTHS, ROWS = [24, 5, 11, 17, 8, 9], [[0], [1, 3], [2, 4]]
 
 def losses_of_steps(form: str, flags: list[str], attention: str = "plain", optimizer=NVLAMB, **choices) -> torch.Tensor:
     """The losses of 20 steps without dropout, all from the same weights."""
-    precision = Precision(arguments(*flags), Device())
+    precision = Precision(precision_options(arguments(*flags)), Device())
     torch.manual_seed(0)
     config = samples.config(initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = BertForPreTraining(config, attention, autocast=precision.autocast, casts_off=precision.casts_off,

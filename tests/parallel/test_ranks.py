@@ -1,4 +1,4 @@
-"""Several ranks do what one does: the same losses, every row once, one end for all of them."""
+"""Several ranks against one: the same losses, each row used once, and all of them end together."""
 
 import os
 import signal
@@ -10,9 +10,8 @@ import torch
 import run_pretraining
 from common.errors import UserError
 from data.shards import find_shards, read_rows
-from parallel import gradient_reduction
-from parallel import rendezvous as launch
-from parallel import stop_signal as agreement
+from parallel import gradient_reduction, rendezvous, stop_signal
+from parallel.rendezvous import RankInfo
 from tests.support import ranks, samples
 from tests.support.ranks import ROOT, TRAIN, flags, mpirun, needs_mpirun, torchrun
 
@@ -162,7 +161,7 @@ def test_ranks_with_other_data_under_the_same_name_are_named(workspace):
 
 
 @needs_mpirun
-def test_the_failing_rank_has_the_last_word(workspace):
+def test_the_failed_ranks_error_is_the_last_line(workspace):
     done = ranks.run(mpirun(3, *on_rank_one("--input_dir", "nowhere"), *TRAIN, *flags(2, "failing")), workspace)
     assert done.returncode == 2
     own_lines = [line for line in done.stdout.splitlines() if "rank" in line and "prterun" not in line]
@@ -192,32 +191,32 @@ def test_a_port_in_use_is_named(workspace):
 @pytest.mark.parametrize("rank, changes, message", [
     ("1", {"MASTER_ADDR": "no-such-host.invalid"}, "rank 1: no-such-host.invalid"),
     ("1", {}, "did not answer within"),
-    ("0", {}, "rank 1 did not come within"),
+    ("0", {}, "rank 1 did not connect within"),
 ])
-def test_ranks_that_do_not_meet_say_so(workspace, rank, changes, message):
+def test_ranks_that_cannot_connect_report_it(workspace, rank, changes, message):
     done = ranks.run([*TRAIN, *flags(2, "alone", collective_timeout=2)], workspace, RANK=rank, WORLD_SIZE="2",
                      LOCAL_RANK="0", **changes)
     assert done.returncode == 2
     assert message in done.stdout
 
 
-@pytest.mark.parametrize("variables, place", [
-    ({}, launch.Place(0, 1, 0)),
-    ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}, launch.Place(9, 16, 1, 8)),
+@pytest.mark.parametrize("variables, info", [
+    ({}, RankInfo(0, 1, 0)),
+    ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}, RankInfo(9, 16, 1, 8)),
     ({"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "6", "OMPI_COMM_WORLD_LOCAL_RANK": "2",
-      "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, launch.Place(5, 6, 2, 3)),
-    ({"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "6"}, launch.Place(0, 1, 0)),
+      "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, RankInfo(5, 6, 2, 3)),
+    ({"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "6"}, RankInfo(0, 1, 0)),
 ])
-def test_the_place_comes_from_the_launchers_variables(variables, place):
-    assert launch.find_place(variables) == place
+def test_the_rank_comes_from_the_launchers_variables(variables, info):
+    assert rendezvous.rank_info(variables) == info
 
 
-def test_the_local_rank_flag_goes_before_the_environment():
+def test_the_local_rank_flag_overrides_the_environment():
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
-    assert launch.find_place(variables, local_rank=2).local_rank == 2
-    assert launch.find_place(variables, local_rank=-1).local_rank == 1
+    assert rendezvous.rank_info(variables, local_rank=2).local_rank == 2
+    assert rendezvous.rank_info(variables, local_rank=-1).local_rank == 1
     del variables["LOCAL_RANK"]
-    assert launch.find_place(variables, local_rank=2).local_rank == 2
+    assert rendezvous.rank_info(variables, local_rank=2).local_rank == 2
 
 
 @pytest.mark.parametrize("variables, message", [
@@ -229,22 +228,22 @@ def test_the_local_rank_flag_goes_before_the_environment():
 ])
 def test_an_impossible_environment_is_named(variables, message):
     with pytest.raises(UserError, match=message):
-        launch.find_place(variables)
+        rendezvous.rank_info(variables)
 
 
-def test_ranks_meet_on_this_server_unless_there_are_several():
-    one_server, several = launch.Place(1, 8, 1, 8), launch.Place(1, 8, 1, 2)
-    assert launch.meeting_point({}, one_server) == ("localhost", 12345)
-    assert launch.meeting_point({"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4000"}, several) == ("10.0.0.7", 4000)
+def test_the_master_address_defaults_to_this_server_unless_there_are_several():
+    one_server, several = RankInfo(1, 8, 1, 8), RankInfo(1, 8, 1, 2)
+    assert rendezvous.master_address({}, one_server) == ("localhost", 12345)
+    assert rendezvous.master_address({"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4000"}, several) == ("10.0.0.7", 4000)
     with pytest.raises(UserError, match="2 of 8 ranks are on this server, so MASTER_ADDR must name"):
-        launch.meeting_point({}, several)
+        rendezvous.master_address({}, several)
     with pytest.raises(UserError, match="MASTER_PORT is 70000"):
-        launch.meeting_point({"MASTER_PORT": "70000"}, one_server)
+        rendezvous.master_address({"MASTER_PORT": "70000"}, one_server)
 
 
 def test_the_interface_is_the_one_that_routes_to_the_address():
-    assert launch.interface_towards("localhost", 12345) == "lo"
-    assert launch.interface_towards("no-such-host.invalid", 12345) is None
+    assert rendezvous.interface_to("localhost", 12345) == "lo"
+    assert rendezvous.interface_to("no-such-host.invalid", 12345) is None
 
 
 @pytest.mark.parametrize("sizes, size, expected", [
@@ -266,9 +265,9 @@ def test_a_tied_weight_is_in_one_bucket_once():
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     program = ("import os, signal, time\n"
-               "from parallel import stop_signal as agreement\n"
-               "agreement.ECHO_SECONDS = 0.2\n"
-               "with agreement.StopSignals().listening() as signals:\n"
+               "from parallel import stop_signal\n"
+               "stop_signal.ECHO_SECONDS = 0.2\n"
+               "with stop_signal.StopSignals().listening() as signals:\n"
                "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
                "    assert signals.name == 'SIGTERM'\n"
                "    print('an echo is no second signal', flush=True)\n"
@@ -278,9 +277,9 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     assert "an echo" in done.stdout
 
 
-def test_signals_do_what_they_did_before_once_nobody_listens():
+def test_the_signal_handlers_are_restored_after_listening():
     before = signal.getsignal(signal.SIGTERM)
-    with agreement.StopSignals().listening():
+    with stop_signal.StopSignals().listening():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 

@@ -8,8 +8,8 @@ import torch
 from data.dataloader import BatchStream, as_batch
 from data.shard_reader import ShardReader
 from modeling import BertConfig
-from parallel.ranks import Process
-from parallel.rendezvous import Place
+from parallel.ranks import SingleRank
+from parallel.rendezvous import RankInfo
 from tests.support import synthetic
 
 SEQUENCE_LENGTH, PREDICTIONS = 24, 4
@@ -68,7 +68,7 @@ def write_dataset(folder, rows_per_shard=(7, 13, 5), split="training", seed=0, s
 def batch_stream(found, size: int, seed: int = 1, rank: int = 0, world_size: int = 1, first_row: int = 0,
                  reader: ShardReader | None = None, vocab_size: int = synthetic.VOCAB_SIZE) -> BatchStream:
     """The micro-batches of one of several ranks, without the others, from some row of the endless sequence on."""
-    stream = BatchStream(found, size, seed, vocab_size, ranks=Process(Place(rank, world_size)),
+    stream = BatchStream(found, size, seed, vocab_size, ranks=SingleRank(RankInfo(rank, world_size)),
                          reader=reader or ShardReader())
     stream.next_row = first_row
     return stream

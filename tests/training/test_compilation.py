@@ -1,7 +1,6 @@
 """torch.compile for model and optimizer, on the CPU with backends that need no compiler; and traces of the profiler."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 
 import run_pretraining
 from devices.device import Device
+from devices.options import PrecisionOptions
 from devices.precision import Precision
 from lamb import NVLAMB
 from modeling import BertForPreTraining
@@ -28,12 +28,6 @@ def device_compiled_by(compiler) -> Device:
     device = Device()
     device.compiler, device.compiles_in_parts = compiler, False
     return device
-
-
-def arguments(**changes) -> SimpleNamespace:
-    values = {"hmp": False, "fp16": False, "hmp_verbose": False, "hmp_opt_level": "O1", "loss_scale": 1.0,
-              "hmp_bf16": "ops_bf16_bert_pt.txt", "hmp_fp32": "ops_fp32_bert_pt.txt"}
-    return SimpleNamespace(**{**values, **changes})
 
 
 def lamb(seed: int) -> tuple[NVLAMB, list]:
@@ -58,10 +52,11 @@ def test_compiled_lamb_is_compiled_once_a_group_and_computes_the_same():
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("hmp", [False, True])
-def test_compiled_model_has_the_same_losses_and_names(hmp):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_compiled_model_has_the_same_losses_and_names(bf16):
     counter = CompileCounter()
-    precision = Precision(arguments(hmp=hmp), Device())
+    options = PrecisionOptions(bf16=bf16, bf16_list="ops_bf16_bert_pt.txt", fp32_list="ops_fp32_bert_pt.txt")
+    precision = Precision(options, Device())
     torch.manual_seed(0)
     model = BertForPreTraining(samples.config(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0), "plain",
                                autocast=precision.autocast, casts_off=precision.casts_off)
@@ -73,7 +68,7 @@ def test_compiled_model_has_the_same_losses_and_names(hmp):
     for _ in range(2):
         with precision.autocast():
             found = model(batch)
-    assert counter.frame_count == before + (2 if hmp else 1), "with op lists, the losses are a graph of their own"
+    assert counter.frame_count == before + (2 if bf16 else 1), "with op lists, the losses are a graph of their own"
     torch.testing.assert_close(found, expected)
     assert set(model.state_dict()) == names
 

@@ -248,7 +248,7 @@ def refused(workspace, capsys, **changes) -> str:
     ({"fp16": True}, "--fp16 needs CUDA, but the device is cpu"),
     ({"phase2": True}, "--phase2 needs --resume_from_checkpoint"),
     ({"phase2": True, "resume_from_checkpoint": True}, "no checkpoint in it; --phase2 continues from ckpt_6.pt"),
-    ({"do_train": None}, "--do_train is not given"),
+    ({"do_train": None}, "give --do_train or --dry_run"),
     ({"train_batch_sise": 8}, "unrecognized arguments: --train_batch_sise=8"),
     ({"train_batch_size": "eight"}, "'eight' is not a whole number"),
     ({"use_zero_optimizer": "perhaps"}, "'perhaps' is neither true nor false"),

@@ -3,7 +3,6 @@
     mpirun -n 3 python stream_rows.py DATA MICRO_BATCHES RESULTS
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -11,11 +10,11 @@ from data.dataloader import BatchStream
 from data.shard_reader import ShardReader
 from data.shards import find_shards
 from devices import device as devices
-from parallel import ranks as distributed
+from parallel.ranks import init_ranks
 from tests.support import synthetic
 
 data, micro_batches, results = sys.argv[1:]
-with distributed.join(argparse.Namespace(local_rank=None, collective_timeout=60)) as process:
+with init_ranks(None, timeout_seconds=60) as process:
     process.connect(devices.Device())
     stream = BatchStream(find_shards(data), 2, 1, synthetic.VOCAB_SIZE, ranks=process, reader=ShardReader())
     rows = [row for _ in range(int(micro_batches)) for row in next(stream)["input_ids"].tolist()]

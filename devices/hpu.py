@@ -1,0 +1,95 @@
+"""Gaudi cards (HPU).  Their software, habana_frameworks, is imported here alone."""
+
+import importlib
+from importlib import metadata
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from common.errors import UserError
+from devices.device import Device
+
+
+class HpuDevice(Device):
+    """A Gaudi card.  In lazy mode ops are recorded until mark_step, else each runs at once, or compiled."""
+
+    kind = "hpu"
+    is_host = False
+    attentions = ("plain",)  # the ops that the op lists were made for
+    backend = "hccl"
+    compiler = "hpu_backend"
+    compiles_in_parts = False
+    reads_op_lists = True
+    peak_matrix_size = None  # not measured: the products would be graphs of their own
+
+    def __init__(self, lazy: bool):
+        try:
+            self.core = importlib.import_module("habana_frameworks.torch.core")
+        except (ImportError, OSError, RuntimeError) as error:  # not there, or not made for this torch or driver
+            raise UserError(f"--use_habana: no HPU can be used: {error}") from None
+        if not torch.hpu.is_available():
+            raise UserError("--use_habana: Gaudi's software is installed, but it finds no card (does hl-smi?)")
+        super().__init__("hpu")
+        self.lazy = lazy
+        self.hmp = plugin_part("hpex", "hmp")
+        self.metric = plugin_part("hpu.metrics", "metric_global")
+
+    def describe(self) -> str:
+        return f"hpu ({'lazy' if self.lazy else 'eager'} mode, Gaudi software {software_release()})"
+
+    def host_copy(self, tensor: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+        return tensor.detach().cpu()
+
+    def mark_step(self) -> None:
+        if self.lazy:
+            self.core.mark_step()
+
+    def synchronize(self) -> None:
+        torch.hpu.synchronize()
+
+    def memory(self) -> dict[str, int]:
+        return {"memory_allocated": torch.hpu.memory_allocated(),
+                "max_memory_allocated": torch.hpu.max_memory_allocated()}
+
+    def held_memory(self) -> None:
+        """Not told: in lazy mode nothing is allocated where it is asked for."""
+
+    def peak_memory(self) -> int:
+        return torch.hpu.max_memory_allocated()
+
+    def graphs(self) -> dict:
+        compilation, fallback = self.metric_values("graph_compilation"), self.metric_values("cpu_fallback")
+        return {"graph_compilation": compilation.get("TotalNumber", 0), "cpu_fallback": fallback.get("TotalNumber", 0),
+                "cpu_fallback_ops": str(fallback.get("FallbackOps") or "")}
+
+    def metric_values(self, name: str) -> dict:
+        metric = self.metric and self.metric(name)  # None where the release does not know the name
+        return dict(metric.stats()) if metric else {}
+
+    def fused_lamb(self) -> type | None:
+        return plugin_part("hpex.optimizers", "FusedLamb")
+
+    def cards(self) -> int:
+        """How many cards this server has."""
+        return torch.hpu.device_count()
+
+    def register_backend(self) -> None:
+        importlib.import_module("habana_frameworks.torch.distributed.hccl")
+
+    def profiler_activities(self) -> list[ProfilerActivity]:
+        return [ProfilerActivity.CPU, ProfilerActivity.HPU]
+
+
+def plugin_part(module: str, name: str):
+    """Something of Gaudi's software that not every release has, or None."""
+    try:
+        return getattr(importlib.import_module(f"habana_frameworks.torch.{module}"), name)
+    except (ImportError, AttributeError):
+        return None
+
+
+def software_release() -> str:
+    try:
+        return metadata.version("habana-torch-plugin")
+    except metadata.PackageNotFoundError:
+        return "of unknown release"
