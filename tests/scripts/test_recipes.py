@@ -89,8 +89,8 @@ def test_recipes_start_torchrun_on_each_server(tmp_path):
 
 @pytest.mark.parametrize("phase, variables, message", [
     ("3", {}, "usage: bash scripts/bert_large_32_cards.sh PHASE"),
-    ("1", {"LAUNCHER": "slurm"}, "LAUNCHER is 'slurm', none of: mpirun torchrun"),
-    ("1", {"DEVICE": "tpu"}, "DEVICE is 'tpu', none of: hpu cuda cpu"),
+    ("1", {"LAUNCHER": "slurm"}, "LAUNCHER is 'slurm', not one of: mpirun torchrun"),
+    ("1", {"DEVICE": "tpu"}, "DEVICE is 'tpu', not one of: hpu cuda cpu"),
     ("1", {"CARDS_PER_SERVER": "0"}, "CARDS_PER_SERVER is '0'"),
     ("1", {"PYTHON": "no-such-python"}, "PYTHON is 'no-such-python'"),
     ("1", {"LAUNCHER": "torchrun", "NODE_RANK": ""}, "error: NODE_RANK is not set"),
