@@ -19,40 +19,16 @@ import numpy as np
 from common.errors import UserError
 from data.masking import MaskingRule, ranges
 from data.packing.assignment import RowAssignment, ranks_within
-from data.shards import MASK_KEYS, Shard, read_rows, write_shard
+from data.packing.blocks import Block
+from data.shards import MASK_KEYS, write_shard
 
-TOKENS_PER_BLOCK = 2**22  # of the input; a process holds one block or part at a time, up to 100 bytes a token
-TOKENS_PER_PART = 2**23   # of the output, padding included: 16,384 rows of 512
+TOKENS_PER_PART = 2**23  # padding included: 16,384 rows of 512
 
 SEQUENCE = np.dtype([("row", "i4"), ("slot", "i4"), ("length", "i4"), ("predictions", "i4"), ("label", "i1")])
 TOKEN = np.dtype([("input_ids", "i4"), ("segment_ids", "i1")])
 PREDICTION = np.dtype([("position", "i4"), ("id", "i4")])  # the position counts from the sequence's own start
 RECORDS = {"sequences": SEQUENCE, "tokens": TOKEN, "predictions": PREDICTION}
 INDEX_LINE = len(RECORDS) * 8  # bytes: where a part begins in each of the three files
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some rows of an unpacked shard, few enough to be held in memory."""
-
-    number: int
-    shard: Shard
-    start: int
-    stop: int
-
-    def row(self, index: int) -> str:
-        """How an error message names a row of this block."""
-        return f"{self.shard.path}: row {self.start + index}"
-
-
-def blocks_of(found: list[Shard]) -> list[Block]:
-    """Cut the shards into blocks, in the order of the shards."""
-    blocks = []
-    for shard in found:
-        rows = max(1, TOKENS_PER_BLOCK // shard.sequence_length)
-        for start in range(0, shard.rows, rows):
-            blocks.append(Block(len(blocks), shard, start, min(start + rows, shard.rows)))
-    return blocks
 
 
 # --- survey ---
@@ -69,7 +45,7 @@ class Survey:
 def survey(block: Block) -> Survey:
     """Count the lengths of a block's sequences.  Raises UserError naming file and row where a row cannot be packed."""
     keys = [key for key in block.shard.keys if key in ("input_mask", "masked_lm_positions")]
-    rows = read_rows(block.shard, keys, rows=slice(block.start, block.stop))
+    rows = block.read(keys)
     lengths = checked_lengths(block, rows["input_mask"])
     rule = block.shard.rule
     predictions = (rule.predictions(lengths) if rule else
@@ -100,7 +76,7 @@ def checked_predictions(block: Block, positions: np.ndarray, lengths: np.ndarray
 
 def refuse_rows(block: Block, bad: np.ndarray, fault: str) -> None:
     if bad.any():
-        raise UserError(f"{block.row(np.argmax(bad))} {fault}")
+        raise UserError(f"{block.row_name(np.argmax(bad))} {fault}")
 
 
 # --- scatter ---
@@ -150,7 +126,7 @@ def scatter(block: Block, assignment: RowAssignment, ranks_before: np.ndarray, l
 
     `ranks_before[length]` counts the sequences of that length in the blocks before this one.
     """
-    rows = read_rows(block.shard, rows=slice(block.start, block.stop))
+    rows = block.read()
     lengths = np.count_nonzero(rows["input_mask"], axis=1)
     output_rows, slots = assignment.rows_and_slots(lengths, ranks_before[lengths] + ranks_within(lengths))
     parts, rows_in_part = np.divmod(output_rows, layout.rows_per_part)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data.packing import scatter_gather as packing_shards
-from data.packing.checks import fingerprints
+from data.packing import scatter_gather
+from data.packing.fingerprints import fingerprints
 from data.shards import UNPACKED_KEYS
 from pack_pretraining_data_pytorch import main as pack
 from pytorch_packed_data_checker import main as check
@@ -27,7 +27,7 @@ def originals(tmp_path_factory):
     for number, rows in enumerate((60, 41)):
         write_unpacked_shard(folder / "unpacked" / f"a_training_{number}.hdf5", rng.integers(5, 129, rows), seed=number)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing_shards, "TOKENS_PER_PART", 20 * 128)
+        patch.setattr(scatter_gather, "TOKENS_PER_PART", 20 * 128)
         pack(["--input_dir", str(folder / "unpacked"), "--output_dir", str(folder / "packed"), "--max_sequence_length",
               "128", "--max_predictions_per_sequence", "20", "--n_processes", "1", "--disable_progress_bar"])
     assert len(list((folder / "packed").iterdir())) == 3

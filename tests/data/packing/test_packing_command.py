@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data.packing import scatter_gather as packing_shards
+from data.packing import blocks, scatter_gather
 from data.packing.methods import METHODS
 from data.shards import find_shards, read_rows
 from data.workers import open_pool, ordered_map
@@ -90,8 +90,8 @@ def unpacked(tmp_path):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Blocks of 9 rows and parts of 7."""
-    monkeypatch.setattr(packing_shards, "TOKENS_PER_BLOCK", 9 * 128)
-    monkeypatch.setattr(packing_shards, "TOKENS_PER_PART", 7 * 128)
+    monkeypatch.setattr(blocks, "TOKENS_PER_BLOCK", 9 * 128)
+    monkeypatch.setattr(scatter_gather, "TOKENS_PER_PART", 7 * 128)
 
 
 # --- what comes out ---
@@ -181,7 +181,7 @@ def test_result_does_not_depend_on_the_number_of_processes(unpacked, tmp_path):
 
 
 def test_rows_are_shuffled_over_the_whole_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(packing_shards, "TOKENS_PER_PART", 50 * 128)
+    monkeypatch.setattr(scatter_gather, "TOKENS_PER_PART", 50 * 128)
     for number, length in enumerate((128, 64, 30)):  # three kinds of row, one a shard
         write_unpacked_shard(tmp_path / "unpacked" / f"a_training_{number}.hdf5", np.full(200, length), seed=number)
     pack(tmp_path / "unpacked", tmp_path / "packed", depth=4)
