@@ -123,8 +123,8 @@ def training_shards(args, config, reader, report) -> list:
 
     if args.skip_bad_shards:
         found, unreadable = find_readable_shards(args.input_dir, reader=reader)
-        for fault in unreadable:
-            report(f"left out from the start: {fault}")
+        for error in unreadable:
+            report(f"left out from the start: {error}")
     else:
         found = find_shards(args.input_dir, reader=reader)
     first = found[0]

@@ -53,11 +53,11 @@ def cutting_stock(histogram: np.ndarray, depth: int) -> Recipe:
 def fewest_rows(histogram: np.ndarray, depth: int) -> Solution:
     """Solve the linear program; counts in `histogram` need not be whole."""
     strategies, prices = starting_point(histogram, depth)
-    fresh, bound = worthwhile_strategies(in_units(prices), histogram, depth)
+    fresh, bound = worthwhile_strategies(prices, histogram, depth)
     strategies, fewest = np.concatenate([strategies, fresh]), np.inf
     while True:
         counts, prices = solve_program(strategies, histogram)
-        fresh, new_bound = worthwhile_strategies(in_units(prices), histogram, depth)
+        fresh, new_bound = worthwhile_strategies(prices, histogram, depth)
         bound = max(bound, new_bound)
         fresh = fresh[worth(fresh, prices) > 1 + NEAR_ENOUGH]
         if not len(fresh) or bound > counts.sum() * (1 - NEAR_ENOUGH):
@@ -108,10 +108,6 @@ def solve_program(strategies: np.ndarray, histogram: np.ndarray) -> tuple[np.nda
     return result.x[:len(strategies)] * scale, np.maximum.accumulate(np.maximum(prices, 0.0))
 
 
-def in_units(prices: np.ndarray) -> np.ndarray:
-    return np.rint(prices * PRICE_UNIT).astype(np.int64)
-
-
 def worth(strategies: np.ndarray, prices: np.ndarray) -> np.ndarray:
     """What each strategy's sequences are worth in rows."""
     return prices[strategies].sum(axis=1)
@@ -120,9 +116,10 @@ def worth(strategies: np.ndarray, prices: np.ndarray) -> np.ndarray:
 def worthwhile_strategies(prices: np.ndarray, histogram: np.ndarray, depth: int) -> tuple[np.ndarray, int]:
     """For each length the most valuable strategy that has it, (strategies, depth), and a lower bound on the rows.
 
-    The bound: all sequences are worth so much, and no row can hold more than the best strategy is worth.  `prices` are
-    whole numbers, so it holds exactly.
+    The bound: all sequences are worth so much, and no row can hold more than the best strategy is worth.  In
+    whole PRICE_UNITs it holds exactly.
     """
+    prices = np.rint(prices * PRICE_UNIT).astype(np.int64)
     best, choices = knapsack(prices, depth)
     lengths = np.arange(1, len(histogram))
     strategies = np.zeros((len(lengths), depth), np.int64)

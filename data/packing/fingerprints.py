@@ -1,7 +1,5 @@
 """Fingerprints of the sequences in packed or unpacked rows, and sets of sequences compared by them."""
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
 from data.counter_rng import scrambled
@@ -10,32 +8,20 @@ from data.packing.checks import sequence_starts
 BUCKETS = 2**16  # fingerprints are compared by the sums of so many groups of them
 
 
-@dataclass
-class SequenceMultiset:
-    """Some sequences, any of them more than once: in each bucket of fingerprints, how many there are and their sum."""
-
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(BUCKETS, np.int64))
-    sums: np.ndarray = field(default_factory=lambda: np.zeros(BUCKETS, np.uint64))  # modulo 2**64
-
-    @classmethod
-    def of(cls, rows: dict[str, np.ndarray]) -> "SequenceMultiset":
-        """The sequences of sound rows of either form."""
-        values = fingerprints(rows)
-        buckets, sums = bucket_of(values), np.zeros(BUCKETS, np.uint64)
-        np.add.at(sums, buckets, values)
-        return cls(np.bincount(buckets, minlength=BUCKETS), sums)
-
-    def __add__(self, other: "SequenceMultiset") -> "SequenceMultiset":
-        return SequenceMultiset(self.counts + other.counts, self.sums + other.sums)
-
-    def differs_from(self, other: "SequenceMultiset") -> np.ndarray:
-        """The buckets that do not hold the same sequences."""
-        return np.flatnonzero((self.counts != other.counts) | (self.sums != other.sums))
-
-
 def bucket_of(values: np.ndarray) -> np.ndarray:
     """The bucket of each fingerprint: its lowest bits."""
     return (values % np.uint64(BUCKETS)).astype(np.int64)
+
+
+def bucket_sums(values: np.ndarray) -> np.ndarray:
+    """How many fingerprints each bucket holds, and their sum modulo 2**64, (2, BUCKETS) uint64.
+
+    Arrays of parts of a set add up to that of the set; where two sets differ, so do their arrays.
+    """
+    sums = np.zeros((2, BUCKETS), np.uint64)
+    sums[0] = np.bincount(bucket_of(values), minlength=BUCKETS)
+    np.add.at(sums[1], bucket_of(values), values)
+    return sums
 
 
 def fingerprints(rows: dict[str, np.ndarray]) -> np.ndarray:

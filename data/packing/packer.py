@@ -17,8 +17,8 @@ from data.packing.assignment import RowAssignment
 from data.packing.blocks import Block, blocks_of, with_progress
 from data.packing.methods import METHODS
 from data.packing.output import PART_NAME, check_output_dir, check_space, packing_figures, publish, staged
-from data.packing.recipe import Recipe, knapsack
-from data.packing.scatter_gather import Layout, Survey, gather, rows_per_part, scatter, survey, temporary_bytes
+from data.packing.recipe import knapsack
+from data.packing.scatter_gather import Layout, Survey, gather, scatter, survey, temporary_bytes
 from data.shards import Shard, find_shards
 from data.workers import open_pool
 
@@ -54,7 +54,10 @@ def pack(options: PackingOptions) -> dict:
         surveys = list(run("counting lengths", survey, [(block,) for block in blocks]))
         check_predictions_fit(options, surveys)
         histogram = sum(survey.histogram for survey in surveys)
-        recipe = solve(options.packing_method, histogram, options.max_sequences_per_pack)
+        start = time.perf_counter()
+        recipe = METHODS[options.packing_method].solve(histogram, options.max_sequences_per_pack)
+        print(f"{options.packing_method}: {recipe.row_count:,} rows by {len(recipe.rows):,} strategies, worked out in "
+              f"{time.perf_counter() - start:.2f} s; no packing has fewer than {recipe.bound:,}", file=sys.stderr)
         metadata = packing_figures(recipe, histogram) | {
             "packing_method": options.packing_method,
             "max_sequences_per_pack": options.max_sequences_per_pack,
@@ -66,9 +69,8 @@ def pack(options: PackingOptions) -> dict:
         }
         with staged(output_dir) as folder:
             layout = Layout(
-                row_count=recipe.row_count, rows_per_part=rows_per_part(options.max_sequence_length),
-                row_length=options.max_sequence_length, max_sequences=options.max_sequences_per_pack,
-                max_predictions=options.max_predictions_per_sequence, folder=folder, rule=shards[0].rule)
+                row_count=recipe.row_count, row_length=options.max_sequence_length, folder=folder, rule=shards[0].rule,
+                max_sequences=options.max_sequences_per_pack, max_predictions=options.max_predictions_per_sequence)
             write_rows(run, blocks, surveys, RowAssignment(recipe, histogram, options.seed), layout)
             publish(folder, output_dir, metadata)
     if options.plot:
@@ -78,15 +80,15 @@ def pack(options: PackingOptions) -> dict:
 
 def find_unpacked(options: PackingOptions) -> list[Shard]:
     shards = find_shards(options.input_dir)
-    for shard in shards:
-        if shard.packed:
-            raise UserError(f"--input_dir {options.input_dir}: {shard.path} is packed already, from row 0 on")
-        if shard.sequence_length != options.max_sequence_length:
-            raise UserError(f"--max_sequence_length {options.max_sequence_length}, but {shard.path} has rows of "
-                            f"{shard.sequence_length} tokens")
-        if shard.rule and options.max_sequences_per_pack > MOST_SEQUENCES:
-            raise UserError(f"--max_sequences_per_pack {options.max_sequences_per_pack}: rows without masks, as those "
-                            f"of {shard.path}, can hold {MOST_SEQUENCES} sequences at most")
+    first = shards[0]
+    if first.packed:
+        raise UserError(f"--input_dir {options.input_dir}: {first.path} is packed already, from row 0 on")
+    if first.sequence_length != options.max_sequence_length:
+        raise UserError(f"--max_sequence_length {options.max_sequence_length}, but {first.path} has rows of "
+                        f"{first.sequence_length} tokens")
+    if first.rule and options.max_sequences_per_pack > MOST_SEQUENCES:
+        raise UserError(f"--max_sequences_per_pack {options.max_sequences_per_pack}: rows without masks, as those "
+                        f"of {first.path}, can hold {MOST_SEQUENCES} sequences at most")
     return shards
 
 
@@ -100,14 +102,6 @@ def check_predictions_fit(options: PackingOptions, surveys: list[Survey]) -> Non
         raise UserError(f"--max_predictions_per_sequence {options.max_predictions_per_sequence}: a row of up to "
                         f"{depth} sequences can have {most} masked tokens, but has room for {room}; "
                         f"--max_predictions_per_sequence {most - depth} fits")
-
-
-def solve(method_name: str, histogram: np.ndarray, depth: int) -> Recipe:
-    start = time.perf_counter()
-    recipe = METHODS[method_name].solve(histogram, depth)
-    print(f"{method_name}: {recipe.row_count:,} rows by {len(recipe.rows):,} strategies, worked out in "
-          f"{time.perf_counter() - start:.2f} s; no packing has fewer than {recipe.bound:,}", file=sys.stderr)
-    return recipe
 
 
 def write_rows(run, blocks: list[Block], surveys: list[Survey], assignment: RowAssignment, layout: Layout) -> None:

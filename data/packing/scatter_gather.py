@@ -86,7 +86,6 @@ class Layout:
     """The shape of the output, and the folder of the temporary files."""
 
     row_count: int
-    rows_per_part: int
     row_length: int
     max_sequences: int    # N
     max_predictions: int  # P
@@ -98,6 +97,10 @@ class Layout:
         return self.max_predictions + self.max_sequences
 
     @property
+    def rows_per_part(self) -> int:
+        return max(1, TOKENS_PER_PART // self.row_length)
+
+    @property
     def part_count(self) -> int:
         return -(-self.row_count // self.rows_per_part)
 
@@ -106,10 +109,6 @@ class Layout:
 
     def file(self, block_number: int, records: str) -> Path:
         return self.folder / f"block_{block_number}.{records}"
-
-
-def rows_per_part(row_length: int) -> int:
-    return max(1, TOKENS_PER_PART // row_length)
 
 
 def temporary_bytes(surveys: list[Survey], part_count: int) -> int:

@@ -12,7 +12,7 @@ from common.errors import UserError
 from data.masking import ranges
 from data.packing.blocks import Block, blocks_of, with_progress
 from data.packing.checks import faults
-from data.packing.fingerprints import SequenceMultiset, bucket_of, fingerprints
+from data.packing.fingerprints import bucket_of, bucket_sums, fingerprints
 from data.packing.output import UNFINISHED
 from data.shard_checks import tokens_to_predict
 from data.shards import Shard, find_shards, metadata_path, read_rows
@@ -48,29 +48,29 @@ def verify(packed: list[Shard], unpacked: list[Shard], n_processes: int, show_pr
     report = Report(rows=sum(shard.rows for shard in packed), shards=len(packed))
     with open_pool(n_processes) as pool:
         run = partial(with_progress, pool, show_progress)
-        sequences = check_rows(run, packed, report)
+        sums = check_rows(run, packed, report)
         check_totals(packed[0].path.parent, report)
         if unpacked and not report.faults:
-            compare(run, packed, unpacked, sequences, report)
+            compare(run, packed, unpacked, sums, report)
     return report
 
 
-def check_rows(run, packed: list[Shard], report: Report) -> SequenceMultiset:
-    """Check every row by itself; returns the sequences of the rows without fault."""
+def check_rows(run, packed: list[Shard], report: Report) -> np.ndarray:
+    """Check every row by itself; returns the bucket_sums of the sequences in rows without fault."""
     first = next(shard for shard in packed if shard.rows)
     cls_token = int(read_rows(first, ["input_ids"], slice(1))["input_ids"][0, 0])
-    total = SequenceMultiset()
-    for faulty_rows, fault, sequences in run("checking rows", check_block,
-                                             [(block, cls_token) for block in blocks_of(packed)]):
+    total = 0
+    for faulty_rows, fault, sums in run("checking rows", check_block,
+                                        [(block, cls_token) for block in blocks_of(packed)]):
         if faulty_rows:
             report.add(faulty_rows, fault)
-        total += sequences
-    report.sequences = int(total.counts.sum())
+        total += sums
+    report.sequences = int(total[0].sum())
     return total
 
 
-def check_block(block: Block, cls_token: int) -> tuple[int, str, SequenceMultiset]:
-    """How many rows of a block have a fault, the first of them in words, and the sequences of the others."""
+def check_block(block: Block, cls_token: int) -> tuple[int, str, np.ndarray]:
+    """How many rows of a block have a fault, the first of them in words, and the bucket_sums of the others."""
     rows = block.read()
     faulty = np.zeros(block.stop - block.start, bool)
     first = (len(faulty), "")
@@ -83,7 +83,7 @@ def check_block(block: Block, cls_token: int) -> tuple[int, str, SequenceMultise
             faulty |= bad
             first = min(first, (int(np.argmax(bad)), fault), key=lambda found: found[0])
     sound = {key: values[~faulty] for key, values in rows.items()}
-    return np.count_nonzero(faulty), f"{block.row_name(first[0])}: {first[1]}", SequenceMultiset.of(sound)
+    return np.count_nonzero(faulty), f"{block.row_name(first[0])}: {first[1]}", bucket_sums(fingerprints(sound))
 
 
 def check_totals(folder: Path, report: Report) -> None:
@@ -106,29 +106,27 @@ def check_totals(folder: Path, report: Report) -> None:
 
 # --- comparison with the unpacked set ---
 
-def compare(run, packed: list[Shard], unpacked: list[Shard], sequences: SequenceMultiset, report: Report) -> None:
+def compare(run, packed: list[Shard], unpacked: list[Shard], sums: np.ndarray, report: Report) -> None:
     """Count a fault for each bucket that differs, and name a sequence that only one set has: where possible, one that
     the packed set should not have.
     """
     if packed[0].rule != unpacked[0].rule:
         report.add(1, f"{packed[0].path} is {packed[0].description}, {unpacked[0].path} is {unpacked[0].description}")
         return
-    packed_blocks, unpacked_blocks = blocks_of(packed), blocks_of(unpacked)
-    original = sum(run("reading unpacked rows", sequences_in_block, [(block,) for block in unpacked_blocks]),
-                   SequenceMultiset())
-    different = sequences.differs_from(original)
+    original = sum(run("reading unpacked rows", sums_of_block, [(block,) for block in blocks_of(unpacked)]))
+    different = np.flatnonzero((sums != original).any(axis=0))
     if not len(different):
         return
-    surplus = sequences.counts[different] - original.counts[different]
-    bucket = int(different[np.argmax(surplus)])
+    surplus = (sums - original)[0].astype(np.int64)
+    bucket = int(different[np.argmax(surplus[different])])
     in_packed, in_unpacked = (
-        [found for part in run("looking for it", members, [(block, bucket) for block in blocks]) for found in part]
-        for blocks in (packed_blocks, unpacked_blocks))
+        [found for part in run("looking for it", members, [(block, bucket) for block in blocks_of(shards)])
+         for found in part] for shards in (packed, unpacked))
     report.add(len(different), first_difference(in_packed, in_unpacked))
 
 
-def sequences_in_block(block: Block) -> SequenceMultiset:
-    return SequenceMultiset.of(block.read())
+def sums_of_block(block: Block) -> np.ndarray:
+    return bucket_sums(fingerprints(block.read()))
 
 
 def members(block: Block, bucket: int) -> list[tuple[int, str]]:

@@ -12,7 +12,7 @@ from common.errors import UserError
 from data import dataloader as dataset
 from data.dataloader import BatchStream, batches_once, micro_batch_rows, pieces, row_order, shard_order
 from data.shard_reader import ShardReader
-from data.shards import PACKED_KEYS, find_shards, read_rows, write_shard
+from data.shards import columns, find_shards, read_rows, write_shard
 from tests.support import samples, synthetic
 
 ROWS_OF_SHARDS = {1: [29], 3: [7, 13, 5], 7: [1, 9, 4, 2, 11, 3, 6]}
@@ -155,7 +155,7 @@ def test_sequences_per_row_come_from_metadata_else_from_the_shards(tmp_path, rea
 
 def test_unpacked_rows_become_packed_rows_of_one_sequence(folder):
     batch = next(BatchStream(find_shards(folder), 5, 1, synthetic.VOCAB_SIZE))
-    assert set(batch) == set(PACKED_KEYS)
+    assert set(batch) == set(columns(packed=True))
     assert batch["positions"][3].tolist() == list(range(samples.SEQUENCE_LENGTH))
     assert batch["next_sentence_labels"].shape == batch["next_sentence_weights"].shape == (5, 1)
     assert dataset.sequences_in(batch) == 5

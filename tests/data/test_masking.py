@@ -19,7 +19,7 @@ from common.errors import UserError
 from data import dataloader as dataset
 from data import masking, vocabulary
 from data.shard_checks import read_checked_rows
-from data.shards import MASK_KEYS, UNPACKED_KEYS, Shard, find_shards, read_header, read_rows
+from data.shards import MASK_KEYS, Shard, columns, find_shards, read_header, read_rows
 from tests.support import ranks, samples, synthetic
 
 LENGTH, PREDICTIONS = samples.SEQUENCE_LENGTH, samples.PREDICTIONS
@@ -273,7 +273,7 @@ def test_samples_are_stored_once_in_a_fifth_of_the_space(tmp_path, monkeypatch):
     assert dynamic.path.stat().st_size < 0.2 * fixed.path.stat().st_size
     assert dynamic.rule == masking.MaskingRule(0.15, 20, 15, (0, 1, 2, 3, 4))
     rows = read_checked_rows(dynamic, 15)
-    assert set(rows) == set(UNPACKED_KEYS) - set(MASK_KEYS)
+    assert set(rows) == set(columns(packed=False)) - set(MASK_KEYS)
     assert not (rows["input_ids"] == 4).any()
     twice = create("text.txt", tmp_path / "twice_training.hdf5", "--dynamic_masking", "--dupe_factor=2")
     assert abs(twice.rows / dynamic.rows - 2) < 0.2
