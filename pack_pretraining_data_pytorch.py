@@ -3,8 +3,8 @@
     python3 pack_pretraining_data_pytorch.py --input_dir hdf5_lower_case_1_seq_len_128/books_wiki_en_corpus \\
         --output_dir packed/phase1 --max_sequence_length 128 --max_predictions_per_sequence 20
 
-Writes packed/phase1/mixed_strategies_part_N.hdf5 and packed/phase1_metadata.json.  Every sequence of the input ends in
-exactly one row.  run_pretraining.py takes the folder as its --input_dir.
+Writes packed/phase1/mixed_strategies_part_N.hdf5 and packed/phase1_metadata.json.  Every sequence of the input
+is in exactly one row of the output.  run_pretraining.py takes the folder as its --input_dir.
 """
 
 import os
@@ -19,22 +19,25 @@ def parse_options(argv) -> PackingOptions:
     parser.add_argument("--input_dir", required=True,
                         help="folder of unpacked HDF5 shards: those with 'training' in the name")
     parser.add_argument("--output_dir", required=True,
-                        help="folder for the packed shards; its metadata goes beside it, NAME_metadata.json")
+                        help="folder for the packed shards; NAME_metadata.json is written beside it")
     parser.add_argument("--max_sequence_length", type=cli.positive_int, required=True,
                         help="tokens in a row, packed or not")
     parser.add_argument("--max_predictions_per_sequence", type=cli.positive_int, required=True,
-                        help="masked tokens that a packed row has room for, beside one for each of "
+                        help="a packed row has room for this many masked tokens plus "
                              "--max_sequences_per_pack")
-    parser.add_argument("--max_sequences_per_pack", type=cli.positive_int, default=3, help="most sequences in a row")
+    parser.add_argument("--max_sequences_per_pack", type=cli.positive_int, default=3,
+                        help="maximum number of sequences in a row")
     parser.add_argument("--packing_method", choices=METHODS, default=next(iter(METHODS)),
                         help="how the rows are worked out. "
                              + "; ".join(f"{method.name}: {method.help}" for method in METHODS.values()))
-    parser.add_argument("--seed", type=int, default=42, help="of the order of the rows, and of which sequences meet")
+    parser.add_argument("--seed", type=int, default=42,
+                        help="random seed for the order of the rows and for which sequences share one")
     parser.add_argument("--n_processes", type=cli.positive_int, default=min(4, os.cpu_count() or 1),
-                        help="processes, each below 1 GB of memory; the result is the same for any number")
+                        help="number of processes, each with less than 1 GB of memory; it does not affect the result")
     parser.add_argument("--overwrite", action="store_true",
-                        help="replace the packed data of --output_dir, once the new is complete")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw lengths, fill and sequences a row")
+                        help="replace existing packed data in --output_dir, once the new set is complete")
+    parser.add_argument("--plot", metavar="FILE.png",
+                        help="plot the sequence lengths, how full the rows are, and the sequences per row")
     parser.add_argument("--disable_progress_bar", action="store_true", help="print no progress bars")
     args = parser.parse_args(argv)
     method = METHODS[args.packing_method]

@@ -3,8 +3,8 @@
     python3 pytorch_packed_data_checker.py --input_dir packed/phase1 \\
         --unpacked_dir hdf5_lower_case_1_seq_len_128/books_wiki_en_corpus
 
-Exit code 0: no fault.  1: faults; the first is named with its file and row, then their number.  2: it could not be
-checked, for example because a file is not a shard.
+Exit code 0: no fault.  1: faults; the first is printed with its file and row, then their number.  2: the set could not
+be checked, for example because a file is not a shard.
 """
 
 import os
@@ -16,9 +16,10 @@ from data.packing.verify import find_of_form, verify
 def main(argv=None) -> int:
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--input_dir", required=True, help="folder of packed shards")
-    parser.add_argument("--unpacked_dir", help="folder of the unpacked shards that they hold")
+    parser.add_argument("--unpacked_dir",
+                        help="folder of the unpacked shards that were packed; both sets must hold the same sequences")
     parser.add_argument("--n_processes", type=cli.positive_int, default=min(4, os.cpu_count() or 1),
-                        help="processes, each below 1 GB of memory")
+                        help="number of processes, each with less than 1 GB of memory")
     parser.add_argument("--disable_progress_bar", action="store_true", help="print no progress bars")
     args = parser.parse_args(argv)
     packed = find_of_form(args.input_dir, packed=True, flag="--input_dir")

@@ -43,7 +43,7 @@ SCHEMA = (
     Column("input_ids",             ("i4", "S"),  ("i4", "S"),    "token ids"),
     Column("input_mask",            ("i1", "S"),  ("i4", "S"),    "which sequence a token belongs to, 0 = padding"),
     Column("segment_ids",           ("i1", "S"),  ("i1", "S"),    "0 = [CLS] A [SEP], 1 = B [SEP]"),
-    Column("positions",             None,         ("i4", "S"),    "position in the own sequence, from 0"),
+    Column("positions",             None,         ("i4", "S"),    "position in its own sequence, from 0"),
     Column("masked_lm_positions",   ("i4", "P"),  ("i4", "P+N"),  "offset into the row, 0 = empty slot"),
     Column("masked_lm_ids",         ("i4", "P"),  ("i4", "P+N"),  "the token that stood there"),
     Column("next_sentence_positions", None,       ("i4", "N"),    "where each [CLS] stands"),
@@ -52,7 +52,7 @@ SCHEMA = (
 )
 MASK_KEYS = ("masked_lm_positions", "masked_lm_ids")
 SLOTS = "prediction_slots"  # the attribute beside those of the rule
-METADATA_SUFFIX = "_metadata.json"  # of the packer's file about the set, after the name of the set's folder
+METADATA_SUFFIX = "_metadata.json"  # of the packer's metadata, after the name of the set's folder
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Shard:
 
     @property
     def description(self) -> str:
-        """Its form in words; the shards of one set share it."""
+        """Its form in words, the same for all shards of a set."""
         packed = f"packed to {self.max_sequences} sequences a row" if self.packed else "unpacked"
         rule = f", {self.rule.description}" if self.rule else ""
         return f"{packed}, {self.sequence_length} tokens and {self.prediction_slots} prediction slots a row{rule}"
@@ -87,7 +87,7 @@ def columns(packed: bool, rule: MaskingRule | None = None) -> dict[str, tuple[st
 
 
 def metadata_path(folder) -> Path:
-    """The packer's metadata lie beside the folder of the packed shards."""
+    """The packer's metadata file, beside the folder of the packed shards."""
     folder = Path(os.path.abspath(folder))
     return folder.parent / (folder.name + METADATA_SUFFIX)
 
@@ -112,7 +112,7 @@ def read_header(path) -> Shard:
     if not_integers:
         raise UserError(f"{path}: {not_integers[0]} holds no integers")
     if size > MOST_COMPRESSED * path.stat().st_size:
-        raise UserError(f"{path}: cannot hold the {size} bytes of rows that it says it holds")
+        raise UserError(f"{path}: its header announces {size} bytes of rows, far more than its size allows")
     shard = Shard(
         path=path,
         rows=shapes["input_ids"][0] if shapes["input_ids"] else 0,
@@ -216,9 +216,9 @@ def write_shard(path, rows: dict[str, np.ndarray], rule: MaskingRule | None = No
 
 @contextmanager
 def writing(path, sequence_length: int, prediction_slots: int, rule: MaskingRule | None = None):
-    """Yield a function append(columns) that adds rows to an unpacked shard, with a `rule` one without masks.
+    """Yield a function append(rows) that adds rows to an unpacked shard, with a `rule` one without masks.
 
-    The shard takes its name when the block ends well; until then nothing stands under it.
+    The shard appears under its name when the block ends without an error.
     """
     widths = {"1": (), "S": (sequence_length,), "P": (prediction_slots,)}
     with replacing(path) as temporary, created(temporary) as file:
@@ -226,8 +226,8 @@ def writing(path, sequence_length: int, prediction_slots: int, rule: MaskingRule
         for key, (dtype, width) in columns(False, rule).items():
             add_column(file, key, (0, *widths[width]), dtype, ROWS_PER_CHUNK)
 
-        def append(columns: dict[str, np.ndarray]) -> None:
-            for key, values in columns.items():
+        def append(rows: dict[str, np.ndarray]) -> None:
+            for key, values in rows.items():
                 before = len(file[key])
                 file[key].resize(before + len(values), axis=0)
                 file[key][before:] = values
@@ -243,8 +243,8 @@ def write_rule(file, rule: MaskingRule | None, prediction_slots: int) -> None:
 def add_column(file, key: str, shape: tuple, dtype: str, chunk_rows: int):
     """A new data set of a shard, which can grow.
 
-    Bytes of equal weight are grouped before they are compressed, and a chunk holds whole rows: a fifth smaller, twice
-    as fast to read as h5py's own choices.
+    With byte shuffling before compression and chunks of whole rows, files are a fifth smaller and read twice as fast as
+    with h5py's defaults.
     """
     return file.create_dataset(key, shape, dtype, maxshape=(None, *shape[1:]), chunks=(chunk_rows, *shape[1:]),
                                shuffle=True, compression="gzip", compression_opts=1)
@@ -254,7 +254,7 @@ def add_column(file, key: str, shape: tuple, dtype: str, chunk_rows: int):
 def created(path):
     """Yield a new h5py.File; a full disk raises OSError when the block ends.
 
-    HDF5 itself does not survive a failing write: it crashes the process while it closes the file.
+    A failing write must not reach HDF5 itself, which would crash the process while it closes the file.
     """
     with PatientFile(path, "w+") as raw:
         try:
@@ -267,7 +267,7 @@ def created(path):
 
 @contextmanager
 def opened(path):
-    """A block with the h5py.File of a shard.  UserError where there is none, and where the block meets a damage."""
+    """Yield the h5py.File of a shard.  UserError where there is none, and where reading in the block fails."""
     try:
         with h5py.File(path, "r") as file:
             yield file

@@ -24,7 +24,7 @@ from data.packing.recipe import Recipe, elementary_bound, knapsack
 PRICE_UNIT = 2**40        # prices are whole numbers of 1 / PRICE_UNIT rows: sums of them are exact, and so are bounds
 SMALLEST_PROGRAM = 64     # row length from which on it pays to solve a coarser program first
 WORTH_KEEPING = 0.9       # a strategy priced below this many rows is dropped; it may come back
-NEAR_ENOUGH = 1e-6        # share of the rows that is not worth a further round; above the solver's own tolerances
+NEAR_ENOUGH = 1e-6        # a share of the rows too small for a further round; above the solver's own tolerances
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def fewest_rows(histogram: np.ndarray, depth: int) -> Solution:
         fresh = fresh[worth(fresh, prices) > 1 + NEAR_ENOUGH]
         if not len(fresh) or bound > counts.sum() * (1 - NEAR_ENOUGH):
             return Solution(strategies, counts, prices, bound)
-        if counts.sum() < fewest * (1 - NEAR_ENOUGH):  # only then: what is dropped without progress comes back for ever
+        if counts.sum() < fewest * (1 - NEAR_ENOUGH):  # else dropped strategies could return endlessly
             fewest = counts.sum()
             kept = (counts > 0) | (worth(strategies, prices) > WORTH_KEEPING)
             kept[:len(histogram) - 1] = True  # one for each length: with them the program always has a solution

@@ -1,11 +1,11 @@
-"""Fingerprints of the sequences in packed or unpacked rows, and sets of sequences compared by them."""
+"""Fingerprints of the sequences in packed or unpacked rows, and sums of them by which two sets are compared."""
 
 import numpy as np
 
 from data.counter_rng import scrambled
 from data.packing.checks import sequence_starts
 
-BUCKETS = 2**16  # fingerprints are compared by the sums of so many groups of them
+BUCKETS = 2**16  # groups of fingerprints whose sums are compared
 
 
 def bucket_of(values: np.ndarray) -> np.ndarray:
@@ -27,8 +27,8 @@ def bucket_sums(values: np.ndarray) -> np.ndarray:
 def fingerprints(rows: dict[str, np.ndarray]) -> np.ndarray:
     """A number for each sequence of sound rows of either form, row by row, (sequences,) uint64.
 
-    Equal sequences have equal numbers, wherever they stand.  It is made of the tokens with their segments and
-    positions, the masked tokens with their positions (in any order), and the label.
+    It depends on the tokens with their segments and positions in the sequence, the masked tokens with their positions
+    (in any order) and the label, but not on where the sequence stands.
     """
     mask = rows["input_mask"].astype(np.int64)
     starts, real = sequence_starts(mask), mask != 0

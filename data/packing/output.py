@@ -40,7 +40,7 @@ def check_output_dir(output_dir: Path, input_dir: Path, overwrite: bool) -> None
 
 @contextmanager
 def staged(output_dir: Path):
-    """Yield a new folder inside the output folder; afterwards it is gone, and so is an output folder left empty."""
+    """Yield a temporary folder inside the output folder; an output folder that is empty afterwards is removed, too."""
     folder = output_dir / UNFINISHED
     try:
         if folder.exists():
@@ -48,7 +48,7 @@ def staged(output_dir: Path):
         folder.mkdir(parents=True)
         yield folder
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: {error}; nothing new is kept there") from None
+        raise UserError(f"--output_dir {output_dir}: {error}; no new file is left there") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # it holds something, or could not be made
@@ -65,7 +65,7 @@ def check_space(needed: int, folder: Path) -> None:
 
 
 def publish(folder: Path, output_dir: Path, metadata: dict) -> None:
-    """Replace the packed set of the output folder by the finished shards in `folder`; the metadata come last."""
+    """Replace the packed set of the output folder by the finished shards in `folder`, then write the metadata."""
     metadata_path(output_dir).unlink(missing_ok=True)
     for path in packed_parts(output_dir):
         path.unlink()

@@ -82,7 +82,7 @@ def find_unpacked(options: PackingOptions) -> list[Shard]:
     shards = find_shards(options.input_dir)
     first = shards[0]
     if first.packed:
-        raise UserError(f"--input_dir {options.input_dir}: {first.path} is packed already, from row 0 on")
+        raise UserError(f"--input_dir {options.input_dir}: {first.path} is packed already")
     if first.sequence_length != options.max_sequence_length:
         raise UserError(f"--max_sequence_length {options.max_sequence_length}, but {first.path} has rows of "
                         f"{first.sequence_length} tokens")
@@ -93,7 +93,7 @@ def find_unpacked(options: PackingOptions) -> list[Shard]:
 
 
 def check_predictions_fit(options: PackingOptions, surveys: list[Survey]) -> None:
-    """A packed row must have room for the masked tokens of any sequences that may share it."""
+    """Raise UserError where sequences that may share a row have more masked tokens than it has room for."""
     depth = options.max_sequences_per_pack
     most_predictions = np.max([survey.most_predictions for survey in surveys], axis=0)
     most = int(knapsack(most_predictions, depth)[0][-1])

@@ -1,11 +1,11 @@
-"""Packing files: from unpacked shards and a recipe to packed shards, in bounded memory and with bounded open files.
+"""From unpacked shards and a recipe to packed shards, with bounded memory and a bounded number of open files.
 
-Three passes, each over independent pieces of work that may run in processes of their own:
+Three passes, each of independent tasks that may run in parallel processes:
 
-1. survey:  block by block of input rows, check the rows and count the lengths.  The recipe is made from the counts.
+1. survey:  check the rows of each block of the input and count their lengths.  The counts give the recipe.
 2. scatter: read every block again; each sequence looks up its row and slot, and goes to the temporary files of its
             block, sorted by the part (output shard) that the row is in.
-3. gather:  part by part, collect the part's sequences from all blocks and write the packed shard.
+3. gather:  for each part, collect its sequences from all blocks and write the packed shard.
 
 Where a sequence goes is a pure function of its length, its rank among the sequences of that length (in the order of the
 input) and the seed, so the result does not depend on the number of processes.
@@ -35,11 +35,11 @@ INDEX_LINE = len(RECORDS) * 8  # bytes: where a part begins in each of the three
 
 @dataclass(frozen=True)
 class Survey:
-    """What the recipe needs to know of a block: both arrays are indexed by length, from 0 to the row length."""
+    """What the recipe needs from a block; the arrays are indexed by length, from 0 to the row length."""
 
     histogram: np.ndarray
     most_predictions: np.ndarray  # the most masked tokens in a sequence of that length
-    predictions: int              # all masked tokens that the block's rows hold: none where the training masks them
+    predictions: int              # masked tokens stored in the block: none with --dynamic_masking
 
 
 def survey(block: Block) -> Survey:
@@ -112,7 +112,7 @@ class Layout:
 
 
 def temporary_bytes(surveys: list[Survey], part_count: int) -> int:
-    """What the temporary files of all blocks take on disk."""
+    """The size of the temporary files of all blocks."""
     histogram = sum(survey.histogram for survey in surveys)
     sequences, tokens = int(histogram.sum()), int(histogram @ np.arange(len(histogram)))
     predictions = sum(survey.predictions for survey in surveys)
@@ -133,7 +133,7 @@ def scatter(block: Block, assignment: RowAssignment, ranks_before: np.ndarray, l
     rows = {key: values[order] for key, values in rows.items()}
     sequences, tokens, predictions = records_of(rows, lengths[order], rows_in_part[order], slots[order])
 
-    # the index: in each of the three files, where every part begins, and at last where the last one ends
+    # the index: for each of the three files, where every part begins, and where the last one ends
     firsts = np.searchsorted(parts[order], np.arange(layout.part_count + 1))
     amounts = np.stack([np.ones(len(order), np.int64), sequences["length"], sequences["predictions"]], axis=1)
     begins = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(amounts, axis=0)])[firsts]

@@ -87,7 +87,7 @@ def check_block(block: Block, cls_token: int) -> tuple[int, str, np.ndarray]:
 
 
 def check_totals(folder: Path, report: Report) -> None:
-    """Compare the set with its metadata, where there are any."""
+    """Compare the set with its metadata, where there is such a file."""
     unfinished = Path(os.path.abspath(folder)) / UNFINISHED
     if unfinished.exists():
         report.add(1, f"{unfinished}: the packing of this folder was cut short")
@@ -100,7 +100,7 @@ def check_totals(folder: Path, report: Report) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the metadata of a packed set ({error!r})") from None
     if expected != (report.rows, report.sequences):
-        report.add(1, f"{path}: names {expected[0]} rows and {expected[1]} sequences, the shards hold {report.rows} "
+        report.add(1, f"{path}: says {expected[0]} rows and {expected[1]} sequences, the shards hold {report.rows} "
                       f"and {report.sequences}")
 
 
@@ -120,7 +120,7 @@ def compare(run, packed: list[Shard], unpacked: list[Shard], sums: np.ndarray, r
     surplus = (sums - original)[0].astype(np.int64)
     bucket = int(different[np.argmax(surplus[different])])
     in_packed, in_unpacked = (
-        [found for part in run("looking for it", members, [(block, bucket) for block in blocks_of(shards)])
+        [found for part in run("finding the difference", members, [(block, bucket) for block in blocks_of(shards)])
          for found in part] for shards in (packed, unpacked))
     report.add(len(different), first_difference(in_packed, in_unpacked))
 
@@ -142,8 +142,8 @@ def members(block: Block, bucket: int) -> list[tuple[int, str]]:
 
 def first_difference(in_packed: list[tuple[int, str]], in_unpacked: list[tuple[int, str]]) -> str:
     """The first sequence that stands in one of two lists more often than in the other."""
-    for ours, theirs, verdict in ((in_packed, in_unpacked, "is not in the unpacked set, or not so often"),
-                                  (in_unpacked, in_packed, "is not in the packed set, or not so often")):
+    for ours, theirs, verdict in ((in_packed, in_unpacked, "is not in the unpacked set, or less often"),
+                                  (in_unpacked, in_packed, "is not in the packed set, or less often")):
         missing = [value for value, _ in theirs]
         for value, name in ours:
             if value not in missing:

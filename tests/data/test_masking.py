@@ -233,7 +233,7 @@ def damage(change) -> None:
 
 @pytest.mark.parametrize("change, said", [
     (lambda file: file.attrs.pop("special_ids"), "sample_training_1.hdf5: not a readable HDF5 file"),
-    (lambda file: file.attrs.create("special_ids", [1, 2]), "sample_training_1.hdf5: .*not a rule to mask by"),
+    (lambda file: file.attrs.create("special_ids", [1, 2]), "sample_training_1.hdf5: .*not a valid masking rule"),
     (lambda file: file.attrs.pop("prediction_slots"), "sample_training_1.hdf5: no data set masked_lm_positions"),
     (lambda file: file.attrs.modify("masked_lm_prob", 0.5), r"sample_training_1.hdf5 is .* \(50% of the tokens"),
     (lambda file: file.attrs.modify("vocab_size", 40_000), "in a vocabulary of 40000")])

@@ -126,7 +126,7 @@ FAULTS = {
     "next_sentence_labels are neither": (put("next_sentence_labels", 5, 0, 2),),
     "used after an empty slot": (leave_a_gap,),
     "outside all sequences": (put("masked_lm_positions", 6, 0, 128), put("masked_lm_positions", 6, 0, -1)),
-    "stands there twice": (repeat_a_position,),
+    "occurs twice": (repeat_a_position,),
     "masked_lm_ids are not above 0": (put("masked_lm_ids", 7, 0, 0), put("masked_lm_ids", 7, 22, 9)),
     "that of a [CLS] or [SEP]": (mask_a_separator,),
 }
@@ -197,14 +197,14 @@ def test_sequence_packed_twice_is_found(folder, capsys):
     shutil.copy(folder / "packed" / "mixed_strategies_part_2.hdf5", folder / "packed" / "mixed_strategies_part_3.hdf5")
     assert run(folder) == 0
     assert run(folder, "--unpacked_dir", str(folder / "unpacked")) == 1
-    assert re.search(r"part_\d.hdf5: row \d+, sequence \d: is not in the unpacked set, or not so often",
+    assert re.search(r"part_\d.hdf5: row \d+, sequence \d: is not in the unpacked set, or less often",
                      capsys.readouterr().out)
 
 
 def test_shards_that_do_not_match_their_metadata_are_a_fault(folder, capsys):
     (folder / "packed" / "mixed_strategies_part_2.hdf5").unlink()
     assert run(folder) == 1
-    assert "packed_metadata.json: names" in capsys.readouterr().out
+    assert "packed_metadata.json: says" in capsys.readouterr().out
 
 
 def test_packing_that_was_cut_short_is_a_fault(folder, capsys):

@@ -305,7 +305,7 @@ BAD_INPUT = {
     "gap in the mask": (change("input_mask", 32, 1, 0), {}, r"tiny_training_2.hdf5: row 32 has a gap in its input_m"),
     "packed mask": (change("input_mask", 0, 3, 2), {}, r"tiny_training_2.hdf5: row 0 .* not 0 or 1"),
     "prediction in the padding": (change("masked_lm_positions", 5, 0, 127), {}, r"row 5 has a masked_lm_position outs"),
-    "packed already": (pack_into, {}, r"tiny_training_2.hdf5 is packed already, from row 0 on"),
+    "packed already": (pack_into, {}, r"tiny_training_2.hdf5 is packed already"),
     "missing key": (delete_key, {}, r"tiny_training_2.hdf5: no data set segment_ids"),
     "other length": (lambda folder: write_unpacked_shard(folder / "tiny_training_3.hdf5", [9], sequence_length=64), {},
                      r"tiny_training_3.hdf5 is unpacked, 64 tokens"),
