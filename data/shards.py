@@ -113,15 +113,9 @@ def read_header(path) -> Shard:
         raise UserError(f"{path}: {not_integers[0]} holds no integers")
     if size > MOST_COMPRESSED * path.stat().st_size:
         raise UserError(f"{path}: its header announces {size} bytes of rows, far more than its size allows")
-    shard = Shard(
-        path=path,
-        rows=shapes["input_ids"][0] if shapes["input_ids"] else 0,
-        packed=packed,
-        sequence_length=second_axis(shapes["input_ids"]),
-        prediction_slots=slots,
-        max_sequences=second_axis(shapes["next_sentence_positions"]) if packed else 1,
-        rule=rule,
-    )
+    shard = Shard(path=path, rows=shapes["input_ids"][0] if shapes["input_ids"] else 0, packed=packed,
+                  sequence_length=second_axis(shapes["input_ids"]), prediction_slots=slots,
+                  max_sequences=second_axis(shapes["next_sentence_positions"]) if packed else 1, rule=rule)
     if rule and (shard.sequence_length > LONGEST_ROW or shard.max_sequences > MOST_SEQUENCES):
         raise UserError(f"{path}: rows of {shard.sequence_length} tokens and {shard.max_sequences} sequences without "
                         f"masks, but at most {LONGEST_ROW} tokens and {MOST_SEQUENCES} sequences can be masked later")

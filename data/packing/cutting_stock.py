@@ -59,12 +59,12 @@ def fewest_rows(histogram: np.ndarray, depth: int) -> Solution:
         counts, prices = solve_program(strategies, histogram)
         fresh, new_bound = worthwhile_strategies(prices, histogram, depth)
         bound = max(bound, new_bound)
-        fresh = fresh[worth(fresh, prices) > 1 + NEAR_ENOUGH]
+        fresh = fresh[prices[fresh].sum(axis=1) > 1 + NEAR_ENOUGH]
         if not len(fresh) or bound > counts.sum() * (1 - NEAR_ENOUGH):
             return Solution(strategies, counts, prices, bound)
         if counts.sum() < fewest * (1 - NEAR_ENOUGH):  # else dropped strategies could return endlessly
             fewest = counts.sum()
-            kept = (counts > 0) | (worth(strategies, prices) > WORTH_KEEPING)
+            kept = (counts > 0) | (prices[strategies].sum(axis=1) > WORTH_KEEPING)
             kept[:len(histogram) - 1] = True  # one for each length: with them the program always has a solution
             strategies = strategies[kept]
         strategies = np.concatenate([strategies, fresh])
@@ -106,11 +106,6 @@ def solve_program(strategies: np.ndarray, histogram: np.ndarray) -> tuple[np.nda
         raise RuntimeError(f"HiGHS could not solve the packing program: {result.message}")
     prices = np.concatenate([[0.0], -result.ineqlin.marginals])
     return result.x[:len(strategies)] * scale, np.maximum.accumulate(np.maximum(prices, 0.0))
-
-
-def worth(strategies: np.ndarray, prices: np.ndarray) -> np.ndarray:
-    """What each strategy's sequences are worth in rows."""
-    return prices[strategies].sum(axis=1)
 
 
 def worthwhile_strategies(prices: np.ndarray, histogram: np.ndarray, depth: int) -> tuple[np.ndarray, int]:
