@@ -1,4 +1,4 @@
-"""The rows of a shard, checked: what no model could take is found before it reaches one."""
+"""Reads the rows of a shard and checks every value, so that impossible ones are found before they reach the model."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from data.shards import Shard, expected_shape, read_rows
 
 
 def read_checked_rows(shard: Shard, vocab_size: int) -> dict[str, np.ndarray]:
-    """All rows of a shard; UserError naming file, row and value where the model could not take one."""
+    """All rows of a shard; UserError naming file, row and value where a model with this vocabulary cannot take one."""
     rows = read_rows(shard)
     for key, values in rows.items():
         if values.shape != expected_shape(shard, key) or values.dtype.kind not in "iu":
@@ -19,7 +19,7 @@ def read_checked_rows(shard: Shard, vocab_size: int) -> dict[str, np.ndarray]:
 
 
 def first_fault(shard: Shard, rows: dict[str, np.ndarray], vocab_size: int) -> str | None:
-    """What no model with this vocabulary can take in the rows of a shard, naming key, row and value; or None."""
+    """The first impossible value in the rows of a shard, with key and row; or None."""
     sequence_length = shard.sequence_length
     limits = {"input_ids": vocab_size, "masked_lm_ids": vocab_size, "segment_ids": 2, "next_sentence_labels": 2,
               "masked_lm_positions": sequence_length, "positions": sequence_length,

@@ -43,18 +43,16 @@ SCHEMA = (
     Column("input_ids",             ("i4", "S"),  ("i4", "S"),    "token ids"),
     Column("input_mask",            ("i1", "S"),  ("i4", "S"),    "which sequence a token belongs to, 0 = padding"),
     Column("segment_ids",           ("i1", "S"),  ("i1", "S"),    "0 = [CLS] A [SEP], 1 = B [SEP]"),
-    Column("positions",             None,         ("i4", "S"),    "position in the own sequence, from 0"),
+    Column("positions",             None,         ("i4", "S"),    "position in its own sequence, from 0"),
     Column("masked_lm_positions",   ("i4", "P"),  ("i4", "P+N"),  "offset into the row, 0 = empty slot"),
     Column("masked_lm_ids",         ("i4", "P"),  ("i4", "P+N"),  "the token that stood there"),
     Column("next_sentence_positions", None,       ("i4", "N"),    "where each [CLS] stands"),
     Column("next_sentence_labels",  ("i1", "1"),  ("i1", "N"),    "1 = the second segment is a random one"),
     Column("next_sentence_weights", None,         ("i4", "N"),    "1 = a sequence, 0 = empty slot"),
 )
-UNPACKED_KEYS = tuple(column.key for column in SCHEMA if column.unpacked)
-PACKED_KEYS = tuple(column.key for column in SCHEMA)
 MASK_KEYS = ("masked_lm_positions", "masked_lm_ids")
 SLOTS = "prediction_slots"  # the attribute beside those of the rule
-METADATA_SUFFIX = "_metadata.json"  # of the packer's file about the set, after the name of the set's folder
+METADATA_SUFFIX = "_metadata.json"  # of the packer's metadata, after the name of the set's folder
 
 
 @dataclass(frozen=True)
@@ -72,24 +70,24 @@ class Shard:
     @property
     def keys(self) -> tuple[str, ...]:
         """Its data sets."""
-        return keys_of(self.packed, self.rule)
+        return tuple(columns(self.packed, self.rule))
 
     @property
     def description(self) -> str:
-        """Its form in words; the shards of one set share it."""
+        """Its form in words, the same for all shards of a set."""
         packed = f"packed to {self.max_sequences} sequences a row" if self.packed else "unpacked"
         rule = f", {self.rule.description}" if self.rule else ""
         return f"{packed}, {self.sequence_length} tokens and {self.prediction_slots} prediction slots a row{rule}"
 
 
-def keys_of(packed: bool, rule: MaskingRule | None) -> tuple[str, ...]:
-    """The data sets of a shard."""
-    keys = PACKED_KEYS if packed else UNPACKED_KEYS
-    return tuple(key for key in keys if rule is None or key not in MASK_KEYS)
+def columns(packed: bool, rule: MaskingRule | None = None) -> dict[str, tuple[str, str]]:
+    """The data sets of a shard, with dtype and width each; with a `rule` those of a shard without masks."""
+    forms = {column.key: column.packed if packed else column.unpacked for column in SCHEMA}
+    return {key: form for key, form in forms.items() if form and not (rule and key in MASK_KEYS)}
 
 
 def metadata_path(folder) -> Path:
-    """The packer's metadata lie beside the folder of the packed shards."""
+    """The packer's metadata file, beside the folder of the packed shards."""
     folder = Path(os.path.abspath(folder))
     return folder.parent / (folder.name + METADATA_SUFFIX)
 
@@ -103,28 +101,21 @@ def read_header(path) -> Shard:
     with opened(path) as file:
         packed = "next_sentence_positions" in file or "positions" in file
         rule = rule_in(file.attrs)
-        keys = keys_of(packed, rule)
+        keys = columns(packed, rule)
         missing = [key for key in keys if not isinstance(file.get(key), h5py.Dataset)]
         if missing:
             raise UserError(f"{path}: no data set {', '.join(missing)} (a shard holds {', '.join(keys)})")
         shapes = {key: file[key].shape or () for key in keys}  # None where a data set is empty
         slots = int(file.attrs[SLOTS]) if rule else second_axis(shapes[MASK_KEYS[0]])
-        kinds = {key: file[key].dtype.kind for key in keys}
+        not_integers = [key for key in keys if file[key].dtype.kind not in "iu"]
         size = sum(file[key].nbytes for key in keys)
-    for key in keys:
-        if kinds[key] not in "iu":
-            raise UserError(f"{path}: {key} holds no integers")
+    if not_integers:
+        raise UserError(f"{path}: {not_integers[0]} holds no integers")
     if size > MOST_COMPRESSED * path.stat().st_size:
-        raise UserError(f"{path}: cannot hold the {size} bytes of rows that it says it holds")
-    shard = Shard(
-        path=path,
-        rows=shapes["input_ids"][0] if shapes["input_ids"] else 0,
-        packed=packed,
-        sequence_length=second_axis(shapes["input_ids"]),
-        prediction_slots=slots,
-        max_sequences=second_axis(shapes["next_sentence_positions"]) if packed else 1,
-        rule=rule,
-    )
+        raise UserError(f"{path}: its header announces {size} bytes of rows, far more than its size allows")
+    shard = Shard(path=path, rows=shapes["input_ids"][0] if shapes["input_ids"] else 0, packed=packed,
+                  sequence_length=second_axis(shapes["input_ids"]), prediction_slots=slots,
+                  max_sequences=second_axis(shapes["next_sentence_positions"]) if packed else 1, rule=rule)
     if rule and (shard.sequence_length > LONGEST_ROW or shard.max_sequences > MOST_SEQUENCES):
         raise UserError(f"{path}: rows of {shard.sequence_length} tokens and {shard.max_sequences} sequences without "
                         f"masks, but at most {LONGEST_ROW} tokens and {MOST_SEQUENCES} sequences can be masked later")
@@ -149,8 +140,7 @@ def second_axis(shape: tuple) -> int:
 
 def expected_shape(shard: Shard, key: str) -> tuple:
     """The shape that `key` has in this shard, from the widths of the schema."""
-    column = next(column for column in SCHEMA if column.key == key)
-    width = (column.packed if shard.packed else column.unpacked)[1]
+    width = columns(shard.packed)[key][1]
     sizes = {"S": shard.sequence_length, "P": shard.prediction_slots, "P+N": shard.prediction_slots,
              "N": shard.max_sequences}
     return (shard.rows,) if width == "1" else (shard.rows, sizes[width])
@@ -163,43 +153,35 @@ def find_shards(folder, split: str = "training", flag: str = "--input_dir", read
     `reader` reads the headers: IN_PROCESS or a ShardReader.  Raises UserError where the folder is missing or holds no
     shard, where a shard cannot be read, and where the shards are not all of one form; the message names `flag`.
     """
-    folder = local_shard_folder(folder, flag)
-    found = [reader.call(read_header, path) for path in sorted(folder.glob("*.hdf5"))]
-    return usable_shards(found, folder, split, flag)
+    shards, errors = find_readable_shards(folder, split, flag, reader)
+    if errors:
+        raise errors[0]
+    return shards
 
 
 def find_readable_shards(folder, split: str = "training", flag: str = "--input_dir",
-                         reader=IN_PROCESS) -> tuple[list[Shard], list[str]]:
-    """The same without the shards that cannot be read, and why each of those cannot."""
-    folder = local_shard_folder(folder, flag)
-    found, errors = [], []
-    for path in sorted(folder.glob("*.hdf5")):
-        try:
-            found.append(reader.call(read_header, path))
-        except UserError as error:
-            errors.append(str(error))
-    return usable_shards(found, folder, split, flag), errors
-
-
-def local_shard_folder(folder, flag: str) -> Path:
+                         reader=IN_PROCESS) -> tuple[list[Shard], list[UserError]]:
+    """The shards of a folder that can be read, as in find_shards, and an error for each that cannot."""
     folder = local_folder(folder, beside=METADATA_SUFFIX)
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
-    return folder
-
-
-def usable_shards(found: list[Shard], folder: Path, split: str, flag: str) -> list[Shard]:
-    shards = [shard for shard in found if shard.packed or split in shard.path.name]
+    shards, errors = [], []
+    for path in sorted(folder.glob("*.hdf5")):
+        try:
+            shard = reader.call(read_header, path)
+            shards += [shard] if shard.packed or split in path.name else []
+        except UserError as error:
+            errors.append(error)
     if not shards:
-        raise UserError(f"{flag} {folder}: no shard in it "
-                        f"(packed .hdf5 files, or unpacked ones with '{split}' in the name)")
+        raise errors[0] if errors else UserError(f"{flag} {folder}: no shard in it (packed .hdf5 files, or unpacked "
+                                                 f"ones with '{split}' in the name)")
     for shard in shards:
         if shard.description != shards[0].description:
             raise UserError(f"{flag} {folder}: {shards[0].path.name} is {shards[0].description}, "
                             f"{shard.path.name} is {shard.description}")
     if not any(shard.rows for shard in shards):
         raise UserError(f"{flag} {folder}: no row in any of its {len(shards)} shards")
-    return shards
+    return shards, errors
 
 
 def read_rows(shard: Shard, keys=None, rows=...) -> dict[str, np.ndarray]:
@@ -219,33 +201,27 @@ def write_shard(path, rows: dict[str, np.ndarray], rule: MaskingRule | None = No
 
     `rows` holds exactly the keys of the unpacked or of the packed form; with a `rule`, those without masks.
     """
-    packed = "positions" in rows
     with replacing(path) as temporary, created(temporary) as file:
         write_rule(file, rule, prediction_slots)
-        for column in SCHEMA:
-            form = column.packed if packed else column.unpacked
-            if form and not (rule and column.key in MASK_KEYS):
-                values = rows[column.key]
-                chunk_rows = min(max(1, len(values)), ROWS_PER_CHUNK)
-                add_column(file, column.key, values.shape, form[0], chunk_rows)[...] = values
+        for key, (dtype, _) in columns("positions" in rows, rule).items():
+            chunk_rows = min(max(1, len(rows[key])), ROWS_PER_CHUNK)
+            add_column(file, key, rows[key].shape, dtype, chunk_rows)[...] = rows[key]
 
 
 @contextmanager
 def writing(path, sequence_length: int, prediction_slots: int, rule: MaskingRule | None = None):
-    """Yield a function append(columns) that adds rows to an unpacked shard, with a `rule` one without masks.
+    """Yield a function append(rows) that adds rows to an unpacked shard, with a `rule` one without masks.
 
-    The shard takes its name when the block ends well; until then nothing stands under it.
+    The shard appears under its name when the block ends without an error.
     """
     widths = {"1": (), "S": (sequence_length,), "P": (prediction_slots,)}
     with replacing(path) as temporary, created(temporary) as file:
         write_rule(file, rule, prediction_slots)
-        for column in SCHEMA:
-            if column.unpacked and not (rule and column.key in MASK_KEYS):
-                dtype, width = column.unpacked
-                add_column(file, column.key, (0, *widths[width]), dtype, ROWS_PER_CHUNK)
+        for key, (dtype, width) in columns(False, rule).items():
+            add_column(file, key, (0, *widths[width]), dtype, ROWS_PER_CHUNK)
 
-        def append(columns: dict[str, np.ndarray]) -> None:
-            for key, values in columns.items():
+        def append(rows: dict[str, np.ndarray]) -> None:
+            for key, values in rows.items():
                 before = len(file[key])
                 file[key].resize(before + len(values), axis=0)
                 file[key][before:] = values
@@ -261,8 +237,8 @@ def write_rule(file, rule: MaskingRule | None, prediction_slots: int) -> None:
 def add_column(file, key: str, shape: tuple, dtype: str, chunk_rows: int):
     """A new data set of a shard, which can grow.
 
-    Bytes of equal weight are grouped before they are compressed, and a chunk holds whole rows: a fifth smaller, twice
-    as fast to read as h5py's own choices.
+    With byte shuffling before compression and chunks of whole rows, files are a fifth smaller and read twice as fast as
+    with h5py's defaults.
     """
     return file.create_dataset(key, shape, dtype, maxshape=(None, *shape[1:]), chunks=(chunk_rows, *shape[1:]),
                                shuffle=True, compression="gzip", compression_opts=1)
@@ -272,7 +248,7 @@ def add_column(file, key: str, shape: tuple, dtype: str, chunk_rows: int):
 def created(path):
     """Yield a new h5py.File; a full disk raises OSError when the block ends.
 
-    HDF5 itself does not survive a failing write: it crashes the process while it closes the file.
+    A failing write must not reach HDF5 itself, which would crash the process while it closes the file.
     """
     with PatientFile(path, "w+") as raw:
         try:
@@ -285,7 +261,7 @@ def created(path):
 
 @contextmanager
 def opened(path):
-    """A block with the h5py.File of a shard.  UserError where there is none, and where the block meets a damage."""
+    """Yield the h5py.File of a shard.  UserError where there is none, and where reading in the block fails."""
     try:
         with h5py.File(path, "r") as file:
             yield file

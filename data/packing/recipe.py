@@ -2,7 +2,7 @@
 
 A strategy is the lengths of one row's sequences, longest first, for example (300, 212).  A recipe says how many rows
 follow each strategy.  `histogram[length]` counts the sequences of that length, so it has row length + 1 entries;
-`depth` is the most sequences a row may hold.  Nothing here touches a file.
+`depth` is the most sequences a row may hold.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Recipe:
-    """`rows[strategy]` rows hold sequences of these lengths; no recipe at all needs fewer rows than `bound`."""
+    """`rows[strategy]` rows hold sequences of these lengths; `bound` is a lower bound on the rows of any recipe."""
 
     rows: Counter
     bound: int

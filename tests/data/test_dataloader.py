@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data import shards
 from data.dataloader import average_sequences_per_row, batches_once, sequences_in
 from data.row_order import row_order, row_ranges, shard_order
 from data.shard_reader import ShardReader
-from data.shards import find_shards, read_rows, write_shard
+from data.shards import columns, find_shards, read_rows, write_shard
 from tests.support import samples, synthetic
 from tests.support.samples import batch_stream
 
@@ -164,7 +163,7 @@ def test_sequences_per_row_come_from_metadata_else_from_the_shards(tmp_path, rea
 
 def test_unpacked_rows_become_packed_rows_of_one_sequence(folder):
     batch = next(batch_stream(find_shards(folder), 5))
-    assert set(batch) == set(shards.PACKED_KEYS)
+    assert set(batch) == set(columns(packed=True))
     assert batch["positions"][3].tolist() == list(range(samples.SEQUENCE_LENGTH))
     assert batch["next_sentence_labels"].shape == batch["next_sentence_weights"].shape == (5, 1)
     assert sequences_in(batch) == 5

@@ -19,7 +19,7 @@ from common.errors import UserError
 from data import masking, shards
 from data.dataloader import BatchStream, as_batch
 from data.shard_checks import read_checked_rows
-from data.shards import MASK_KEYS, UNPACKED_KEYS, find_shards, read_header, read_rows
+from data.shards import MASK_KEYS, columns, find_shards, read_header, read_rows
 from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
 from tests.support import ranks, samples, synthetic
 
@@ -234,7 +234,7 @@ def damage(change) -> None:
 
 @pytest.mark.parametrize("change, said", [
     (lambda file: file.attrs.pop("special_ids"), "sample_training_1.hdf5: not a readable HDF5 file"),
-    (lambda file: file.attrs.create("special_ids", [1, 2]), "sample_training_1.hdf5: .*not a rule to mask by"),
+    (lambda file: file.attrs.create("special_ids", [1, 2]), "sample_training_1.hdf5: .*not a valid masking rule"),
     (lambda file: file.attrs.pop("prediction_slots"), "sample_training_1.hdf5: no data set masked_lm_positions"),
     (lambda file: file.attrs.modify("masked_lm_prob", 0.5), r"sample_training_1.hdf5 is .* \(50% of the tokens"),
     (lambda file: file.attrs.modify("vocab_size", 40_000), "in a vocabulary of 40000")])
@@ -274,7 +274,7 @@ def test_samples_are_stored_once_in_a_fifth_of_the_space(tmp_path, monkeypatch):
     assert dynamic.path.stat().st_size < 0.2 * fixed.path.stat().st_size
     assert dynamic.rule == masking.MaskingRule(0.15, 20, 15, (0, 1, 2, 3, 4))
     rows = read_checked_rows(dynamic, 15)
-    assert set(rows) == set(UNPACKED_KEYS) - set(MASK_KEYS)
+    assert set(rows) == set(columns(packed=False)) - set(MASK_KEYS)
     assert not (rows["input_ids"] == 4).any()
     twice = create("text.txt", tmp_path / "twice_training.hdf5", "--dynamic_masking", "--dupe_factor=2")
     assert abs(twice.rows / dynamic.rows - 2) < 0.2

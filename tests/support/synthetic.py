@@ -40,7 +40,7 @@ def without_masks(rows: dict) -> dict:
 
 
 def unpacked_rows(lengths, rng, sequence_length=128, predictions=20, masked_lm_prob=0.15) -> dict[str, np.ndarray]:
-    """Rows of [CLS] A [SEP] B [SEP] with random words, masked as Devlin et al. do; the labels are coins.
+    """Rows of [CLS] A [SEP] B [SEP] with random words, masked as Devlin et al. do, with random labels.
 
     Like real text, a row has the masked tokens that its length asks for, but at most `predictions`.
     """
@@ -78,7 +78,7 @@ def unpacked_rows(lengths, rng, sequence_length=128, predictions=20, masked_lm_p
 
 
 def replacements(words, rng):
-    """What the model sees in place of the chosen words: 80 % [MASK], 10 % a random word, 10 % the word itself."""
+    """What the model sees instead of the chosen words: 80 % [MASK], 10 % a random word, 10 % the word itself."""
     dice = rng.random(len(words))
     random_words = rng.integers(FIRST_WORD, VOCAB_SIZE, len(words), dtype=np.int32)
     return np.where(dice < 0.8, MASK, np.where(dice < 0.9, random_words, words))

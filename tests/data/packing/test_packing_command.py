@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data.packing import scatter_gather as packing_shards
+from data.packing import blocks, scatter_gather
 from data.packing.methods import METHODS
 from data.shards import find_shards, read_rows
 from data.workers import open_pool, ordered_map
@@ -90,8 +90,8 @@ def unpacked(tmp_path):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Blocks of 9 rows and parts of 7."""
-    monkeypatch.setattr(packing_shards, "TOKENS_PER_BLOCK", 9 * 128)
-    monkeypatch.setattr(packing_shards, "TOKENS_PER_PART", 7 * 128)
+    monkeypatch.setattr(blocks, "TOKENS_PER_BLOCK", 9 * 128)
+    monkeypatch.setattr(scatter_gather, "TOKENS_PER_PART", 7 * 128)
 
 
 # --- what comes out ---
@@ -181,7 +181,7 @@ def test_result_does_not_depend_on_the_number_of_processes(unpacked, tmp_path):
 
 
 def test_rows_are_shuffled_over_the_whole_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(packing_shards, "TOKENS_PER_PART", 50 * 128)
+    monkeypatch.setattr(scatter_gather, "TOKENS_PER_PART", 50 * 128)
     for number, length in enumerate((128, 64, 30)):  # three kinds of row, one a shard
         write_unpacked_shard(tmp_path / "unpacked" / f"a_training_{number}.hdf5", np.full(200, length), seed=number)
     pack(tmp_path / "unpacked", tmp_path / "packed", depth=4)
@@ -305,7 +305,7 @@ BAD_INPUT = {
     "gap in the mask": (change("input_mask", 32, 1, 0), {}, r"tiny_training_2.hdf5: row 32 has a gap in its input_m"),
     "packed mask": (change("input_mask", 0, 3, 2), {}, r"tiny_training_2.hdf5: row 0 .* not 0 or 1"),
     "prediction in the padding": (change("masked_lm_positions", 5, 0, 127), {}, r"row 5 has a masked_lm_position outs"),
-    "packed already": (pack_into, {}, r"tiny_training_2.hdf5 is packed already, from row 0 on"),
+    "packed already": (pack_into, {}, r"tiny_training_2.hdf5 is packed already"),
     "missing key": (delete_key, {}, r"tiny_training_2.hdf5: no data set segment_ids"),
     "other length": (lambda folder: write_unpacked_shard(folder / "tiny_training_3.hdf5", [9], sequence_length=64), {},
                      r"tiny_training_3.hdf5 is unpacked, 64 tokens"),

@@ -201,4 +201,4 @@ def test_seed_decides_which_sequences_meet():
         pairs.append({tuple(pair) for pair in np.argsort(rows, kind="stable").reshape(500, 2).tolist()})
     assert pairs[0] == pairs[1]
     assert len(pairs[0] & pairs[2]) < 10
-    assert 200 < np.mean([second - first for first, second in pairs[0]]) < 470  # a third of 1000 where all is chance
+    assert 200 < np.mean([second - first for first, second in pairs[0]]) < 470  # a third of 1000 where all is random
