@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import replacing
+from common.files import cache_folder, replacing
 
 SOURCES = [Path(__file__).with_name("csrc") / name for name in ("layers.cpp", "lamb.cpp")]
 HEADERS = [Path(__file__).with_name("csrc") / name for name in ("common.h", "gemm.h")]
@@ -80,8 +80,7 @@ def load() -> Kernels:
     if compiler is None:
         raise KernelsMissing(f"no C++ compiler {os.environ.get('CXX', 'g++')} (CXX names another)")
     command = [compiler, *FLAGS, *map(str, SOURCES), *openmp_library()]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert-pretraining"
-    path = folder / f"cpu_kernels_{fingerprint(command)}.so"
+    path = cache_folder() / f"cpu_kernels_{fingerprint(command)}.so"
     if not path.exists():
         compile_to(path, command)
     return Kernels(path)

@@ -262,7 +262,7 @@ def test_tensors_that_a_kernel_cannot_read_are_refused(kernels):
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """Kernels that have to be compiled anew."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("BERT_CACHE_DIR", str(tmp_path))
     cpu_kernels.load.cache_clear()
     yield tmp_path
     cpu_kernels.load.cache_clear()
