@@ -37,7 +37,7 @@ def run(args, process, reader) -> dict:
     from devices.precision import Precision
     from modeling import BertConfig, BertForPreTraining
     from ops import attention
-    from optim.build import build_optimizer, local_part, restore_skip_counts
+    from optim.build import build_optimizer, restore_skip_counts
     from parallel.gradient_reduction import build_reduction, share_weights
     from training import dry_run
     from training.compilation import compile_training
@@ -71,14 +71,17 @@ def run(args, process, reader) -> dict:
     model.to_device(device.torch_device).train()
     share_weights(process, model)
     reduction = build_reduction(args, process, model)
-    optimizer, choice = build_optimizer(args, model, device, process.world_size)
+    compiled, compilation = (compile_training(device, model, args.cuda_graphs) if args.use_torch_compile
+                             else (False, ""))
+    optimizer, choice = build_optimizer(model, device, args.learning_rate, args.use_fused_lamb, compiled,
+                                        process.world_size if args.use_zero_optimizer else 1)
     if start.state and start.state.get("optimizer") is not None:
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
     restore_skip_counts(optimizer, start.skipped)
     precision.restore(start.scaler)
     choices = [layers_choice, choice, f"ranks: {process.world_size}; reduction of gradients: {reduction.describe()}"]
     if args.use_torch_compile:
-        choices.append(compile_training(device, model, local_part(optimizer), args.cuda_graphs))
+        choices.append(compilation)
 
     writes = process.first and not args.dry_run
     log = TrainingLog(args.json_summary if writes else None, process.first, args.resume_from_checkpoint,

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -294,14 +295,15 @@ def lamb_figures(bench: Bench) -> dict:
     from lamb import NVLAMB
     from modeling import BertForPreTraining
     from optim.build import parameter_groups
-    from optim.fused_lamb import MultiTensorNVLAMB
+    from optim.fused_lamb import CompiledNVLAMB, MultiTensorNVLAMB
 
     model = BertForPreTraining(bench.config).to_device(bench.device.torch_device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-4
     parameters = sum(parameter.numel() for parameter in model.parameters())
     bandwidth = copy_bandwidth(bench)
-    makers = {"NVLAMB": NVLAMB, "NVLAMB, compiled": compiled_lamb, "--use_fused_lamb": MultiTensorNVLAMB,
+    makers = {"NVLAMB": NVLAMB, "NVLAMB, compiled": partial(CompiledNVLAMB, backend="inductor", in_parts=True),
+              "--use_fused_lamb": MultiTensorNVLAMB,
               "AdamW, fused": lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True)}
     found = {"parameters": parameters, "bandwidth": bandwidth,
              "floor_seconds": BYTES_PER_PARAMETER * parameters / bandwidth, "seconds": {}}
@@ -311,14 +313,6 @@ def lamb_figures(bench: Bench) -> dict:
             optimizer.step(), optimizer.step()
             found["seconds"][name] = spread(timed(bench, optimizer.step))
     return found
-
-
-def compiled_lamb(groups, lr: float):
-    from lamb import NVLAMB
-
-    optimizer = NVLAMB(groups, lr=lr)
-    optimizer.compile("inductor", in_parts=True)
-    return optimizer
 
 
 def copy_bandwidth(bench: Bench) -> float:

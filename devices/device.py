@@ -32,6 +32,8 @@ class Device:
     mixed_layer_norm = True  # layer_norm takes a bf16 input beside fp32 weights
     pins_memory = False  # copies between host and device are faster in page-locked memory
     hmp = None  # Gaudi's first mixed-precision package
+    runs_cpu_kernels = True  # tensors lie in the CPU's own memory, where code compiled for the CPU works on them
+    has_foreach_kernels = True  # PyTorch's kernels for lists of tensors
 
     def __init__(self, name: str = "cpu"):
         self.torch_device = torch.device(name)
@@ -113,6 +115,7 @@ class CudaDevice(Device):
     backend = "nccl"
     mixed_layer_norm = False
     pins_memory = True
+    runs_cpu_kernels = False
 
     def __init__(self, local_rank: int):
         super().__init__(f"cuda:{local_rank}")
@@ -158,6 +161,8 @@ class HpuDevice(Device):
     compiler = "hpu_backend"
     compiles_in_parts = False
     reads_op_lists = True
+    runs_cpu_kernels = False
+    has_foreach_kernels = False
 
     def __init__(self, lazy: bool):
         try:
@@ -238,6 +243,8 @@ class LazyDevice(Device):
     kind = "lazy"
     compiler = None
     has_autocast = False
+    runs_cpu_kernels = False
+    has_foreach_kernels = False
 
     def __init__(self):
         start_lazy_backend()

@@ -22,16 +22,18 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
 
     _step_supports_amp_scaling = True
 
-    def __init__(self, groups: list[dict], optimizer_class, max_grad_norm: float = 1.0, **options):
+    def __init__(self, groups: list[dict], optimizer_class, max_grad_norm: float = 1.0, foreach: bool = True,
+                 **options):
         super().__init__(groups, optimizer_class, max_grad_norm=max_grad_norm, **options)
         self.max_grad_norm = max_grad_norm
+        self.foreach = foreach
         self.gradient_norm = torch.zeros((), device=self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
     def step(self, closure=None, **options):
         scale = getattr(self, "grad_scale", None)
         scale = 1.0 if scale is None else scale
-        self.gradient_norm = lamb.norm([parameter.grad for parameter in parameters(self)]) / scale
+        self.gradient_norm = lamb.global_norm([parameter.grad for parameter in parameters(self)], self.foreach) / scale
         divisor = (self.gradient_norm / self.max_grad_norm).clamp(min=1.0) * scale
         divisor = divisor + (self.gradient_norm - self.gradient_norm)  # NaN where not finite: then every rank skips
         for parameter in parameters(self.optim):

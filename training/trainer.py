@@ -209,7 +209,8 @@ class Trainer:
         with self.paused():
             told = {name: value.item() for name, value in optimizers.figures(self.optimizer).items()}
             self.stop_where_lost(step, told)
-            if not torch.isfinite(lamb.norm(list(self.model.parameters()))).item():
+            norm = lamb.global_norm(list(self.model.parameters()), self.device.has_foreach_kernels)
+            if not torch.isfinite(norm).item():
                 raise self.lost(step, "there are weights that are not finite")
             number = self.phase1_end + step
             path = checkpoint.path_of(self.args.output_dir, number)

@@ -90,7 +90,7 @@ def test_weights_gradients_and_optimizer_state_stay_fp32_and_so_does_the_optimiz
 
     precision = Precision(arguments(), Device())
     model = small_model(precision)
-    optimizer, _ = build_optimizer(arguments(), model, Device())
+    optimizer, _ = build_optimizer(model, Device(), 0.1, use_fused_lamb=False)
     with precision.autocast():
         loss = model(small_batch())["loss"]
     precision.backward(loss)

@@ -20,6 +20,7 @@ class GpuWithoutValues(Device):
 
     kind = "cuda"
     is_host = False
+    runs_cpu_kernels = False
     attentions = ("varlen", "sdpa")
     compiler = "eager"
 
