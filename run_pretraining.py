@@ -62,9 +62,12 @@ def run(args, process, reader) -> dict:
         shards, left_out = dataset.as_before(shards, start.data, args.skip_bad_shards, process.warn)
 
     device.seed(args.seed)
-    kind, layers_choice = process.gather(attention.choose(args, device, config, plan.micro_batch_size))[0]
-    model = BertForPreTraining(config, kind, args.checkpoint_activations, precision.autocast, precision.casts_off,
-                               args.mlm_loss_chunk)
+    request = attention.LayerRequest(attention=args.attention, use_cpu_kernels=args.use_cpu_kernels,
+                                     compiled=args.use_torch_compile, dtype=precision.dtype,
+                                     rows=plan.micro_batch_size, length=args.max_seq_length)
+    attention_name, layers_choice = process.gather(attention.choose(device, config, request))[0]
+    model = BertForPreTraining(config, attention_name, args.checkpoint_activations, precision.autocast,
+                               precision.casts_off, args.mlm_loss_chunk)
     if start.state:
         checkpoint.check_architecture(config, start.state, start.path)
         checkpoint.load_model(model, start.state["model"], start.path)

@@ -34,6 +34,9 @@ class Device:
     hmp = None  # Gaudi's first mixed-precision package
     runs_cpu_kernels = True  # tensors lie in the CPU's own memory, where code compiled for the CPU works on them
     has_foreach_kernels = True  # PyTorch's kernels for lists of tensors
+    # Rows and columns of the matrices that measure the peak: enough to reach it, too few to delay a run.  None where
+    # graphs are built: a measurement would be graphs of its own.
+    matmul_size_for_peak: int | None = 1024
 
     def __init__(self, name: str = "cpu"):
         self.torch_device = torch.device(name)
@@ -116,6 +119,7 @@ class CudaDevice(Device):
     mixed_layer_norm = False
     pins_memory = True
     runs_cpu_kernels = False
+    matmul_size_for_peak = 8192
 
     def __init__(self, local_rank: int):
         super().__init__(f"cuda:{local_rank}")
@@ -163,6 +167,7 @@ class HpuDevice(Device):
     reads_op_lists = True
     runs_cpu_kernels = False
     has_foreach_kernels = False
+    matmul_size_for_peak = None
 
     def __init__(self, lazy: bool):
         try:
@@ -245,6 +250,7 @@ class LazyDevice(Device):
     has_autocast = False
     runs_cpu_kernels = False
     has_foreach_kernels = False
+    matmul_size_for_peak = None
 
     def __init__(self):
         start_lazy_backend()

@@ -42,6 +42,7 @@ class Precision:
     def __init__(self, args, device):
         if args.fp16 and device.kind != "cuda":
             raise UserError(f"--fp16 needs CUDA, but the device is {device.kind} (--hmp trains in bf16 on any device)")
+        self.dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.hmp else torch.float32  # of matmuls
         self.casts = choose_casts(args, device)
         self.casts_off = self.casts.off
         self.observers = [DtypeReport()] if args.hmp and args.hmp_verbose and not device.hmp else []

@@ -90,19 +90,40 @@ ATTENTIONS = {"plain": Attention(plain_attention, attention_mask), "sdpa": Atten
               "varlen": Attention(varlen_attention, sequence_bounds), KERNELS: Attention(None, sequence_numbers)}
 
 
-def choose(args, device, config, rows: int) -> tuple[str, str]:
-    """Which of ATTENTIONS a run with micro-batches of so many rows takes, and the choice in words, with its reason."""
-    if args.attention:
-        return args.attention, f"layers: PyTorch's operations, attention {args.attention} (--attention)"
-    reason = cpu_layers.reason_against(args, device, config)
+@dataclass(frozen=True, kw_only=True)
+class LayerRequest:
+    """What a run asks of its layers."""
+
+    attention: str | None  # one of ATTENTIONS, where a flag names it
+    use_cpu_kernels: bool
+    compiled: bool  # by torch.compile
+    dtype: torch.dtype  # of matrix products
+    rows: int  # of a micro-batch
+    length: int  # tokens in a row
+
+
+def choose(device, config, request: LayerRequest) -> tuple[str, str]:
+    """The name in ATTENTIONS of the attention that a run takes, and a description that gives the reason."""
+    if request.attention:
+        return request.attention, f"layers: PyTorch's operations, attention {request.attention} (--attention)"
+    reason = reason_against_kernels(device, config, request)
     if reason is None:
         return KERNELS, "layers: kernels compiled for this CPU"
-    name, found = fastest(device, config, rows, args.max_seq_length, dtype_of(args))
+    name, found = fastest(device, config, request.rows, request.length, request.dtype)
     return name, f"layers: PyTorch's operations, attention {name} ({found or reason})"
 
 
-def dtype_of(args) -> torch.dtype:
-    return torch.float16 if args.fp16 else torch.bfloat16 if args.hmp else torch.float32
+def reason_against_kernels(device, config, request: LayerRequest) -> str | None:
+    """Why a run does not compute its layers in the kernels for CPUs, or None."""
+    if not device.runs_cpu_kernels:
+        return f"the kernels are for CPUs, not {device.kind}"
+    if request.dtype != torch.float32:
+        return "the kernels compute in fp32 only"
+    if not request.use_cpu_kernels:
+        return "--use_cpu_kernels False"
+    if request.compiled:
+        return "--use_torch_compile, in place of the kernels for this CPU, which are faster"
+    return cpu_layers.unsupported_reason(config)
 
 
 def fastest(device, config, rows: int, length: int, dtype: torch.dtype) -> tuple[str, str]:

@@ -19,16 +19,8 @@ ACTIVATION = "gelu"  # the one that the kernels know
 FEWEST_LANES = 8  # of AVX2, with which the kernels' matrix products are faster than PyTorch's
 
 
-def reason_against(args, device, config) -> str | None:
-    """Why a run does not compute its layers here, or None."""
-    if device.kind != "cpu":
-        return f"the kernels are for CPUs, not {device.kind}"
-    if args.hmp:
-        return "the kernels compute in fp32 only"
-    if not args.use_cpu_kernels:
-        return "--use_cpu_kernels False"
-    if args.use_torch_compile:
-        return "--use_torch_compile, in place of the kernels for this CPU, which are faster"
+def unsupported_reason(config) -> str | None:
+    """Why the kernels cannot, or should not, compute a model of this BertConfig on this machine, or None."""
     if config.hidden_act != ACTIVATION:
         return f"no kernel for {config.hidden_act}"
     return cpu_kernels.problem() or too_few_lanes(cpu_kernels.load().lanes)

@@ -11,7 +11,6 @@ import torch
 
 from ops import cpu_kernels, cpu_layers
 
-PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough to reach the peak, small enough not to delay a run
 REPEATS = 5
 
 
@@ -34,16 +33,14 @@ class NeededFlops:
             self.per_masked_token * masked)
 
 
-def peak_flops(args, device) -> float | None:
-    """The device's peak in FLOP/s: what --peak_tflops says, else measured; None where nothing tells."""
-    if args.peak_tflops:
-        return args.peak_tflops * 1e12
-    if device.kind not in PRODUCT_SIZE:
-        return None  # where graphs are built, a measurement would be graphs of its own
-    if device.kind == "cpu" and not args.hmp:
-        return cpu_peak(PRODUCT_SIZE["cpu"], REPEATS)
-    dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.hmp else torch.float32
-    return matrix_peak(device.torch_device, dtype, PRODUCT_SIZE[device.kind], REPEATS, device.synchronize)
+def measured_peak(device, dtype: torch.dtype) -> float | None:
+    """The most FLOP/s that the device reaches in matrix products of a dtype; None where that cannot be measured."""
+    size = device.matmul_size_for_peak
+    if size is None:
+        return None
+    if device.runs_cpu_kernels and dtype == torch.float32:
+        return cpu_peak(size, REPEATS)
+    return matrix_peak(device.torch_device, dtype, size, REPEATS, device.synchronize)
 
 
 def cpu_peak(size: int, repeats: int) -> float:

@@ -20,7 +20,7 @@ from parallel.stop_signal import Agreement, StopSignals
 from training.compilation import GraphWatch
 from training.evaluation import describe, evaluate
 from training.log import Throughput
-from training.metrics import NeededFlops, peak_flops
+from training.metrics import NeededFlops, measured_peak
 from training.profiling import StepProfiler
 
 LOSSES = ("loss", "mlm_loss", "nsp_loss")
@@ -73,7 +73,7 @@ class Trainer:
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
         self.log_every = max(1, round(args.log_freq))
         self.needed_flops = NeededFlops(model.config)
-        self.throughput = Throughput(peak_flops(args, device))
+        self.throughput = Throughput(args.peak_tflops * 1e12 or measured_peak(device, precision.dtype))
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, process.rank, log.say)
         self.signals = StopSignals()

@@ -33,7 +33,10 @@ def arguments(*flags: str):
                             "--max_seq_length=24", *flags])
 
 
-PLAIN_LAYERS = "--use_cpu_kernels=no"
+def choose(device, dtype=torch.float32, use_cpu_kernels=False, attention_name=None) -> tuple[str, str]:
+    """What a run on micro-batches of 3 x 24 tokens takes."""
+    return attention.choose(device, samples.config(), attention.LayerRequest(
+        attention=attention_name, use_cpu_kernels=use_cpu_kernels, compiled=False, dtype=dtype, rows=3, length=24))
 
 
 @settings(deadline=None, max_examples=50)
@@ -56,12 +59,12 @@ def test_a_run_takes_the_attention_that_is_clearly_fastest(monkeypatch):
 
     monkeypatch.setitem(ATTENTIONS, "slow", Attention(slow, attention.attention_mask))
     for order in (("slow", "sdpa"), ("sdpa", "slow")):
-        name, words = attention.choose(arguments(PLAIN_LAYERS), DeviceWith(*order), samples.config(), rows=3)
-        assert name == "sdpa" and "slow" in words and "ms a layer" in words
+        name, description = choose(DeviceWith(*order))
+        assert name == "sdpa" and "slow" in description and "ms a layer" in description
 
 
-@pytest.mark.parametrize("flags", [[PLAIN_LAYERS], ["--hmp"]])
-def test_a_run_takes_no_attention_that_fails_or_is_wrong(monkeypatch, flags):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_takes_no_attention_that_fails_or_is_wrong(monkeypatch, dtype):
     def failing(*inputs):
         raise NotImplementedError("no such kernel")
 
@@ -70,23 +73,21 @@ def test_a_run_takes_no_attention_that_fails_or_is_wrong(monkeypatch, flags):
 
     monkeypatch.setitem(ATTENTIONS, "failing", Attention(failing, attention.attention_mask))
     monkeypatch.setitem(ATTENTIONS, "blind", Attention(blind, attention.attention_mask))
-    device = DeviceWith("failing", "blind", "sdpa")
-    name, words = attention.choose(arguments(*flags), device, samples.config(), rows=3)
+    name, description = choose(DeviceWith("failing", "blind", "sdpa"), dtype)
     assert name == "sdpa"
-    assert "failing fails: NotImplementedError: no such kernel" in words and "blind is off by" in words
+    assert "failing fails: NotImplementedError: no such kernel" in description and "blind is off by" in description
 
 
 def test_the_flag_and_the_only_attention_of_a_device_are_taken_unmeasured():
-    config = samples.config()
-    assert attention.choose(arguments(PLAIN_LAYERS), DeviceWith("plain"), config, 3)[0] == "plain"
-    assert attention.choose(arguments("--attention=varlen"), DeviceWith("plain"), config, 3)[0] == "varlen"
-    assert attention.choose(arguments(), Device(), config, 3)[0] == "kernels"
+    assert choose(DeviceWith("plain"))[0] == "plain"
+    assert choose(DeviceWith("plain"), attention_name="varlen")[0] == "varlen"
+    assert choose(Device(), use_cpu_kernels=True)[0] == "kernels"
 
 
 def test_a_run_takes_no_kernels_for_short_vectors(monkeypatch):
     monkeypatch.setattr(cpu_kernels.load(), "lanes", 4)
-    name, words = attention.choose(arguments(), DeviceWith("sdpa"), samples.config(), rows=3)
-    assert name == "sdpa" and "where a vector holds 4 numbers" in words
+    name, description = choose(DeviceWith("sdpa"), use_cpu_kernels=True)
+    assert name == "sdpa" and "where a vector holds 4 numbers" in description
 
 
 VARIANTS = {
