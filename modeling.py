@@ -297,6 +297,7 @@ class BertForPreTraining(nn.Module):
         self.casts_off = casts_off
         self.loss_chunk = loss_chunk
         self.use_kernels = attention == KERNELS
+        assert not self.use_kernels or cpu_layers.unsupported_reason(config) is None
         self.bert = BertModel(config, attention, checkpoint_activations, autocast)
         self.cls = PreTrainingHeads(config, self.bert.embeddings.word_embeddings.weight)
         self.apply(self.initialize)

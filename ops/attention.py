@@ -123,7 +123,7 @@ def reason_against_kernels(device, config, request: LayerRequest) -> str | None:
         return "--use_cpu_kernels False"
     if request.compiled:
         return "--use_torch_compile, in place of the kernels for this CPU, which are faster"
-    return cpu_layers.unsupported_reason(config)
+    return cpu_layers.unsupported_reason(config) or cpu_layers.unavailable_reason()
 
 
 def fastest(device, config, rows: int, length: int, dtype: torch.dtype) -> tuple[str, str]:

@@ -8,6 +8,8 @@ and results lie in memory that the step before used.
 Legend as in modeling.py, T = B·S.
 """
 
+from dataclasses import fields
+
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -15,22 +17,38 @@ from torch.autograd.function import once_differentiable
 from ops import cpu_kernels
 from ops.memory_pool import pool
 
-ACTIVATION = "gelu"  # the one that the kernels know
+# What the kernels follow of BertConfig: fields of any value, and fields of certain values.  A config with another field
+# is refused, so that the kernels, the default on CPUs, never compute another model than the config describes.
+FREE_FIELDS = frozenset({
+    "attention_probs_dropout_prob", "hidden_dropout_prob", "hidden_size", "initializer_range", "intermediate_size",
+    "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "type_vocab_size", "vocab_size"})
+SUPPORTED_VALUES = {"hidden_act": {"gelu"}}
 FEWEST_LANES = 8  # of AVX2, with which the kernels' matrix products are faster than PyTorch's
 
 
 def unsupported_reason(config) -> str | None:
-    """Why the kernels cannot, or should not, compute a model of this BertConfig on this machine, or None."""
-    if config.hidden_act != ACTIVATION:
-        return f"no kernel for {config.hidden_act}"
-    return cpu_kernels.problem() or too_few_lanes(cpu_kernels.load().lanes)
+    """What the kernels do not compute of a BertConfig, or None."""
+    unknown = sorted({field.name for field in fields(config)} - FREE_FIELDS - SUPPORTED_VALUES.keys())
+    if unknown:
+        return f"no kernel for {', '.join(unknown)}"
+    for name, supported in SUPPORTED_VALUES.items():
+        if getattr(config, name) not in supported:
+            return f"no kernel for {getattr(config, name)}"
+    return None
 
 
-def too_few_lanes(lanes: int) -> str | None:
-    """Not measured, so that a run that is repeated chooses alike, whatever else the machine does meanwhile."""
-    if lanes >= FEWEST_LANES:
-        return None
-    return f"PyTorch's matrix products are faster than the kernels' where a vector holds {lanes} numbers"
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot be used on this machine, or do not pay, or None.
+
+    Not measured, so that a run that is repeated makes the same choice, whatever else the machine does.
+    """
+    problem = cpu_kernels.problem()
+    if problem:
+        return problem
+    lanes = cpu_kernels.load().lanes
+    if lanes < FEWEST_LANES:
+        return f"PyTorch's matrix products are faster than the kernels' where a vector holds {lanes} numbers"
+    return None
 
 
 def layer(modules, hidden, sequence):

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from modeling import BertForPreTraining
+from modeling import BertConfig, BertForPreTraining
 from ops import cpu_kernels, cpu_layers
 from tests.support import samples
 from tests.support.ranks import ROOT
@@ -257,6 +258,15 @@ def test_tensors_that_a_kernel_cannot_read_are_refused(kernels):
             kernels.dense_gelu(tensor, torch.zeros(6, 6), torch.zeros(6), wide, wide, 4, 6, 6)
     with pytest.raises(AssertionError, match="bfloat16"):
         cpu_layers.product(wide.bfloat16(), wide.t())
+
+
+def test_the_kernels_take_no_config_that_they_do_not_wholly_follow():
+    assert cpu_layers.unsupported_reason(samples.config()) is None
+    assert cpu_layers.unsupported_reason(samples.config(hidden_act="relu")) == "no kernel for relu"
+    rotary = make_dataclass("RotaryConfig", [("position_scheme", str, "rotary")], bases=(BertConfig,), frozen=True)
+    assert cpu_layers.unsupported_reason(rotary(**samples.TINY)) == "no kernel for position_scheme"
+    with pytest.raises(AssertionError):
+        BertForPreTraining(rotary(**samples.TINY), "kernels")
 
 
 @pytest.fixture
