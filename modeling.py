@@ -81,6 +81,18 @@ class BertConfig:
         heads = 2 * (hidden + 1) * hidden + 2 * hidden + self.padded_vocab_size + 2 * (hidden + 1)
         return embeddings + self.num_hidden_layers * layer + heads
 
+    def training_flops(self, tokens: float, pairs: float, masked_tokens: int) -> float:
+        """FLOPs of forward and backward on real tokens, pairs of tokens of one sequence, and masked tokens.
+
+        6 for each weight that a token meets in a matrix product: 2 forward, 4 backward (Kaplan et al. 2020, arXiv
+        2001.08361, section 2.1); 12·layers·hidden_size for each pair (Chowdhery et al. 2022, arXiv 2204.02311,
+        appendix B).
+        """
+        hidden, layers = self.hidden_size, self.num_hidden_layers
+        layer_weights = 4 * hidden**2 + 2 * hidden * self.intermediate_size
+        head_weights = hidden**2 + hidden * self.padded_vocab_size  # of the MLM head
+        return 6 * layers * layer_weights * tokens + 12 * layers * hidden * pairs + 6 * head_weights * masked_tokens
+
     @property
     def padded_vocab_size(self) -> int:
         """vocab_size rounded up to a multiple of 8, which matrix units like; no label is ever an added entry."""

@@ -178,7 +178,7 @@ def wikipedia_batches(length: int, rows: int) -> tuple[dict, dict]:
 def variant_figures(bench: Bench, name: str, length: int, batch: dict) -> dict:
     """Check a variant, then time it on a batch of the host."""
     from data.dataloader import sequences_in
-    from training.metrics import NeededFlops
+    from training.metrics import batch_flops
 
     on_device = bench.device.put(batch)
     error = None if name.startswith("transformers") else checked_error(bench, VARIANTS[name], on_device)
@@ -188,7 +188,7 @@ def variant_figures(bench: Bench, name: str, length: int, batch: dict) -> dict:
     step(), step()
     seconds = spread(timed(bench, step))
     real_tokens, sequences = int((batch["input_mask"] > 0).sum()), sequences_in(batch)
-    flops = NeededFlops(bench.config).of_batch(batch)
+    flops = batch_flops(bench.config, batch)
     return {"variant": name, "length": length, "packed": batch["next_sentence_weights"].shape[1] > 1,
             "rows": len(batch["input_ids"]), "sequences": sequences, "seconds": seconds,
             "sequences_per_second": sequences / seconds["median"], "tokens_per_second": real_tokens / seconds["median"],

@@ -19,8 +19,7 @@ from optim.lr_schedule import learning_rate
 from parallel.stop_signal import Agreement, StopSignals
 from training.compilation import GraphWatch
 from training.evaluation import describe, evaluate
-from training.log import Throughput
-from training.metrics import NeededFlops, measured_peak
+from training.metrics import Throughput, batch_flops, measured_peak
 from training.profiling import StepProfiler
 
 LOSSES = ("loss", "mlm_loss", "nsp_loss")
@@ -72,7 +71,6 @@ class Trainer:
         self.log = log
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
         self.log_every = max(1, round(args.log_freq))
-        self.needed_flops = NeededFlops(model.config)
         self.throughput = Throughput(args.peak_tflops * 1e12 or measured_peak(device, precision.dtype))
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, process.rank, log.say)
@@ -160,7 +158,7 @@ class Trainer:
         batch = next(self.stream)
         waiting = time.perf_counter() - began
         self.throughput.add_micro_batch(sequences_in(batch) * self.process.world_size, waiting,
-                                        self.needed_flops.of_batch(batch))
+                                        batch_flops(self.model.config, batch))
         return self.device.put(batch)
 
     def is_due(self, step: int, every: int) -> bool:
