@@ -65,7 +65,7 @@ def run(args, process, reader) -> dict:
     request = attention.LayerRequest(attention=args.attention, use_cpu_kernels=args.use_cpu_kernels,
                                      compiled=args.use_torch_compile, dtype=precision.dtype,
                                      rows=plan.micro_batch_size, length=args.max_seq_length)
-    attention_name, layers_choice = process.gather(attention.choose(device, config, request))[0]
+    attention_name, layers_description = process.gather(attention.choose(device, config, request))[0]
     model = BertForPreTraining(config, attention_name, args.checkpoint_activations, precision.autocast,
                                precision.casts_off, args.mlm_loss_chunk)
     if start.state:
@@ -74,17 +74,19 @@ def run(args, process, reader) -> dict:
     model.to_device(device.torch_device).train()
     share_weights(process, model)
     reduction = build_reduction(args, process, model)
-    compiled, compilation = (compile_training(device, model, args.cuda_graphs) if args.use_torch_compile
-                             else (False, ""))
-    optimizer, choice = build_optimizer(model, device, args.learning_rate, args.use_fused_lamb, compiled,
-                                        process.world_size if args.use_zero_optimizer else 1)
+    compiled, compile_description = (compile_training(device, model, args.cuda_graphs) if args.use_torch_compile
+                                     else (False, ""))
+    optimizer, optimizer_description = build_optimizer(
+        model, device, args.learning_rate, args.use_fused_lamb, compiled,
+        shards=process.world_size if args.use_zero_optimizer else 1)
     if start.state and start.state.get("optimizer") is not None:
         checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
     restore_skip_counts(optimizer, start.skipped)
     precision.restore(start.scaler)
-    choices = [layers_choice, choice, f"ranks: {process.world_size}; reduction of gradients: {reduction.describe()}"]
+    choices = [layers_description, optimizer_description,
+               f"ranks: {process.world_size}; reduction of gradients: {reduction.describe()}"]
     if args.use_torch_compile:
-        choices.append(compilation)
+        choices.append(compile_description)
 
     writes = process.first and not args.dry_run
     log = TrainingLog(args.json_summary if writes else None, process.first, args.resume_from_checkpoint,

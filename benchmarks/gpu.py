@@ -43,9 +43,9 @@ class Variant:
     cuda_graphs: bool = False
 
 
-SDPA, VARLEN = {"attention": "sdpa"}, {"attention": "varlen"}
+SDPA, VARLEN = {"attention_name": "sdpa"}, {"attention_name": "varlen"}
 VARIANTS = {
-    "plain": Variant({"attention": "plain"}),
+    "plain": Variant({"attention_name": "plain"}),
     "sdpa": Variant(SDPA),
     "varlen": Variant(VARLEN),
     "varlen, loss in chunks": Variant({**VARLEN, "loss_chunk": 512}),
@@ -79,11 +79,11 @@ def main(argv=None) -> None:
     from devices import device as devices
     from devices.precision import Precision
     from modeling import BertConfig
-    from training.metrics import REPEATS, matrix_peak
+    from training.metrics import REPEATS, matmul_peak
 
     device = devices.select(args)
     torch.manual_seed(0)
-    peak = matrix_peak(device.torch_device, torch.bfloat16, device.matmul_size_for_peak, REPEATS, device.synchronize)
+    peak = matmul_peak(device.torch_device, torch.bfloat16, device.matmul_size_for_peak, REPEATS, device.synchronize)
     bench = Bench(args, device, BertConfig.from_json_file(args.config_file), Precision(args, device), peak)
     rivals = ["transformers"] if find_spec("transformers") else []
     figures = {"device": device.describe(), "machine": machine(*rivals), "bf16_peak_tflops": peak / 1e12,

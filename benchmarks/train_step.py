@@ -155,7 +155,7 @@ def transformers_loss(model, batch: dict):
 
 
 KERNELS = {  # how the functions of csrc/layers.cpp and PyTorch's operations are summed up
-    "matrix products, with bias": ("product", "aten::mm", "aten::addmm"),
+    "matrix products, with bias": ("gemm", "aten::mm", "aten::addmm"),
     "matrix products, with dropout and LayerNorm after": ("dense_residual_norm",),
     "matrix products, with GELU after": ("dense_gelu", "gelu_backward"),
     "attention": ("attention",),

@@ -1,4 +1,4 @@
-"""Which optimizer a run takes, and over which groups of parameters."""
+"""The choice of a run's optimizer, and its groups of parameters."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +27,7 @@ def build_optimizer(model: torch.nn.Module, device, learning_rate: float, use_fu
     if shards == 1:
         return optimizer_class(groups, **options), description
     if shards > len(groups[0]["params"]):
-        raise UserError(f"--use_zero_optimizer: weights are shared out whole, and {len(groups[0]['params'])} of them "
+        raise UserError(f"--use_zero_optimizer: each rank takes whole weights, and {len(groups[0]['params'])} of them "
                         f"(without biases and LayerNorms) are not enough for {shards} ranks")
     from optim.zero import ShardedOptimizer  # what it builds on takes seconds to import
 
@@ -54,25 +54,25 @@ def choose_fused_lamb(device) -> tuple[type | None, str]:
     if device.fused_lamb():
         return device.fused_lamb(), "FusedLamb"
     if device.runs_cpu_kernels:
-        problem = cpu_kernels.problem()
-        return (None, problem) if problem else (CpuFusedNVLAMB, "NVLAMB in one kernel compiled for this CPU")
+        reason = cpu_kernels.unavailable_reason()
+        return (None, reason) if reason else (CpuFusedNVLAMB, "NVLAMB in one kernel compiled for this CPU")
     if device.has_foreach_kernels:
         return MultiTensorNVLAMB, "NVLAMB in PyTorch's kernels for many tensors"
     return None, f"{device.kind} has no FusedLamb"
 
 
-def local_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that holds this rank's state: the local one of zero.ShardedOptimizer, else the optimizer itself."""
     return getattr(optimizer, "optim", optimizer)
 
 
-def figures(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What an optimizer tells about its last step, as scalar tensors on the device; FusedLamb tells nothing."""
+def optimizer_metrics(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The gradient norm and the skip counts, as scalar tensors on the device; empty for FusedLamb, which has none."""
     return {name: getattr(optimizer, name) for name in ("gradient_norm", *SKIP_COUNTS) if hasattr(optimizer, name)}
 
 
 def can_skip(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer leaves out, and counts, a step whose gradient norm is not finite."""
+    """Whether an optimizer skips, and counts, steps whose gradient norm is not finite."""
     return hasattr(optimizer, "skipped_steps")
 
 
@@ -85,8 +85,8 @@ def restore_skip_counts(optimizer: torch.optim.Optimizer, counts: dict[str, int]
 def parameter_groups(model: torch.nn.Module, weight_decay: float = 0.01) -> list[dict]:
     """All parameters of a model, each once: those that decay, then biases and LayerNorm weights, which do not."""
     named = list(model.named_parameters())
-    spared = [parameter for name, parameter in named if name.endswith("bias") or "LayerNorm" in name]
-    spared_ids = {id(parameter) for parameter in spared}
-    decaying = [parameter for _, parameter in named if id(parameter) not in spared_ids]
-    assert len(decaying) + len(spared) == len({id(parameter) for parameter in model.parameters()})
-    return [{"params": decaying, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    undecayed = [parameter for name, parameter in named if name.endswith("bias") or "LayerNorm" in name]
+    undecayed_ids = {id(parameter) for parameter in undecayed}
+    decayed = [parameter for _, parameter in named if id(parameter) not in undecayed_ids]
+    assert len(decayed) + len(undecayed) == len({id(parameter) for parameter in model.parameters()})
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]

@@ -13,7 +13,7 @@ import torch
 from ops import cpu_kernels, cpu_layers
 
 WARM_UP_STEPS = 2  # left out of the average throughput: compilation, caches, the first reading of data
-REPEATS = 5  # of the matrix product that measures the peak
+REPEATS = 5  # of the matmul that measures the peak
 
 
 class Throughput:
@@ -78,29 +78,29 @@ def batch_flops(config, batch: dict[str, torch.Tensor]) -> float:
 
 
 def measured_peak(device, dtype: torch.dtype) -> float | None:
-    """The most FLOP/s that the device reaches in matrix products of a dtype; None where that cannot be measured."""
+    """The most FLOP/s that the device reaches in matmuls of a dtype; None where that cannot be measured."""
     size = device.matmul_size_for_peak
     if size is None:
         return None
     if device.runs_cpu_kernels and dtype == torch.float32:
         return cpu_peak(size, REPEATS)
-    return matrix_peak(device.torch_device, dtype, size, REPEATS, device.synchronize)
+    return matmul_peak(device.torch_device, dtype, size, REPEATS, device.synchronize)
 
 
 def cpu_peak(size: int, repeats: int) -> float:
-    """The most FLOP/s of PyTorch's matrix product and of the kernels', in fp32."""
-    products = [torch.mm] if cpu_kernels.problem() else [torch.mm, cpu_layers.product]
-    return max(matrix_peak("cpu", torch.float32, size, repeats, multiply=product) for product in products)
+    """The most FLOP/s of PyTorch's matmul and of the kernels', in fp32."""
+    matmuls = [torch.mm] if cpu_kernels.unavailable_reason() else [torch.mm, cpu_layers.matmul]
+    return max(matmul_peak("cpu", torch.float32, size, repeats, matmul=matmul) for matmul in matmuls)
 
 
-def matrix_peak(torch_device, dtype, size: int, repeats: int, synchronize=lambda: None, multiply=torch.mm) -> float:
+def matmul_peak(torch_device, dtype, size: int, repeats: int, synchronize=lambda: None, matmul=torch.mm) -> float:
     """The most FLOP/s of a product of two square matrices."""
     one, other = torch.randn(2, size, size, device=torch_device, dtype=dtype)
     shortest = float("inf")
     for _ in range(repeats + 1):  # one more, since the first may set up the library
         synchronize()
         began = time.perf_counter()
-        multiply(one, other)
+        matmul(one, other)
         synchronize()
         shortest = min(shortest, time.perf_counter() - began)
     return 2 * size**3 / shortest

@@ -177,7 +177,7 @@ class Trainer:
 
         The average is over the steps whose loss is finite, and over all ranks.
         """
-        told = optimizers.figures(self.optimizer)
+        told = optimizers.optimizer_metrics(self.optimizer)
         values = torch.cat([self.loss_sums, losses, *(value.reshape(1) for value in told.values())]).cpu()
         values = self.process.mean(values).tolist()
         told = dict(zip(told, values[7:], strict=True))
@@ -205,7 +205,7 @@ class Trainer:
         """Begin to write a checkpoint of everything that the next step depends on: rank 0 does, and for sharded state,
         which is written at once, every rank."""
         with self.paused():
-            told = {name: value.item() for name, value in optimizers.figures(self.optimizer).items()}
+            told = {name: value.item() for name, value in optimizers.optimizer_metrics(self.optimizer).items()}
             self.stop_where_lost(step, told)
             norm = lamb.global_norm(list(self.model.parameters()), self.device.has_foreach_kernels)
             if not torch.isfinite(norm).item():

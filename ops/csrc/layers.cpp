@@ -124,8 +124,8 @@ extern const int64_t lanes = LANES;  // numbers in a vector
 
 // c (M, N) = a (M, K) · b (K, N) + bias (N, or null), or += a · b.  The distances of rows and of columns are given, so
 // that transposed matrices go in as they lie.
-void product(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,
-             const float* bias, float* c, int64_t M, int64_t N, int64_t K, int64_t add) {
+void gemm(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,
+          const float* bias, float* c, int64_t M, int64_t N, int64_t K, int64_t add) {
     const Matrix left{a, a_row, a_column}, right{b, b_row, b_column};
     if (a_column != 1 && std::max(M, N) >= omp_get_max_threads() * ROWS_APART)
         multiply_apart(left, right, bias, c, N, M, N, K, add);

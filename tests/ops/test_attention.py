@@ -12,7 +12,7 @@ from devices.precision import Precision
 from lamb import NVLAMB
 from modeling import BertForPreTraining
 from ops import attention, cpu_kernels
-from ops.attention import ATTENTIONS, Attention
+from ops.attention import ATTENTIONS, AttentionImplementation
 from optim.build import parameter_groups
 from optim.fused_lamb import CpuFusedNVLAMB, MultiTensorNVLAMB, SlicedNVLAMB
 from tests.support import samples
@@ -57,7 +57,7 @@ def test_a_run_takes_the_attention_that_is_clearly_fastest(monkeypatch):
             attention.plain_attention(*inputs)
         return attention.plain_attention(*inputs)
 
-    monkeypatch.setitem(ATTENTIONS, "slow", Attention(slow, attention.attention_mask))
+    monkeypatch.setitem(ATTENTIONS, "slow", AttentionImplementation(slow, attention.attention_mask))
     for order in (("slow", "sdpa"), ("sdpa", "slow")):
         name, description = choose(DeviceWith(*order))
         assert name == "sdpa" and "slow" in description and "ms a layer" in description
@@ -71,8 +71,8 @@ def test_a_run_takes_no_attention_that_fails_or_is_wrong(monkeypatch, dtype):
     def blind(query, key, value, mask, dropout_prob):
         return attention.plain_attention(query, key, value, torch.zeros_like(mask), dropout_prob)
 
-    monkeypatch.setitem(ATTENTIONS, "failing", Attention(failing, attention.attention_mask))
-    monkeypatch.setitem(ATTENTIONS, "blind", Attention(blind, attention.attention_mask))
+    monkeypatch.setitem(ATTENTIONS, "failing", AttentionImplementation(failing, attention.attention_mask))
+    monkeypatch.setitem(ATTENTIONS, "blind", AttentionImplementation(blind, attention.attention_mask))
     name, description = choose(DeviceWith("failing", "blind", "sdpa"), dtype)
     assert name == "sdpa"
     assert "failing fails: NotImplementedError: no such kernel" in description and "blind is off by" in description
@@ -91,24 +91,24 @@ def test_a_run_takes_no_kernels_for_short_vectors(monkeypatch):
 
 
 VARIANTS = {
-    "sdpa": {"attention": "sdpa"},
-    "varlen": {"attention": "varlen"},
-    "kernels and fused LAMB": {"attention": "kernels", "optimizer": CpuFusedNVLAMB},
+    "sdpa": {"attention_name": "sdpa"},
+    "varlen": {"attention_name": "varlen"},
+    "kernels and fused LAMB": {"attention_name": "kernels", "optimizer": CpuFusedNVLAMB},
     "chunked loss": {"loss_chunk": 5},
     "recomputed layers": {"checkpoint_activations": True},
-    "all of them": {"attention": "varlen", "loss_chunk": 7, "checkpoint_activations": True,
+    "all of them": {"attention_name": "varlen", "loss_chunk": 7, "checkpoint_activations": True,
                     "optimizer": MultiTensorNVLAMB},
 }
 LENGTHS, ROWS = [24, 5, 11, 17, 8, 9], [[0], [1, 3], [2, 4]]
 
 
-def losses_of_steps(form: str, flags: list[str], attention: str = "plain", optimizer=SlicedNVLAMB,
+def losses_of_steps(form: str, flags: list[str], attention_name: str = "plain", optimizer=SlicedNVLAMB,
                     **choices) -> torch.Tensor:
     """The losses of 20 steps without dropout, all from the same weights."""
     precision = Precision(arguments(*flags), Device())
     torch.manual_seed(0)
     config = samples.config(initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model = BertForPreTraining(config, attention, autocast=precision.autocast, casts_off=precision.casts_off,
+    model = BertForPreTraining(config, attention_name, autocast=precision.autocast, casts_off=precision.casts_off,
                                **choices).train()
     update = optimizer(parameter_groups(model), lr=0.01)
     losses = []
@@ -136,7 +136,7 @@ def reference(request):
 def test_every_variant_has_the_losses_of_plain_steps(reference, variant):
     form, exact, autocast = reference
     assert losses_of_steps(form, [], **VARIANTS[variant]).tolist() == pytest.approx(exact.tolist(), rel=1e-5)
-    if VARIANTS[variant].get("attention") != "kernels":  # which compute in fp32 only
+    if VARIANTS[variant].get("attention_name") != "kernels":  # which compute in fp32 only
         error = (losses_of_steps(form, ["--hmp"], **VARIANTS[variant]) - exact).abs().mean()
         assert error <= 3 * (autocast - exact).abs().mean()
 
