@@ -6,48 +6,47 @@ Per step t, with g the gradients divided by max(1, ‖all gradients‖₂ / max_
     u = (m / (1−β₁ᵗ)) / (√(v / (1−β₂ᵗ)) + eps) + weight_decay·w
     w = w − lr·trust_ratio·u     trust_ratio = ‖w‖/‖u‖ where the group decays and both norms are > 0, else 1
 
-A step whose gradient norm is not finite changes neither weights nor moments.  Nothing in a step waits for the device:
-what a caller may want to know (gradient_norm, skipped_steps) stays there as a tensor until it is asked for.
+A step whose gradient norm is not finite changes neither weights nor moments.  No step waits for the device: gradient
+norm and counts of skipped steps are tensors there, which the log reads.  This file takes operations that every device
+has; optim/fused_lamb.py has faster variants.
 """
 
 import torch
-
-SLICE = 1 << 18  # elements worked on at a time on a CPU: all that belongs to them stays in its cache
 
 
 class NVLAMB(torch.optim.Optimizer):
     """LAMB with bias correction, and clipping by the norm of all gradients.
 
-    The step count t lives in param_groups (`step`), the moments in the state (`exp_avg`, `exp_avg_sq`).
-    `gradient_norm` is the norm before clipping at the last step, `skipped_steps` the number of steps that were not
-    taken because that norm was not finite, `skipped_in_a_row` the number of those since the last one that was taken,
-    `most_skipped_in_a_row` the most there ever were: scalar tensors on the device.
+    The step count t is in param_groups (`step`), the moments are in the state (`exp_avg`, `exp_avg_sq`).  Scalar
+    tensors on the device: `gradient_norm`, that of the last step before clipping; `skipped_steps`, the number of steps
+    that were skipped because their norm was not finite; `skipped_in_a_row`, those since the last step that was taken;
+    `most_skipped_in_a_row`.
 
-    Under a GradScaler it divides by the scale itself, so that the scaler need not look at the gradients on the host.
+    `foreach`: take the norm in PyTorch's kernels for lists of tensors, which not every device has.  A GradScaler's
+    scale is divided out here, so that the scaler does not read the gradients on the host.
     """
 
     _step_supports_amp_scaling = True
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_grad_norm=1.0):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_grad_norm=1.0,
+                 foreach=True):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
         device = self.param_groups[0]["params"][0].device
         self.max_grad_norm = max_grad_norm
+        self.foreach = foreach
         self.gradient_norm = torch.zeros((), device=device)
         self.skipped_steps = torch.zeros((), device=device)
         self.skipped_in_a_row = torch.zeros((), device=device)
         self.most_skipped_in_a_row = torch.zeros((), device=device)
-        self.update = self.update_in_slices if device.type == "cpu" else self.update_by_the_paper
-        self.paper_update = paper_update
-        self.norm = norm
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step over all parameters that have a gradient.  On a CPU the clipped gradients stay in .grad."""
+        """One step over all parameters that have a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        scale = getattr(self, "grad_scale", None)  # a GradScaler's
+        scale = getattr(self, "grad_scale", None)  # set by a GradScaler
         scale = 1.0 if scale is None else scale
         gradients = [param.grad for group in self.param_groups for param in with_gradient(group)]
-        self.gradient_norm = self.norm(gradients) / scale
+        self.gradient_norm = self.global_norm(gradients) / scale
         finite = torch.isfinite(self.gradient_norm).float()
         self.count_skips(1.0 - finite)
         divisor = (self.gradient_norm / self.max_grad_norm).clamp(min=1.0) * scale
@@ -58,8 +57,11 @@ class NVLAMB(torch.optim.Optimizer):
             self.update(group, params, divisor, finite)
         return loss
 
+    def global_norm(self, gradients) -> torch.Tensor:
+        return global_norm(gradients, self.foreach)
+
     def count_skips(self, skipped: torch.Tensor) -> None:
-        """Count a step that was skipped (1.0), or was not (0.0)."""
+        """Count a step that was skipped (1.0) or taken (0.0)."""
         self.skipped_steps = self.skipped_steps + skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1.0) * skipped
         more = (self.skipped_in_a_row - self.most_skipped_in_a_row).clamp(min=0.0)
@@ -71,51 +73,25 @@ class NVLAMB(torch.optim.Optimizer):
                 self.state[param]["exp_avg"] = torch.zeros_like(param)
                 self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
 
-    def compile(self, backend: str, in_parts: bool) -> str:
-        """Compile what a step does to the weights, all in one graph or weight by weight; what was done, in words."""
-        update = torch.compile(paper_update, backend=backend, dynamic=in_parts or None)
-        self.paper_update = one_at_a_time(update) if in_parts else update
-        self.update = self.update_by_the_paper
-        return "NVLAMB's update too"
+    def update(self, group, params, divisor, finite) -> None:
+        """Update the weights `params` of a group, whose gradients are divided by `divisor`; not where `finite` is 0."""
+        lamb_update(*self.update_arguments(group, params, divisor, finite))
 
-    def update_by_the_paper(self, group, params, divisor, finite) -> None:
-        """The formulas above in operations that every device has: one graph where the device builds graphs."""
+    def update_arguments(self, group, params, divisor, finite) -> tuple:
+        """The arguments of lamb_update for one step of a group."""
         tensors = [(param, param.grad, self.state[param]["exp_avg"], self.state[param]["exp_avg_sq"])
                    for param in params]
-        scalars = [*step_scalars(group, divisor.device), divisor, finite]
-        self.paper_update(tensors, scalars, group["betas"], group["eps"], group["weight_decay"])
-
-    def update_in_slices(self, group, params, divisor, finite) -> None:
-        """The same on a CPU, limited by memory: each slice of a weight is finished while the cache holds it.
-
-        PyTorch's fused Adam kernel, run with rate 1 on −decay·w, updates the moments and leaves −u there; it divides
-        the gradient by grad_scale and does nothing where found_inf is 1.
-        """
         beta1, beta2 = group["betas"]
-        adam = {"lr": 1.0, "beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": 0.0, "amsgrad": False,
-                "maximize": False, "grad_scale": divisor, "found_inf": 1.0 - finite}
-        step = torch.tensor(float(group["step"]))
-        buffer = torch.empty(max((param.numel() for param in params), default=0))
-        for param in params:
-            state = self.state[param]
-            flat = [tensor.view(-1) for tensor in (param, param.grad, state["exp_avg"], state["exp_avg_sq"])]
-            flat.append(buffer[:param.numel()])
-            weight_square = update_square = torch.zeros(())
-            for slices in zip(*(tensor.split(SLICE) for tensor in flat), strict=True):
-                weight, gradient, exp_avg, exp_avg_sq, update = slices
-                torch.mul(weight, -group["weight_decay"], out=update)
-                torch._fused_adamw_([update], [gradient], [exp_avg], [exp_avg_sq], [], [step], **adam)
-                weight_square = weight_square + weight.dot(weight)
-                update_square = update_square + update.dot(update)
-            ratio = trust_ratio(weight_square, update_square, group["weight_decay"])
-            flat[0].add_(flat[-1], alpha=float(group["lr"] * finite * ratio))
+        values = (float(group["lr"]), 1.0 - beta1 ** group["step"], 1.0 - beta2 ** group["step"])
+        scalars = [torch.tensor(value).to(divisor.device, non_blocking=True) for value in values]
+        return tensors, [*scalars, divisor, finite], group["betas"], group["eps"], group["weight_decay"]
 
 
-def paper_update(tensors, scalars, betas, eps: float, weight_decay: float) -> None:
+def lamb_update(tensors, scalars, betas, eps: float, weight_decay: float) -> None:
     """One step of each (weight, gradient, exp_avg, exp_avg_sq) of `tensors`.
 
-    What changes from step to step comes in as a scalar tensor, since a Python number would become part of the graph:
-    the rate, both bias corrections, what gradients are divided by, and 1.0, or 0.0 to leave everything as it is.
+    What changes from step to step comes in as scalar tensors, since a Python number would become part of a graph: the
+    rate, both bias corrections, the divisor of the gradients, and 1.0, or 0.0 to leave everything as it is.
     """
     rate, correction1, correction2, divisor, finite = scalars
     beta1, beta2 = betas
@@ -130,32 +106,6 @@ def paper_update(tensors, scalars, betas, eps: float, weight_decay: float) -> No
         param.sub_(update * (rate * finite * ratio))
 
 
-def one_at_a_time(update):
-    """`update` for each weight by itself, seen as a row of numbers: one graph serves weights of all sizes."""
-    def update_all(tensors, *settings) -> None:
-        for quadruple in tensors:
-            update([tuple(tensor.detach().view(-1) for tensor in quadruple)], *settings)
-    return update_all
-
-
-def with_gradient(group) -> list:
-    return [param for param in group["params"] if param.grad is not None]
-
-
-def norm(tensors) -> torch.Tensor:
-    """‖all tensors together‖₂, a scalar tensor, from sums of squares: not every device has a kernel for norms."""
-    if tensors[0].device.type in ("cpu", "cuda"):
-        return torch.stack(torch._foreach_norm(tensors)).norm()
-    return sum((tensor * tensor).sum() for tensor in tensors).sqrt()
-
-
-def step_scalars(group, device) -> list[torch.Tensor]:
-    """The rate and both bias corrections 1 − βᵗ of a group's step as scalar tensors on the device."""
-    beta1, beta2 = group["betas"]
-    values = (float(group["lr"]), 1.0 - beta1 ** group["step"], 1.0 - beta2 ** group["step"])
-    return [torch.tensor(value).to(device, non_blocking=True) for value in values]
-
-
 def trust_ratio(weight_square, update_square, weight_decay: float):
     """‖w‖/‖u‖ from the squared norms; 1 where the group does not decay or a norm is 0 (no branch on a tensor)."""
     if weight_decay == 0.0:
@@ -163,3 +113,14 @@ def trust_ratio(weight_square, update_square, weight_decay: float):
     usable = ((weight_square > 0.0) & (update_square > 0.0)).float()
     ratio = (weight_square / (update_square + (1.0 - usable))).sqrt()
     return ratio * usable + (1.0 - usable)
+
+
+def with_gradient(group) -> list:
+    return [param for param in group["params"] if param.grad is not None]
+
+
+def global_norm(tensors, foreach: bool) -> torch.Tensor:
+    """‖all tensors together‖₂, a scalar tensor; without `foreach` in elementary operations."""
+    if foreach:
+        return torch.stack(torch._foreach_norm(tensors)).norm()
+    return sum((tensor * tensor).sum() for tensor in tensors).sqrt()

@@ -1,7 +1,7 @@
 """BERT (Devlin et al. 2018, arXiv 1810.04805) with its two pre-training heads.
 
-Packing is data, not a mode: a row may hold one sequence or many.  Tokens attend to the tokens with their own number in
-input_mask, positions restart with each sequence, and every [CLS] is gathered by its place in the row.
+Packing is data, not a mode: a row holds one sequence or several.  A token attends to the tokens with the same number in
+input_mask, positions restart with each sequence, and every [CLS] is gathered by its index in the row.
 
 Legend: B rows in the batch, S tokens in a row, N heads, H head size, D = N·H hidden size, V vocabulary,
 P slots for masked tokens in a row, C slots for sequences in a row.
@@ -25,14 +25,14 @@ from ops.attention import ATTENTIONS, KERNELS
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 LAYER_NORM_EPS = 1e-12
 IGNORED_LABEL = -1
-MOST_LAYERS = 10_000  # beyond any BERT; building them would take minutes
+MAX_LAYERS = 10_000  # beyond any BERT; building them would take minutes
 INTEGER_KEYS = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
                 "num_hidden_layers", "type_vocab_size", "vocab_size")
 
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The architecture.  Its values live in bert_config*.json and nowhere else."""
+    """The architecture, with the sizes and FLOPs that follow from it.  The values are in bert_config*.json only."""
 
     attention_probs_dropout_prob: float
     hidden_act: str
@@ -48,12 +48,12 @@ class BertConfig:
 
     @classmethod
     def from_json_file(cls, path) -> "BertConfig":
-        """Read and check a config; UserError names the file, the key and the value that cannot be."""
+        """Read and check a config; UserError names the file, the key and the impossible value."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"--config_file {path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:  # no JSON, no text, numbers or nesting without end
+        except (ValueError, RecursionError) as error:  # not JSON, not text, endless digits or nesting
             raise UserError(f"--config_file {path}: not JSON: {error}") from None
         if not isinstance(values, dict):
             raise UserError(f"--config_file {path}: holds no JSON object")
@@ -74,25 +74,37 @@ class BertConfig:
 
     @property
     def parameters(self) -> int:
-        """How many weights a BertForPreTraining of this architecture has."""
+        """Number of weights of a BertForPreTraining."""
         hidden, inner = self.hidden_size, self.intermediate_size
         embeddings = (self.padded_vocab_size + self.max_position_embeddings + self.type_vocab_size + 2) * hidden
         layer = 4 * (hidden + 1) * hidden + (hidden + 1) * inner + (inner + 1) * hidden + 4 * hidden
         heads = 2 * (hidden + 1) * hidden + 2 * hidden + self.padded_vocab_size + 2 * (hidden + 1)
         return embeddings + self.num_hidden_layers * layer + heads
 
+    def training_flops(self, tokens: float, pairs: float, masked_tokens: int) -> float:
+        """FLOPs of forward and backward on real tokens, pairs of tokens of one sequence, and masked tokens.
+
+        6 for each weight that a token meets in a matrix product: 2 forward, 4 backward (Kaplan et al. 2020, arXiv
+        2001.08361, section 2.1); 12·layers·hidden_size for each pair (Chowdhery et al. 2022, arXiv 2204.02311,
+        appendix B).
+        """
+        hidden, layers = self.hidden_size, self.num_hidden_layers
+        layer_weights = 4 * hidden**2 + 2 * hidden * self.intermediate_size
+        head_weights = hidden**2 + hidden * self.padded_vocab_size  # of the MLM head
+        return 6 * layers * layer_weights * tokens + 12 * layers * hidden * pairs + 6 * head_weights * masked_tokens
+
     @property
     def padded_vocab_size(self) -> int:
-        """vocab_size rounded up to a multiple of 8, which matrix units like; no label is ever an added entry."""
+        """vocab_size rounded up to a multiple of 8, for matrix units; labels are never the added entries."""
         return -(-self.vocab_size // 8) * 8
 
 
 def config_problem(values: dict) -> str | None:
-    """What is impossible in the values of a config, or None."""
+    """The first impossible value of a config, or None."""
     for key in INTEGER_KEYS:
-        most = MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
-        if type(values[key]) is not int or not 1 <= values[key] <= most:
-            return f"{key} is {repr(values[key])[:50]}, not a whole number from 1 to {most}"
+        largest = MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+        if type(values[key]) is not int or not 1 <= values[key] <= largest:
+            return f"{key} is {repr(values[key])[:50]}, not a whole number from 1 to {largest}"
     for key in ("attention_probs_dropout_prob", "hidden_dropout_prob"):
         if type(values[key]) not in (int, float) or not 0.0 <= values[key] < 1.0:
             return f"{key} is {values[key]!r}, not a number from 0 to below 1"
@@ -116,10 +128,12 @@ def gather_positions(hidden, positions):
 def recomputed(function, autocast, *arguments):
     """function(*arguments), computed again in the backward pass, which runs outside the contexts of the forward one."""
     return checkpoint(function, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), autocast()),
-                      determinism_check="none")  # which asks nested tensors for a shape that they do not have
+                      determinism_check="none")  # the check needs shapes, which nested tensors do not have
 
 
 class Embeddings(nn.Module):
+    """The sum of word, position and segment vectors.  Positions enter the model here only: one learned vector each."""
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
@@ -135,18 +149,18 @@ class Embeddings(nn.Module):
 
 
 class KernelEmbeddings(Embeddings):
-    """The same through kernels compiled for this CPU, in fp32 only."""
+    """The same in kernels compiled for this CPU, in fp32 only."""
 
     def forward(self, input_ids, segment_ids, positions):
         return cpu_layers.embed(self, input_ids, segment_ids, positions)
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: BertConfig, attention):
+    def __init__(self, config: BertConfig, attention_name: str):
         super().__init__()
         self.heads = config.num_attention_heads
         self.dropout_prob = config.attention_probs_dropout_prob
-        self.attention = attention
+        self.implementation = ATTENTIONS[attention_name]
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
@@ -156,12 +170,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden, mask):
         query, key, value = (self.split_heads(linear(hidden)) for linear in (self.query, self.key, self.value))
-        context = self.attention(query, key, value, mask, self.dropout_prob if self.training else 0.0)  # (B, N, S, H)
+        dropout_prob = self.dropout_prob if self.training else 0.0
+        context = self.implementation.compute(query, key, value, mask, dropout_prob)  # (B, N, S, H)
         return context.transpose(1, 2).reshape(hidden.shape)  # (B, S, D)
 
 
 class ResidualOutput(nn.Module):
-    """LayerNorm(residual + dropout(dense(hidden))): how both halves of a post-LayerNorm layer end."""
+    """LayerNorm(residual + dropout(dense(hidden))): the end of both halves of a post-LayerNorm layer."""
 
     def __init__(self, input_size: int, config: BertConfig):
         super().__init__()
@@ -174,9 +189,9 @@ class ResidualOutput(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: BertConfig, attention):
+    def __init__(self, config: BertConfig, attention_name: str):
         super().__init__()
-        self.self = SelfAttention(config, attention)
+        self.self = SelfAttention(config, attention_name)
         self.output = ResidualOutput(config.hidden_size, config)
 
     def forward(self, hidden, mask):
@@ -196,9 +211,9 @@ class DenseActivation(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: BertConfig, attention):
+    def __init__(self, config: BertConfig, attention_name: str):
         super().__init__()
-        self.attention = Attention(config, attention)
+        self.attention = Attention(config, attention_name)
         activation = ACTIVATIONS[config.hidden_act]
         self.intermediate = DenseActivation(config.hidden_size, config.intermediate_size, activation)
         self.output = ResidualOutput(config.intermediate_size, config)
@@ -209,17 +224,17 @@ class Layer(nn.Module):
 
 
 class KernelLayer(Layer):
-    """The same through kernels compiled for this CPU: fp32 and GELU only, and the mask is input_mask itself."""
+    """The same in kernels compiled for this CPU (cpu_layers.unsupported_reason); the mask is input_mask itself."""
 
     def forward(self, hidden, mask):
         return cpu_layers.layer(self, hidden, mask)
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: BertConfig, attention: str, checkpoint_activations: bool, autocast):
+    def __init__(self, config: BertConfig, attention_name: str, checkpoint_activations: bool, autocast):
         super().__init__()
-        make = KernelLayer if attention == KERNELS else Layer
-        self.layer = nn.ModuleList(make(config, ATTENTIONS[attention].compute) for _ in range(config.num_hidden_layers))
+        layer_class = KernelLayer if attention_name == KERNELS else Layer
+        self.layer = nn.ModuleList(layer_class(config, attention_name) for _ in range(config.num_hidden_layers))
         self.checkpoint_activations = checkpoint_activations
         self.autocast = autocast
 
@@ -235,22 +250,22 @@ class Encoder(nn.Module):
 class BertModel(nn.Module):
     """Embeddings, encoder, and the pooler over every [CLS]."""
 
-    def __init__(self, config: BertConfig, attention: str, checkpoint_activations: bool, autocast):
+    def __init__(self, config: BertConfig, attention_name: str, checkpoint_activations: bool, autocast):
         super().__init__()
-        self.mask = ATTENTIONS[attention].mask
-        self.embeddings = (KernelEmbeddings if attention == KERNELS else Embeddings)(config)
-        self.encoder = Encoder(config, attention, checkpoint_activations, autocast)
+        self.attention = ATTENTIONS[attention_name]
+        self.embeddings = (KernelEmbeddings if attention_name == KERNELS else Embeddings)(config)
+        self.encoder = Encoder(config, attention_name, checkpoint_activations, autocast)
         self.pooler = DenseActivation(config.hidden_size, config.hidden_size, torch.tanh)
 
     def forward(self, input_ids, input_mask, segment_ids, positions, next_sentence_positions):
         """All inputs (B, S), next_sentence_positions (B, C) → hidden states (B, S, D), pooled [CLS] (B, C, D)."""
         hidden = self.embeddings(input_ids, segment_ids, positions)
-        hidden = self.encoder(hidden, self.mask(input_mask, slots=next_sentence_positions.shape[1]))
+        hidden = self.encoder(hidden, self.attention.mask(input_mask, slots=next_sentence_positions.shape[1]))
         return hidden, self.pooler(gather_positions(hidden, next_sentence_positions))
 
 
 class MaskedLMHead(nn.Module):
-    """Scores over the vocabulary; the decoder's weight is the word embedding."""
+    """Logits over the vocabulary; the decoder's weight is the word embedding."""
 
     def __init__(self, config: BertConfig, word_embeddings):
         super().__init__()
@@ -261,16 +276,16 @@ class MaskedLMHead(nn.Module):
         self.decoder.weight = word_embeddings
 
     def forward(self, hidden):
-        return self.scores(self.transformed(hidden))  # (…, V)
+        return self.logits(self.transformed(hidden))  # (…, V)
 
     def transformed(self, hidden):
         return self.transform.LayerNorm(self.transform(hidden))  # (…, D)
 
-    def scores(self, transformed):
+    def logits(self, transformed):
         return F.linear(transformed, self.decoder.weight, self.bias)  # (…, V)
 
     def kernel_loss(self, hidden, labels):
-        """Mean cross entropy of the scores, by a kernel that never shows them."""
+        """Mean cross entropy of the logits, in a kernel that does not return them."""
         return cpu_layers.mean_cross_entropy(self.transformed(hidden), self.decoder.weight, self.bias, labels)
 
 
@@ -284,43 +299,44 @@ class PreTrainingHeads(nn.Module):
 class BertForPreTraining(nn.Module):
     """BERT with the masked-LM and the next-sentence head.
 
-    `attention` names the implementation (attention.py); `checkpoint_activations` recomputes each layer in the backward
-    pass, for memory against time, under `autocast()`; the losses are computed under `casts_off()` (both of
-    mixed_precision.Precision), the masked-LM loss for `loss_chunk` slots at a time (0: all at once).
+    `attention_name` is one of ops.attention.ATTENTIONS.  `checkpoint_activations` recomputes each layer in the backward
+    pass, under `autocast()`, which takes less memory and more time.  The losses are computed under `casts_off()`, the
+    masked-LM loss in chunks of `loss_chunk` slots (0: all at once).  Both contexts are those of devices.precision.
     """
 
-    def __init__(self, config: BertConfig, attention: str = "sdpa", checkpoint_activations: bool = False,
+    def __init__(self, config: BertConfig, attention_name: str = "sdpa", checkpoint_activations: bool = False,
                  autocast=nullcontext, casts_off=nullcontext, loss_chunk: int = 0):
         super().__init__()
         self.config = config
         self.autocast = autocast
         self.casts_off = casts_off
         self.loss_chunk = loss_chunk
-        self.use_kernels = attention == KERNELS
-        self.bert = BertModel(config, attention, checkpoint_activations, autocast)
+        self.use_kernels = attention_name == KERNELS
+        assert not self.use_kernels or cpu_layers.unsupported_reason(config) is None
+        self.bert = BertModel(config, attention_name, checkpoint_activations, autocast)
         self.cls = PreTrainingHeads(config, self.bert.embeddings.word_embeddings.weight)
         self.apply(self.initialize)
 
     def initialize(self, module: nn.Module) -> None:
-        """Weights N(0, initializer_range), biases 0; LayerNorm starts as 1 and 0 by itself."""
+        """Weights N(0, initializer_range), biases 0; PyTorch starts LayerNorm with weight 1 and bias 0."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def to_device(self, device: torch.device) -> "BertForPreTraining":
-        """Move to a device, and tie the decoder again: where a move changes types, it copies a weight twice."""
+        """Move to a device, and tie the decoder again: a move that changes the tensors' type copies a weight twice."""
         self.to(device)
         self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
         return self
 
     def logits(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch in the packed form of shards.SCHEMA → MLM scores (B, P, V) of the masked slots, NSP (B, C, 2)."""
+        """A batch in the packed form of shards.SCHEMA → logits of the masked slots (B, P, V) and of NSP (B, C, 2)."""
         masked, nsp_logits = self.encode(batch)
         return self.cls.predictions(masked), nsp_logits
 
     def encode(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch → hidden states of the masked slots (B, P, D), NSP scores (B, C, 2)."""
+        """A batch → hidden states of the masked slots (B, P, D), NSP logits (B, C, 2)."""
         hidden, pooled = self.bert(batch["input_ids"], batch["input_mask"], batch["segment_ids"], batch["positions"],
                                    batch["next_sentence_positions"])
         return gather_positions(hidden, batch["masked_lm_positions"]), self.cls.seq_relationship(pooled)
@@ -329,15 +345,15 @@ class BertForPreTraining(nn.Module):
         """The losses of a batch as fp32 scalars: loss = mlm_loss + nsp_loss."""
         masked, nsp_logits = self.encode(batch)
         if self.use_kernels or self.loss_chunk:
-            mlm_loss = self.mlm_loss_without_scores(masked, mlm_labels(batch))
+            mlm_loss = self.mlm_loss_without_logits(masked, mlm_labels(batch))
             with self.casts_off():
                 return summed(mlm_loss, mean_cross_entropy(nsp_logits, nsp_labels(batch)))
         mlm_logits = self.cls.predictions(masked)
         with self.casts_off():
             return losses(mlm_logits, nsp_logits, batch)
 
-    def mlm_loss_without_scores(self, masked, labels) -> torch.Tensor:
-        """Mean cross entropy over the masked tokens without the scores of all of them in memory.
+    def mlm_loss_without_logits(self, masked, labels) -> torch.Tensor:
+        """Mean cross entropy over the masked tokens without the logits of all of them in memory.
 
         masked (B, P, D): the hidden states of their slots, labels (B, P).
         """
@@ -346,7 +362,7 @@ class BertForPreTraining(nn.Module):
         return self.chunked_mlm_loss(self.cls.predictions.transformed(masked).flatten(0, 1), labels.flatten())
 
     def chunked_mlm_loss(self, hidden, labels) -> torch.Tensor:
-        """With the scores of loss_chunk slots in memory at a time; the backward pass computes them again.
+        """With the logits of loss_chunk slots in memory at a time, which the backward pass recomputes.
 
         hidden (B·P, D), labels (B·P).
         """
@@ -356,7 +372,7 @@ class BertForPreTraining(nn.Module):
             return torch.stack(sums).sum() / labels_in_use(labels)
 
     def chunk_loss(self, hidden, labels) -> torch.Tensor:
-        logits = self.cls.predictions.scores(hidden)
+        logits = self.cls.predictions.logits(hidden)
         with self.casts_off():
             return summed_cross_entropy(logits, labels)
 
@@ -392,5 +408,5 @@ def summed_cross_entropy(logits, labels):
 
 
 def labels_in_use(labels):
-    """How many there are, as a tensor to divide by: at least 1."""
+    """Number of labels that are not ignored, as a divisor: at least 1.  A scalar tensor, fp32."""
     return (labels != IGNORED_LABEL).sum().clamp(min=1).float()

@@ -38,7 +38,7 @@ def run(args, ranks, reader) -> dict:
     from devices.precision import Precision
     from modeling import BertConfig, BertForPreTraining
     from ops import attention
-    from optim.build import build_optimizer, local_part
+    from optim.build import build_optimizer
     from parallel.gradient_reduction import broadcast_weights, build_reduction
     from training import dry_run
     from training.compilation import compile_training
@@ -63,11 +63,18 @@ def run(args, ranks, reader) -> dict:
     ranks.check_same(run_fingerprint(args, config, shards, device, resume_point))
 
     device.seed(args.seed)
-    attention_name, layers = ranks.gather(attention.choose(args, device, config, plan.micro_batch_size))[0]
+    request = attention.LayerRequest(attention=args.attention, use_cpu_kernels=args.use_cpu_kernels,
+                                     compiled=args.use_torch_compile, dtype=precision.dtype,
+                                     rows=plan.micro_batch_size, length=args.max_seq_length)
+    attention_name, layers_description = ranks.gather(attention.choose(device, config, request))[0]
     model = BertForPreTraining(config, attention_name, args.checkpoint_activations, precision.autocast,
                                precision.casts_off, args.mlm_loss_chunk)
     model.to_device(device.torch_device).train()
-    optimizer, optimizer_description = build_optimizer(args, model, device, ranks.world_size)
+    compiled, compile_description = (compile_training(device, model, args.cuda_graphs) if args.use_torch_compile
+                                     else (False, ""))
+    optimizer, optimizer_description = build_optimizer(
+        model, device, args.learning_rate, args.use_fused_lamb, compiled,
+        shards=ranks.world_size if args.use_zero_optimizer else 1)
     stream = BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, ranks=ranks, reader=reader,
                          skip_bad_shards=args.skip_bad_shards, warn=ranks.warn)
     state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision)
@@ -76,17 +83,16 @@ def run(args, ranks, reader) -> dict:
     broadcast_weights(ranks, model)
     reduction = build_reduction(ranks, model, post_accumulation=args.allreduce_post_accumulation,
                                 in_16_bits=args.allreduce_post_accumulation_fp16, fp16=args.fp16)
-    descriptions = [layers, optimizer_description,
-                    f"ranks: {ranks.world_size}; reduction of gradients: {reduction.describe()}"]
-    if args.use_torch_compile:
-        descriptions.append(compile_training(device, model, local_part(optimizer), args.cuda_graphs))
+    descriptions = [layers_description, optimizer_description,
+                    f"ranks: {ranks.world_size}; reduction of gradients: {reduction.describe()}", compile_description]
 
     writes = ranks.first and not args.dry_run
     tensorboard = (TensorBoardLog(args.tensorboard_logdir, phase.first, resume_point.step)
                    if writes and args.tensorboard_logdir else None)
     log = TrainingLog(args.json_summary if writes else None, ranks.first, args.resume_from_checkpoint, tensorboard)
     log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})
-    for line in [*opening(args, device, precision, stream.shards, model, plan, resume_point), *descriptions]:
+    for line in filter(None, [*opening(args, device, precision, stream.shards, model, plan, resume_point),
+                              *descriptions]):
         log.print(line)
     stream.warn = log.warn
     evaluator = Evaluator(shards=held_out, batch_size=plan.micro_batch_size, device=device, ranks=ranks,
@@ -113,7 +119,7 @@ def run_fingerprint(args, config, shards, device, resume_point) -> dict[str, str
         **{f"{args.config_file}: {key}": str(value) for key, value in vars(config).items()},
         **{f"{args.input_dir}/{shard.path.name}": f"{shard.rows} rows, {shard.path.stat().st_size} bytes"
            for shard in shards},
-        "the device": device.kind,
+        "the device": device.torch_device.type,
         "PyTorch": torch.__version__,
         "the start (is --output_dir a folder that all servers share?)": resume_point.describe(),
     }

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,9 +43,9 @@ class Variant:
     cuda_graphs: bool = False
 
 
-SDPA, VARLEN = {"attention": "sdpa"}, {"attention": "varlen"}
+SDPA, VARLEN = {"attention_name": "sdpa"}, {"attention_name": "varlen"}
 VARIANTS = {
-    "plain": Variant({"attention": "plain"}),
+    "plain": Variant({"attention_name": "plain"}),
     "sdpa": Variant(SDPA),
     "varlen": Variant(VARLEN),
     "varlen, loss in chunks": Variant({**VARLEN, "loss_chunk": 512}),
@@ -80,11 +81,11 @@ def main(argv=None) -> None:
     from devices.precision import Precision
     from modeling import BertConfig
     from training.arguments import device_options
-    from training.metrics import REPEATS, matrix_peak
+    from training.metrics import REPEATS, matmul_peak
 
     device = devices.select(device_options(args))
     torch.manual_seed(0)
-    peak = matrix_peak(device.torch_device, torch.bfloat16, device.peak_matrix_size, REPEATS, device.synchronize)
+    peak = matmul_peak(device.torch_device, torch.bfloat16, device.matmul_size_for_peak, REPEATS, device.synchronize)
     precision = Precision(PrecisionOptions(bf16=True), device)
     bench = Bench(args, device, BertConfig.from_json_file(args.config_file), precision, peak)
     rivals = ["transformers"] if find_spec("transformers") else []
@@ -178,7 +179,7 @@ def wikipedia_batches(length: int, rows: int) -> tuple[dict, dict]:
 def variant_figures(bench: Bench, name: str, length: int, batch: dict) -> dict:
     """Check a variant, then time it on a batch of the host."""
     from data.dataloader import sequences_in
-    from training.metrics import NeededFlops
+    from training.metrics import batch_flops
 
     on_device = bench.device.put(batch)
     error = None if name.startswith("transformers") else checked_error(bench, VARIANTS[name], on_device)
@@ -188,7 +189,7 @@ def variant_figures(bench: Bench, name: str, length: int, batch: dict) -> dict:
     step(), step()
     seconds = spread(timed(bench, step))
     real_tokens, sequences = int((batch["input_mask"] > 0).sum()), sequences_in(batch)
-    flops = NeededFlops(bench.config).of_batch(batch)
+    flops = batch_flops(bench.config, batch)
     return {"variant": name, "length": length, "packed": batch["next_sentence_weights"].shape[1] > 1,
             "rows": len(batch["input_ids"]), "sequences": sequences, "seconds": seconds,
             "sequences_per_second": sequences / seconds["median"], "tokens_per_second": real_tokens / seconds["median"],
@@ -296,14 +297,15 @@ def lamb_figures(bench: Bench) -> dict:
     from lamb import NVLAMB
     from modeling import BertForPreTraining
     from optim.build import parameter_groups
-    from optim.fused_lamb import MultiTensorNVLAMB
+    from optim.fused_lamb import CompiledNVLAMB, MultiTensorNVLAMB
 
     model = BertForPreTraining(bench.config).to_device(bench.device.torch_device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-4
     parameters = sum(parameter.numel() for parameter in model.parameters())
     bandwidth = copy_bandwidth(bench)
-    makers = {"NVLAMB": NVLAMB, "NVLAMB, compiled": compiled_lamb, "--use_fused_lamb": MultiTensorNVLAMB,
+    makers = {"NVLAMB": NVLAMB, "NVLAMB, compiled": partial(CompiledNVLAMB, backend="inductor", in_parts=True),
+              "--use_fused_lamb": MultiTensorNVLAMB,
               "AdamW, fused": lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True)}
     found = {"parameters": parameters, "bandwidth": bandwidth,
              "floor_seconds": BYTES_PER_PARAMETER * parameters / bandwidth, "seconds": {}}
@@ -313,14 +315,6 @@ def lamb_figures(bench: Bench) -> dict:
             optimizer.step(), optimizer.step()
             found["seconds"][name] = spread(timed(bench, optimizer.step))
     return found
-
-
-def compiled_lamb(groups, lr: float):
-    from lamb import NVLAMB
-
-    optimizer = NVLAMB(groups, lr=lr)
-    optimizer.compile("inductor", in_parts=True)
-    return optimizer
 
 
 def copy_bandwidth(bench: Bench) -> float:

@@ -44,13 +44,12 @@ def optimizer_steps() -> tuple[dict, int]:
     """A step function for each optimizer, each with parameters and gradients of its own."""
     import torch
 
-    from lamb import NVLAMB
     from modeling import BertConfig, BertForPreTraining
     from optim.build import parameter_groups
-    from optim.fused_lamb import CpuFusedNVLAMB
+    from optim.fused_lamb import CpuFusedNVLAMB, SlicedNVLAMB
 
     makers = {"lamb": lambda groups: CpuFusedNVLAMB(groups, lr=1e-3),
-              "lamb_in_slices": lambda groups: NVLAMB(groups, lr=1e-3),
+              "lamb_in_slices": lambda groups: SlicedNVLAMB(groups, lr=1e-3),
               "foreach_adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-3, foreach=True),
               "fused_adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True)}
     model = BertForPreTraining(BertConfig(**BERT_BASE))

@@ -54,7 +54,7 @@ def measure(name: str, rows: int, columns: int, depth: int, transposed: str, tim
     """Figures of one product (M, K) · (K, N), whose result goes to memory that is there."""
     import torch
 
-    from ops.cpu_layers import product
+    from ops.cpu_layers import matmul
     from ops.memory_pool import pool
 
     def factor(rows, columns, transposed):
@@ -62,7 +62,7 @@ def measure(name: str, rows: int, columns: int, depth: int, transposed: str, tim
 
     a, b = factor(rows, depth, transposed == "first"), factor(depth, columns, transposed == "second")
     out = pool.empty(rows, columns)
-    functions = {"kernels": lambda: product(a, b), "pytorch": lambda: torch.mm(a, b, out=out)}
+    functions = {"kernels": lambda: matmul(a, b), "pytorch": lambda: torch.mm(a, b, out=out)}
     seconds = {name: spread(values) for name, values in alternate(functions, repeats).items()}
     return {"name": name, "shape": f"{rows} x {columns} x {depth}", "times_a_step": times, "seconds": seconds,
             "gflops": {name: 2e-9 * rows * columns * depth / found["median"] for name, found in seconds.items()}}

@@ -170,13 +170,13 @@ def local_optimizer(model, rank: int, count: int):
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from lamb import NVLAMB
     from optim.build import parameter_groups
+    from optim.fused_lamb import SlicedNVLAMB
     from optim.zero import ShardedOptimizer
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=count)
     try:
-        return ShardedOptimizer(parameter_groups(model), NVLAMB).optim
+        return ShardedOptimizer(parameter_groups(model), SlicedNVLAMB).optim
     finally:
         dist.destroy_process_group()
 

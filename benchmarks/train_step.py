@@ -59,10 +59,10 @@ def main(argv=None) -> None:
 
 def compare(config, batch: dict, seconds: dict) -> dict:
     """What the seconds of ours and of the others say."""
-    from training.metrics import NeededFlops, cpu_peak
+    from training.metrics import batch_flops, cpu_peak
 
     ours, best = seconds["ours"]["median"], min(set(seconds) - {"ours"}, key=lambda name: seconds[name]["median"])
-    flops, peak = NeededFlops(config).of_batch(batch), cpu_peak(2048, 5)
+    flops, peak = batch_flops(config, batch), cpu_peak(2048, 5)
     return {"seconds": seconds, "best_rival": best, "ratio_vs_transformers": seconds[best]["median"] / ours,
             "sequences_per_second": int(batch["next_sentence_weights"].sum()) / ours, "peak_gflops": peak / 1e9,
             "fraction_of_peak": flops / ours / peak}
@@ -155,7 +155,7 @@ def transformers_loss(model, batch: dict):
 
 
 KERNELS = {  # how the functions of csrc/layers.cpp and PyTorch's operations are summed up
-    "matrix products, with bias": ("product", "aten::mm", "aten::addmm"),
+    "matrix products, with bias": ("gemm", "aten::mm", "aten::addmm"),
     "matrix products, with dropout and LayerNorm after": ("dense_residual_norm",),
     "matrix products, with GELU after": ("dense_gelu", "gelu_backward"),
     "attention": ("attention",),

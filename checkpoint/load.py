@@ -7,7 +7,7 @@ from checkpoint.file import check_tensor, is_plain
 from checkpoint.folder import read_checkpoint
 from common.download import local_file
 from common.errors import UserError, whole_number
-from optim.build import local_part
+from optim.build import local_optimizer
 
 FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # no weight depends on it
 
@@ -62,7 +62,7 @@ def load_optimizer(optimizer, state: dict, path) -> None:
     groups = state.get("param_groups") if isinstance(state, dict) else None
     if not isinstance(groups, list) or len(groups) != len(optimizer.param_groups):
         raise UserError(f"{path}: its optimizer does not hold state and {len(optimizer.param_groups)} param_groups")
-    local = local_part(optimizer)
+    local = local_optimizer(optimizer)
     share = {parameter for group in local.param_groups for parameter in group["params"]}
     numbered = []
     for group, own in zip(groups, optimizer.param_groups, strict=True):

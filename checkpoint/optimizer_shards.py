@@ -23,7 +23,7 @@ import torch
 from checkpoint.file import check_sealed, read_file, write_file
 from common.errors import UserError
 from common.files import sync_folder, write_json
-from optim.build import local_part
+from optim.build import local_optimizer
 
 INDEX = "index.json"
 
@@ -38,7 +38,7 @@ def save_optimizer(checkpoint, optimizer, ranks) -> dict:
 
     Raises OSError on all ranks where the disk of one does not take its share.
     """
-    local = local_part(optimizer)
+    local = local_optimizer(optimizer)
     if local is optimizer:
         return optimizer.state_dict()
     folder = folder_of(checkpoint)
@@ -64,7 +64,7 @@ def write_share(file: Path, optimizer, groups: list[dict]) -> tuple[str, dict]:
     numbers = {parameter: number for group, numbered in zip(optimizer.param_groups, groups, strict=True)
                for parameter, number in zip(group["params"], numbered["params"], strict=True)}
     share = {numbers[parameter]: {key: value.detach().cpu() for key, value in moments.items()}
-             for parameter, moments in local_part(optimizer).state.items()}
+             for parameter, moments in local_optimizer(optimizer).state.items()}
     write_file(file, {"state": share})
     return file.name, {"bytes": file.stat().st_size, "parameters": list(share)}
 

@@ -96,5 +96,7 @@ def nearest_existing(path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where local copies of remote files are kept."""
-    return Path(os.environ.get("BERT_CACHE_DIR") or Path.home() / ".cache" / "bert_pretraining")
+    """Where compiled kernels and local copies of remote files are kept: what can be made or downloaded again."""
+    if os.environ.get("BERT_CACHE_DIR"):
+        return Path(os.environ["BERT_CACHE_DIR"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_pretraining"

@@ -7,14 +7,13 @@ from devices.device import Device
 
 
 class CudaDevice(Device):
-    kind = "cuda"
     is_host = False
     attentions = ("varlen", "sdpa")
     backend = "nccl"
     mixed_layer_norm = False
     supports_fp16 = True
-    has_multi_tensor_kernels = True
-    peak_matrix_size = 8192
+    runs_cpu_kernels = False
+    matmul_size_for_peak = 8192
     pins_memory = True
 
     def __init__(self, local_rank: int):

@@ -19,7 +19,6 @@ from devices.options import DeviceOptions
 class Device:
     """A CPU, and the defaults of the others."""
 
-    kind = "cpu"
     is_host = True  # what is copied to the host takes memory of the device
     attentions: tuple[str, ...] = ("plain",)  # that a run chooses from (attention.py), the preferred one first
     backend = "gloo"
@@ -29,21 +28,19 @@ class Device:
     reads_op_lists = False  # and does so by the op lists that the environment names
     mixed_layer_norm = True  # layer_norm takes a bf16 input beside fp32 weights
     supports_fp16 = False  # training in fp16 with loss scaling
-    has_multi_tensor_kernels = False  # PyTorch's fused Adam and foreach ops take many tensors in one kernel
-    peak_matrix_size: int | None = 1024  # with which peak FLOP/s are measured: large enough to reach the peak, quick
     pins_memory = False  # copies between host and device are faster in page-locked memory
     hmp = None  # Gaudi's first mixed-precision package
+    runs_cpu_kernels = True  # tensors lie in the CPU's own memory, where code compiled for the CPU works on them
+    has_foreach_kernels = True  # PyTorch's kernels for lists of tensors
+    # Rows and columns of the matrices that measure the peak: enough to reach it, too few to delay a run.  None where
+    # graphs are built: a measurement would be graphs of its own.
+    matmul_size_for_peak: int | None = 1024
 
     def __init__(self, name: str = "cpu"):
         self.torch_device = torch.device(name)
 
-    @property
-    def has_cpu_kernels(self) -> bool:
-        """Whether the C++ kernels of ops/csrc can take its tensors."""
-        return self.torch_device.type == "cpu"
-
     def describe(self) -> str:
-        return f"{self.kind} ({torch.get_num_threads()} threads)"
+        return f"{self.torch_device.type} ({torch.get_num_threads()} threads)"
 
     def put(self, batch: dict) -> dict:
         """A batch of host tensors on this device."""

@@ -13,14 +13,15 @@ from devices.device import Device
 class HpuDevice(Device):
     """A Gaudi card.  In lazy mode ops are recorded until mark_step, else each runs at once, or compiled."""
 
-    kind = "hpu"
     is_host = False
     attentions = ("plain",)  # the ops that the op lists were made for
     backend = "hccl"
     compiler = "hpu_backend"
     compiles_in_parts = False
     reads_op_lists = True
-    peak_matrix_size = None  # not measured: the products would be graphs of their own
+    runs_cpu_kernels = False
+    has_foreach_kernels = False
+    matmul_size_for_peak = None  # not measured: the matmuls would be graphs of their own
 
     def __init__(self, lazy: bool):
         try:

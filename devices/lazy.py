@@ -11,10 +11,11 @@ from devices.device import Device
 class LazyDevice(Device):
     """PyTorch's own lazy tensors, run by TorchScript on the CPU: real lazy graphs for people without a Gaudi card."""
 
-    kind = "lazy"
     compiler = None
     has_autocast = False
-    peak_matrix_size = None  # not measured: the products would be graphs of their own
+    runs_cpu_kernels = False
+    has_foreach_kernels = False
+    matmul_size_for_peak = None  # not measured: the matmuls would be graphs of their own
 
     def __init__(self):
         start_lazy_backend()

@@ -87,7 +87,8 @@ class Precision:
 
     def __init__(self, options: PrecisionOptions, device):
         if options.fp16 and not device.supports_fp16:
-            raise UserError(f"--fp16 needs CUDA, but the device is {device.kind} (--hmp trains in bf16 on any device)")
+            raise UserError(f"--fp16 needs CUDA, but the device is {device.torch_device.type} "
+                            f"(--hmp trains in bf16 on any device)")
         self.dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32
         self.casts = choose_casts(options, device)
         self.report = DtypeReport() if options.bf16 and options.verbose and not device.hmp else nullcontext()

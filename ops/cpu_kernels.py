@@ -1,10 +1,9 @@
-"""csrc/layers.cpp and csrc/lamb.cpp as functions on tensors: compiled for this machine when first asked for, and kept
-for the next run.
+"""csrc/layers.cpp and csrc/lamb.cpp as functions on tensors: compiled for this machine at first use, and cached.
 
     kernels = load()  # KernelsMissing, with the reason, where they cannot be compiled
     kernels.dense_gelu(x, weight, bias, inner, out, *inner.shape, x.shape[1])
 
-Arrays go in as dense CPU tensors of the dtype that the kernel reads; whole numbers and floats go in as they are.
+Array arguments are dense CPU tensors of the dtype that the kernel reads; the others are Python numbers.
 """
 
 import ctypes
@@ -18,29 +17,29 @@ from pathlib import Path
 
 import torch
 
-from common.files import replacing
+from common.files import cache_folder, replacing
 
 SOURCES = [Path(__file__).with_name("csrc") / name for name in ("layers.cpp", "lamb.cpp")]
 HEADERS = [Path(__file__).with_name("csrc") / name for name in ("common.h", "gemm.h")]
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-std=c++17",
          "-fopenmp", "-shared", "-fPIC")
-COMPILE_SECONDS = 120  # far more than it takes; a compiler that hangs must not hang the run
+COMPILE_TIMEOUT = 120  # seconds, far more than it takes: a compiler that hangs must not hang the run
 
 DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
-POINTER, WHOLE, SEED, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
+POINTER, INT, SEED, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
 SIGNATURES = {
-    "product": [POINTER, WHOLE, WHOLE] * 2 + [POINTER] * 2 + [WHOLE] * 4,
-    "dense_gelu": [POINTER] * 5 + [WHOLE] * 3,
-    "gelu_backward": [POINTER] * 5 + [WHOLE] * 3,
-    "dense_residual_norm": [POINTER] * 9 + [WHOLE] * 3 + [REAL, REAL, SEED],
-    "residual_norm_backward": [POINTER] * 7 + [WHOLE] * 2 + [REAL, SEED],
-    "embed": [POINTER] * 11 + [WHOLE] * 2 + [REAL, REAL, SEED],
-    "embed_backward": [POINTER] * 11 + [WHOLE] * 2 + [REAL, SEED],
-    "attention": [POINTER] * 4 + [WHOLE] * 4 + [REAL, SEED],
-    "attention_backward": [POINTER] * 6 + [WHOLE] * 4 + [REAL, SEED],
-    "cross_entropy": [POINTER] * 5 + [WHOLE] * 2 + [REAL],
-    "lamb_step": [POINTER] * 5 + [WHOLE] + [REAL] * 8,
-    "square_sum": [POINTER] * 2 + [WHOLE, POINTER],
+    "gemm": [POINTER, INT, INT] * 2 + [POINTER] * 2 + [INT] * 4,
+    "dense_gelu": [POINTER] * 5 + [INT] * 3,
+    "gelu_backward": [POINTER] * 5 + [INT] * 3,
+    "dense_residual_norm": [POINTER] * 9 + [INT] * 3 + [FLOAT, FLOAT, SEED],
+    "residual_norm_backward": [POINTER] * 7 + [INT] * 2 + [FLOAT, SEED],
+    "embed": [POINTER] * 11 + [INT] * 2 + [FLOAT, FLOAT, SEED],
+    "embed_backward": [POINTER] * 11 + [INT] * 2 + [FLOAT, SEED],
+    "attention": [POINTER] * 4 + [INT] * 4 + [FLOAT, SEED],
+    "attention_backward": [POINTER] * 6 + [INT] * 4 + [FLOAT, SEED],
+    "cross_entropy": [POINTER] * 5 + [INT] * 2 + [FLOAT],
+    "lamb_step": [POINTER] * 5 + [INT] + [FLOAT] * 8,
+    "square_sum": [POINTER] * 2 + [INT, POINTER],
 }
 
 
@@ -49,14 +48,14 @@ class KernelsMissing(RuntimeError):
 
 
 class Kernels:
-    """The functions of the compiled library, by the names of SIGNATURES; `lanes`: the numbers in a vector here."""
+    """The functions of the compiled library, by the names of SIGNATURES; `lanes`: fp32 numbers in a vector."""
 
     def __init__(self, path: Path):
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
             raise KernelsMissing(f"{path}: {error}") from None
-        self.lanes = WHOLE.in_dll(library, "lanes").value
+        self.lanes = INT.in_dll(library, "lanes").value
         for name, types in SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = types, None
@@ -64,7 +63,7 @@ class Kernels:
 
 
 def call(function, *arguments) -> None:
-    """Call a kernel with the addresses of the tensors among its arguments; a profiler sees it by its name."""
+    """Call a kernel with the addresses of the tensors among its arguments, under its name in the profiler."""
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
             assert argument.device.type == "cpu" and argument.is_contiguous(), f"{function.__name__}: {argument.shape}"
@@ -75,20 +74,19 @@ def call(function, *arguments) -> None:
 
 @functools.cache
 def load() -> Kernels:
-    """The kernels of this machine, compiled now where they are not there yet (about 4 seconds)."""
+    """The kernels of this machine, compiled now where they are not in the cache (about 4 seconds)."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise KernelsMissing(f"no C++ compiler {os.environ.get('CXX', 'g++')} (CXX names another)")
     command = [compiler, *FLAGS, *map(str, SOURCES), *openmp_library()]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert-pretraining"
-    path = folder / f"cpu_kernels_{fingerprint(command)}.so"
+    path = cache_folder() / f"cpu_kernels_{fingerprint(command)}.so"
     if not path.exists():
         compile_to(path, command)
     return Kernels(path)
 
 
-def problem() -> str | None:
-    """Why the kernels cannot be had on this machine, or None."""
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot be compiled or loaded on this machine, or None."""
     try:
         load()
     except KernelsMissing as error:
@@ -97,7 +95,7 @@ def problem() -> str | None:
 
 
 def fingerprint(command: list[str]) -> str:
-    """A name for what the compiler would make: it changes with the source, the command and the processor."""
+    """A hash of all that the compiled library depends on: the sources, the command and the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -112,7 +110,7 @@ def compile_to(path: Path, command: list[str]) -> None:
     try:
         with replacing(path) as temporary:
             done = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True,
-                                  timeout=COMPILE_SECONDS)
+                                  timeout=COMPILE_TIMEOUT)
             if done.returncode:
                 first = next(iter(done.stderr.splitlines()), f"exit code {done.returncode}")
                 raise KernelsMissing(f"{command[0]}: {first}")
@@ -121,9 +119,9 @@ def compile_to(path: Path, command: list[str]) -> None:
 
 
 def openmp_library() -> list[str]:
-    """The OpenMP library that torch has loaded: with one of their own, the kernels' threads would fight torch's."""
+    """The OpenMP library that torch has loaded: another one's threads would compete with torch's for the cores."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    return sorted({line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line})  # a path may hold spaces
+    return sorted({line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line})  # a path may contain spaces

@@ -1,9 +1,9 @@
-"""Memory for large results on CPUs, used again from step to step.
+"""A pool of memory for large results on CPUs, reused from step to step.
 
     out = pool.empty(4096, 1024)  # torch.empty(4096, 1024), in memory that an earlier result no longer needs
 
-malloc gives large blocks back to the system as soon as they are free, so that each step would pay for fresh pages anew,
-which the system has to zero: up to a tenth of a step of a small model.
+malloc returns large blocks to the system as soon as they are freed, so each step would get new pages, which the system
+zeroes first: up to a tenth of a small model's step.
 """
 
 import bisect
@@ -14,46 +14,47 @@ from collections import deque
 import numpy
 import torch
 
-SMALLEST = 2**18  # elements; malloc keeps smaller blocks by itself
-LARGEST_WASTE = 2  # times what is asked for: larger blocks wait for larger requests
+MIN_ELEMENTS = 2**18  # malloc keeps smaller blocks itself
+MAX_WASTE = 2  # largest ratio of a block's size to the request's
 
 
 class Pool:
-    """Blocks of fp32 memory; those that no tensor uses are kept in the order of their sizes."""
+    """Blocks of fp32 memory; the free ones are kept sorted by size."""
 
     def __init__(self):
-        self.idle: list[numpy.ndarray] = []
-        self.lent = 0
-        self.returned = deque()  # blocks and the bytes of them that were lent, from whichever thread, at any moment
+        self.free_blocks: list[numpy.ndarray] = []
+        self.allocated_bytes = 0
+        self.released = deque()  # (block, allocated bytes) of tensors that died, in any thread, at any moment
 
     def empty(self, *shape: int) -> torch.Tensor:
-        """A dense tensor with whatever its memory holds.  The memory is free again as soon as its storage is."""
+        """An uninitialised dense tensor.  Its memory is released when its storage dies."""
         count = math.prod(shape)
-        if count < SMALLEST:
+        if count < MIN_ELEMENTS:
             return torch.empty(shape)
         memory = self.block(count)
-        lent = memory[:count].reshape(shape)  # an object of its own, which lives as long as the tensor's storage
-        self.lent += lent.nbytes
-        weakref.finalize(lent, self.returned.append, (memory, lent.nbytes)).atexit = False
-        return torch.from_numpy(lent)
+        array = memory[:count].reshape(shape)  # a new object, which lives as long as the tensor's storage
+        self.allocated_bytes += array.nbytes
+        weakref.finalize(array, self.released.append, (memory, array.nbytes)).atexit = False
+        return torch.from_numpy(array)
 
     def block(self, count: int) -> numpy.ndarray:
-        """The smallest idle block that holds so many elements and is not much too large for them, else a new one."""
-        self.take_back()
-        place = bisect.bisect_left(self.idle, count, key=len)
-        if place < len(self.idle) and len(self.idle[place]) <= LARGEST_WASTE * count:
-            return self.idle.pop(place)
-        return numpy.empty(count, numpy.float32)  # in huge pages, where the system has them
+        """The smallest free block of at least `count` elements and at most MAX_WASTE times as many, else a new one."""
+        self.reclaim()
+        index = bisect.bisect_left(self.free_blocks, count, key=len)
+        if index < len(self.free_blocks) and len(self.free_blocks[index]) <= MAX_WASTE * count:
+            return self.free_blocks.pop(index)
+        return numpy.empty(count, numpy.float32)  # numpy asks for huge pages, torch.empty does not
 
     def bytes_in_use(self) -> int:
-        self.take_back()
-        return self.lent
+        self.reclaim()
+        return self.allocated_bytes
 
-    def take_back(self) -> None:
-        while self.returned:
-            memory, size = self.returned.popleft()
-            self.lent -= size
-            bisect.insort(self.idle, memory, key=len)
+    def reclaim(self) -> None:
+        """Make the released blocks free."""
+        while self.released:
+            memory, size = self.released.popleft()
+            self.allocated_bytes -= size
+            bisect.insort(self.free_blocks, memory, key=len)
 
 
 pool = Pool()

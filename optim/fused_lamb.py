@@ -1,27 +1,52 @@
-"""NVLAMB's step near the speed of the memory: on a CPU and, in kernels that take many weights at once, on CUDA.
+"""Faster variants of NVLAMB with the same state: for CPUs, for CUDA, and compiled by torch.compile."""
 
-On a CPU it is one kernel of ops/csrc/lamb.cpp, which moves 44 bytes a parameter: 4 for the gradient's norm, 24 for the
-moments, 16 for the update.  In PyTorch's kernels it is 64: the update is written and read again.
-"""
+import functools
 
 import torch
 
-from lamb import NVLAMB, trust_ratio
+from lamb import NVLAMB, lamb_update, trust_ratio
 from ops import cpu_kernels
+
+SLICE = 1 << 18  # elements; all that belongs to them stays in the CPU's cache
+
+
+class SlicedNVLAMB(NVLAMB):
+    """For CPUs, without a compiler: each slice of a weight is finished while the cache holds it.
+
+    The clipped gradients stay in .grad.
+    """
+
+    def update(self, group, params, divisor, finite) -> None:
+        step, settings = torch.tensor(float(group["step"])), adam_settings(group, divisor, finite)
+        buffer = torch.empty(max((param.numel() for param in params), default=0))
+        for param in params:
+            state = self.state[param]
+            flat = [tensor.view(-1) for tensor in (param, param.grad, state["exp_avg"], state["exp_avg_sq"])]
+            flat.append(buffer[:param.numel()])
+            weight_square = update_square = torch.zeros(())
+            for slices in zip(*(tensor.split(SLICE) for tensor in flat), strict=True):
+                weight, gradient, exp_avg, exp_avg_sq, update = slices
+                torch.mul(weight, -group["weight_decay"], out=update)
+                torch._fused_adamw_([update], [gradient], [exp_avg], [exp_avg_sq], [], [step], **settings)
+                weight_square = weight_square + weight.dot(weight)
+                update_square = update_square + update.dot(update)
+            ratio = trust_ratio(weight_square, update_square, group["weight_decay"])
+            flat[0].add_(flat[-1], alpha=float(group["lr"] * finite * ratio))
 
 
 class CpuFusedNVLAMB(NVLAMB):
-    """The same optimizer with the same state; gradients are left as they are."""
+    """For CPUs: one kernel of ops/csrc/lamb.cpp.  Gradients are left as they are.
 
-    def __init__(self, params, **settings):
-        super().__init__(params, **settings)
-        self.norm = square_root_of_squares
-        self.update = self.update_by_kernel
+    A step is limited by memory.  The kernel moves 44 bytes per parameter: 4 for the gradient's norm, 24 for the
+    moments, 16 for the update.  PyTorch's kernels move 64, since they write the update and read it again.
+    """
 
-    def compile(self, backend: str, in_parts: bool) -> str:
-        return "LAMB is one kernel already"
+    def global_norm(self, gradients) -> torch.Tensor:
+        out = torch.empty((), dtype=torch.float64)
+        cpu_kernels.load().square_sum(addresses(gradients), sizes(gradients), len(gradients), out)
+        return out.sqrt().float()
 
-    def update_by_kernel(self, group, params, divisor, finite) -> None:
+    def update(self, group, params, divisor, finite) -> None:
         if not finite or not params:
             return
         beta1, beta2 = group["betas"]
@@ -33,33 +58,20 @@ class CpuFusedNVLAMB(NVLAMB):
 
 
 class MultiTensorNVLAMB(NVLAMB):
-    """The same optimizer in PyTorch's kernels for lists of tensors.  Clipped gradients stay in .grad.
+    """For CUDA: PyTorch's kernels for lists of tensors.  The clipped gradients stay in .grad.
 
     It needs memory for one more copy of a group's weights during the step.
     """
 
-    def __init__(self, params, **settings):
-        super().__init__(params, **settings)
-        self.update = self.update_by_many
-
-    def compile(self, backend: str, in_parts: bool) -> str:
-        return "LAMB is a few kernels already"
-
-    def update_by_many(self, group, params, divisor, finite) -> None:
-        """PyTorch's fused Adam, run with rate 1 on −decay·w, updates the moments and leaves −u there.
-
-        It divides the gradient by grad_scale, and does nothing where found_inf is 1.
-        """
+    def update(self, group, params, divisor, finite) -> None:
         if not params:
             return
-        beta1, beta2 = group["betas"]
         weights = [param.detach() for param in params]
         exp_avgs, exp_avg_sqs = ([self.state[param][name] for param in params] for name in ("exp_avg", "exp_avg_sq"))
         updates = torch._foreach_mul(weights, -group["weight_decay"])
         step = torch.full((), float(group["step"]), device=divisor.device)
         torch._fused_adamw_(updates, [param.grad for param in params], exp_avgs, exp_avg_sqs, [], [step] * len(params),
-                            lr=1.0, beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=0.0, amsgrad=False,
-                            maximize=False, grad_scale=divisor, found_inf=1.0 - finite)
+                            **adam_settings(group, divisor, finite))
         rate = finite * float(group["lr"])
         if group["weight_decay"] == 0.0:
             torch._foreach_mul_(updates, rate)
@@ -71,15 +83,44 @@ class MultiTensorNVLAMB(NVLAMB):
             weight.addcmul_(update, own_rate)
 
 
-def square_root_of_squares(tensors) -> torch.Tensor:
-    """‖all tensors together‖₂ as a scalar tensor."""
-    out = torch.empty((), dtype=torch.float64)
-    cpu_kernels.load().square_sum(addresses(tensors), sizes(tensors), len(tensors), out)
-    return out.sqrt().float()
+class CompiledNVLAMB(NVLAMB):
+    """The formulas of lamb.py compiled by a backend of torch.compile: one graph for a group of weights.
+
+    `in_parts`: one graph for each weight, seen as a row of numbers, so that a single graph serves weights of all sizes.
+    """
+
+    def __init__(self, params, backend: str, in_parts: bool, **settings):
+        super().__init__(params, **settings)
+        self.backend = backend
+        self.in_parts = in_parts
+
+    def update(self, group, params, divisor, finite) -> None:
+        update = compiled_update(self.backend, self.in_parts)
+        tensors, *settings = self.update_arguments(group, params, divisor, finite)
+        if self.in_parts:
+            for weight_tensors in tensors:
+                update([tuple(tensor.detach().view(-1) for tensor in weight_tensors)], *settings)
+        else:
+            update(tensors, *settings)
+
+
+@functools.cache
+def compiled_update(backend: str, in_parts: bool):
+    return torch.compile(lamb_update, backend=backend, dynamic=in_parts or None)
+
+
+def adam_settings(group, divisor, finite) -> dict:
+    """Settings with which PyTorch's fused Adam, given −weight_decay·w as the weight, updates the moments and leaves −u.
+
+    It divides the gradient by grad_scale, in place, and does nothing where found_inf is 1.
+    """
+    beta1, beta2 = group["betas"]
+    return {"lr": 1.0, "beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": 0.0, "amsgrad": False,
+            "maximize": False, "grad_scale": divisor, "found_inf": 1.0 - finite}
 
 
 def addresses(tensors) -> torch.Tensor:
-    """Where dense fp32 tensors lie, as an array that a kernel can read."""
+    """The addresses of dense fp32 tensors as an array that a kernel can read."""
     for tensor in tensors:
         assert tensor.dtype == torch.float32 and tensor.is_contiguous(), f"{tensor.dtype} of strides {tensor.stride()}"
     return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)

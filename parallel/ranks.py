@@ -140,8 +140,8 @@ class RankGroup(SingleRank):
             raise UserError(f"no connection to the other ranks over {device.backend} (interface "
                             f"{os.environ.get('GLOO_SOCKET_IFNAME')}, see GLOO_SOCKET_IFNAME): {error}") from error
         if probe.item() != self.world_size:
-            raise UserError(f"the sum of {self.world_size} ones over {device.backend} on "
-                            f"{device.kind} is {probe.item():g}: this device cannot train on several ranks")
+            raise UserError(f"the sum of {self.world_size} ones over {device.backend} on {device.torch_device.type} "
+                            f"is {probe.item():g}: this device cannot train on several ranks")
 
     def wait_for_all_ranks(self) -> None:
         """Wait until all ranks are connected to the store.  UserError names those that are missing."""

@@ -2,16 +2,17 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-import lamb
 from lamb import NVLAMB
 from modeling import BertForPreTraining
+from optim import fused_lamb
 from optim.build import parameter_groups
-from optim.fused_lamb import CpuFusedNVLAMB, MultiTensorNVLAMB
+from optim.fused_lamb import CpuFusedNVLAMB, MultiTensorNVLAMB, SlicedNVLAMB
 from tests.support import samples
 
 
@@ -35,12 +36,10 @@ def by_hand(weights, gradients_of_steps, rate, decays):
     return weights
 
 
-def lamb_steps(weights, gradients_of_steps, rate, decays, way):
+def lamb_steps(weights, gradients_of_steps, rate, decays, optimizer_class):
     parameters = [torch.nn.Parameter(torch.tensor(weight)) for weight in weights]
-    make = {"update_by_kernel": CpuFusedNVLAMB, "update_by_many": MultiTensorNVLAMB}.get(way, NVLAMB)
-    optimizer = make([{"params": [parameter], "weight_decay": decay}
-                      for parameter, decay in zip(parameters, decays, strict=True)], lr=rate)
-    optimizer.update = getattr(optimizer, way)
+    optimizer = optimizer_class([{"params": [parameter], "weight_decay": decay}
+                                 for parameter, decay in zip(parameters, decays, strict=True)], lr=rate)
     for gradients in gradients_of_steps:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = torch.tensor(gradient)
@@ -48,37 +47,36 @@ def lamb_steps(weights, gradients_of_steps, rate, decays, way):
     return parameters, optimizer
 
 
-WAYS = ["update_by_the_paper", "update_in_slices", "update_by_kernel", "update_by_many"]
+CLASSES = [NVLAMB, partial(NVLAMB, foreach=False), SlicedNVLAMB, CpuFusedNVLAMB, MultiTensorNVLAMB]
 WEIGHTS = [[0.5, -1.0, 2.0], [0.3, 0.0], [0.0, 0.0]]
 DECAYS = [0.01, 0.0, 0.01]
 GRADIENTS = [[[3.0, 0.1, -2.0], [0.7, 1.0], [0.2, 0.1]],  # norm 3.8: clipped
              [[0.1, 0.2, 0.3], [-0.4, 0.0], [0.1, 0.3]]]  # norm 0.6: not clipped
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_lamb_first_two_steps_by_hand(way):
+@pytest.mark.parametrize("optimizer_class", CLASSES)
+def test_lamb_first_two_steps_by_hand(optimizer_class):
     for steps in (1, 2):
         expected = by_hand([list(weight) for weight in WEIGHTS], GRADIENTS[:steps], 0.1, DECAYS)
-        parameters, _ = lamb_steps(WEIGHTS, GRADIENTS[:steps], 0.1, DECAYS, way)
+        parameters, _ = lamb_steps(WEIGHTS, GRADIENTS[:steps], 0.1, DECAYS, optimizer_class)
         for parameter, weight in zip(parameters, expected, strict=True):
             assert_close(parameter.detach(), torch.tensor(weight), atol=1e-6, rtol=1e-5)
 
 
 def test_lamb_first_step_by_hand_in_one_line():
     """One weight 2, gradient 0.5: u = 0.5/(0.5 + 1e-6) + 0.01·2 = 1.02, trust 2/1.02, w = 2 − 0.1·2 = 1.8."""
-    (parameter,), _ = lamb_steps([[2.0]], [[[0.5]]], 0.1, [0.01], "update_in_slices")
+    (parameter,), _ = lamb_steps([[2.0]], [[[0.5]]], 0.1, [0.01], SlicedNVLAMB)
     assert parameter.item() == pytest.approx(1.8, abs=1e-6)
 
 
 def test_the_kernel_gives_the_same_steps_at_any_length():
     """Lengths around the block of the kernel, one parameter beside another, in one group."""
     lengths, results = (1, 4095, 4096, 4097, 20_001, 3), []
-    for make in (NVLAMB, CpuFusedNVLAMB):
+    for optimizer_class in (NVLAMB, CpuFusedNVLAMB):
         torch.manual_seed(0)
         parameters = [torch.nn.Parameter(torch.randn(length)) for length in lengths]
-        optimizer = make([{"params": parameters[:5], "weight_decay": 0.01},
-                          {"params": parameters[5:], "weight_decay": 0.0}], lr=0.1)
-        optimizer.update = getattr(optimizer, "update_by_the_paper" if make is NVLAMB else "update_by_kernel")
+        optimizer = optimizer_class([{"params": parameters[:5], "weight_decay": 0.01},
+                                     {"params": parameters[5:], "weight_decay": 0.0}], lr=0.1)
         for _ in range(3):
             for parameter in parameters:
                 parameter.grad = torch.randn(parameter.shape)
@@ -89,8 +87,8 @@ def test_the_kernel_gives_the_same_steps_at_any_length():
 
 
 def test_states_of_the_kernel_and_of_the_slices_are_exchanged():
-    parameters, optimizer = lamb_steps(WEIGHTS, GRADIENTS[:1], 0.1, DECAYS, "update_by_kernel")
-    others, other = lamb_steps([parameter.tolist() for parameter in parameters], [], 0.1, DECAYS, "update_in_slices")
+    parameters, optimizer = lamb_steps(WEIGHTS, GRADIENTS[:1], 0.1, DECAYS, CpuFusedNVLAMB)
+    others, other = lamb_steps([parameter.tolist() for parameter in parameters], [], 0.1, DECAYS, SlicedNVLAMB)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for group, own in ((parameters, optimizer), (others, other)):
         for parameter, gradient in zip(group, GRADIENTS[1], strict=True):
@@ -104,20 +102,20 @@ def test_slices_of_any_length_give_the_same_step(monkeypatch):
     torch.manual_seed(0)
     weights = [torch.randn(101).tolist(), torch.randn(7).tolist()]
     gradients = [[torch.randn(101).tolist(), torch.randn(7).tolist()] for _ in range(3)]
-    expected, _ = lamb_steps(weights, gradients, 0.1, [0.01, 0.0], "update_by_the_paper")
+    expected, _ = lamb_steps(weights, gradients, 0.1, [0.01, 0.0], NVLAMB)
     for length in (1, 10, 101, 1000):
-        monkeypatch.setattr(lamb, "SLICE", length)
-        found, _ = lamb_steps(weights, gradients, 0.1, [0.01, 0.0], "update_in_slices")
+        monkeypatch.setattr(fused_lamb, "SLICE", length)
+        found, _ = lamb_steps(weights, gradients, 0.1, [0.01, 0.0], SlicedNVLAMB)
         for one, other in zip(found, expected, strict=True):
             assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("optimizer_class", CLASSES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_but_the_count(way, bad):
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_but_the_count(optimizer_class, bad):
     broken = [[bad, 0.1, 0.2], [0.1, 0.1], [0.0, 0.1]]
-    before, _ = lamb_steps(WEIGHTS, GRADIENTS[:1], 0.1, DECAYS, way)
-    after, optimizer = lamb_steps(WEIGHTS, [GRADIENTS[0], broken], 0.1, DECAYS, way)
+    before, _ = lamb_steps(WEIGHTS, GRADIENTS[:1], 0.1, DECAYS, optimizer_class)
+    after, optimizer = lamb_steps(WEIGHTS, [GRADIENTS[0], broken], 0.1, DECAYS, optimizer_class)
     for one, other in zip(before, after, strict=True):
         assert torch.equal(one, other)
     assert optimizer.skipped_steps.item() == 1
@@ -125,11 +123,11 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_but_the_count
     assert all(torch.isfinite(state["exp_avg"]).all() for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_loss_scale_changes_no_step_and_an_overflow_skips_it(way):
+@pytest.mark.parametrize("optimizer_class", CLASSES)
+def test_a_loss_scale_changes_no_step_and_an_overflow_skips_it(optimizer_class):
     """As under --fp16: gradients come multiplied by a scale that the GradScaler knows."""
-    expected, _ = lamb_steps(WEIGHTS, GRADIENTS, 0.1, DECAYS, way)
-    parameters, optimizer = lamb_steps(WEIGHTS, [], 0.1, DECAYS, way)
+    expected, _ = lamb_steps(WEIGHTS, GRADIENTS, 0.1, DECAYS, optimizer_class)
+    parameters, optimizer = lamb_steps(WEIGHTS, [], 0.1, DECAYS, optimizer_class)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
     for factor, gradients in ((1.0, GRADIENTS[0]), (1.0, GRADIENTS[1]), (float("inf"), GRADIENTS[1])):
         loss = sum((parameter * torch.tensor(gradient)).sum()
@@ -144,13 +142,13 @@ def test_a_loss_scale_changes_no_step_and_an_overflow_skips_it(way):
 
 
 def test_gradient_norm_is_that_of_the_whole_model():
-    _, optimizer = lamb_steps(WEIGHTS, GRADIENTS[:1], 0.1, DECAYS, "update_in_slices")
+    _, optimizer = lamb_steps(WEIGHTS, GRADIENTS[:1], 0.1, DECAYS, SlicedNVLAMB)
     assert optimizer.gradient_norm.item() == pytest.approx(math.sqrt(9 + 0.01 + 4 + 0.49 + 1 + 0.04 + 0.01))
 
 
 def test_a_restored_optimizer_goes_on_alike():
-    parameters, optimizer = lamb_steps(WEIGHTS, GRADIENTS[:1], 0.1, DECAYS, "update_in_slices")
-    others, other = lamb_steps([parameter.tolist() for parameter in parameters], [], 0.1, DECAYS, "update_in_slices")
+    parameters, optimizer = lamb_steps(WEIGHTS, GRADIENTS[:1], 0.1, DECAYS, SlicedNVLAMB)
+    others, other = lamb_steps([parameter.tolist() for parameter in parameters], [], 0.1, DECAYS, SlicedNVLAMB)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for group, gradients in ((parameters, GRADIENTS[1]), (others, GRADIENTS[1])):
         for parameter, gradient in zip(group, gradients, strict=True):

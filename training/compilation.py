@@ -5,26 +5,21 @@ from contextlib import contextmanager
 import torch
 
 from common.errors import first_line
-from lamb import NVLAMB
 
 WARM_UP_STEPS = 3  # of a run, in which each graph of a step compiles
 
 
-def compile_training(device, model: torch.nn.Module, optimizer: torch.optim.Optimizer, cuda_graphs=False) -> str:
-    """Compile the model and the optimizer's update for the device; what was done, in words.
+def compile_training(device, model: torch.nn.Module, cuda_graphs=False) -> tuple[bool, str]:
+    """Compile the model for the device: whether the compiler works, so that the optimizer may be compiled too, and a
+    description.  Where it does not work, the model stays as it is, and the description says why.
 
     With `cuda_graphs`, the compiled parts of the model are recorded and replayed without the host (CUDA).
-
-    Where the compiler does not work, everything stays as it is, and the words say why.
     """
     problem = compiler_problem(device)
     if problem:
-        return f"--use_torch_compile: not compiled: {problem}"
+        return False, f"--use_torch_compile: not compiled: {problem}"
     compile_model(device, model, cuda_graphs)
-    update = "FusedLamb is fused already"
-    if isinstance(optimizer, NVLAMB):
-        update = optimizer.compile(device.compiler, device.compiles_in_parts)
-    return f"--use_torch_compile: the model is compiled by {device.compiler}; {update}"
+    return True, f"--use_torch_compile: the model is compiled by {device.compiler}"
 
 
 def compile_model(device, model: torch.nn.Module, cuda_graphs=False) -> None:
@@ -59,7 +54,7 @@ def compiler_problem(device) -> str | None:
         twice = torch.compile(lambda value: value * 2.0, backend=device.compiler)
         twice(torch.ones(2).to(device.torch_device))
     except Exception as error:  # whatever a compiler that is not there, or half there, happens to raise
-        return f"{device.compiler} on {device.kind}: {type(error).__name__}: {first_line(error)}"
+        return f"{device.compiler} on {device.torch_device.type}: {type(error).__name__}: {first_line(error)}"
     return None
 
 

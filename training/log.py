@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +17,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError
-
-WARM_UP_STEPS = 2  # left out of the throughput: compilation, caches, the first reading of data
 
 
 @dataclass(frozen=True)
@@ -207,56 +205,3 @@ def log_lines(path: str) -> list[dict]:
     if not lines:
         raise UserError(f"{path}: not a log of run_pretraining.py")
     return lines
-
-
-class Throughput:
-    """Sequences and seconds of training since the last log line, and since the warm-up.
-
-    With `peak_flops` (FLOP/s of this card) also the share of it that the model's own FLOPs reach.
-    """
-
-    def __init__(self, peak_flops: float | None = None):
-        self.peak_flops = peak_flops
-        self.mark = time.perf_counter()
-        self.steps = self.sequences = 0
-        self.waiting = self.flops = 0.0
-        self.total_steps = self.measured_sequences = 0
-        self.measured_seconds = 0.0
-
-    def add_micro_batch(self, sequences: int, waiting: float, flops: float) -> None:
-        """A micro-batch of so many sequences over all cards and FLOPs on this one is on its way, after waiting so many
-        seconds for it."""
-        self.sequences += sequences
-        self.waiting += waiting
-        self.flops += flops
-
-    def add_step(self) -> None:
-        self.steps += 1
-
-    def read(self) -> dict[str, float]:
-        """The figures since the last reading; call it once the device has finished."""
-        now = time.perf_counter()
-        seconds = now - self.mark
-        figures = {"average_training_time_step": seconds / self.steps,
-                   "average_perf_per_step": self.sequences / seconds,
-                   "data_waiting_share": self.waiting / seconds}
-        if self.peak_flops:
-            figures["model_flops_utilization"] = self.flops / seconds / self.peak_flops
-        if self.total_steps >= WARM_UP_STEPS:
-            self.measured_sequences += self.sequences
-            self.measured_seconds += seconds
-        self.total_steps += self.steps
-        self.mark, self.steps, self.sequences, self.waiting, self.flops = now, 0, 0, 0.0, 0.0
-        return figures
-
-    @contextmanager
-    def paused(self):
-        """A block whose time is no training time: saving, evaluating."""
-        entered = time.perf_counter()
-        yield
-        self.mark += time.perf_counter() - entered
-
-    @property
-    def average(self) -> float | None:
-        """Sequences a second after the warm-up; None where the run was too short for one."""
-        return self.measured_sequences / self.measured_seconds if self.measured_seconds else None

@@ -1,9 +1,8 @@
-"""The memory that a training step takes at its peak, worked out from two small micro-batches.
+"""The peak memory of a training step, extrapolated from two small micro-batches.
 
-Every operation of a step tells what it allocates, and every tensor when it goes.  What is alive after an operation is a
-constant plus so much for each row of the micro-batch; traces with two and with four rows tell both, and so the peak for
-any number of rows.  It follows the architecture, the kernels, the precision and --checkpoint_activations without a
-formula of its own.
+A step is traced: what each operation allocates, and when each tensor dies.  The bytes alive after an operation are
+linear in the rows of the micro-batch, so traces with two and with four rows give the peak for any number of rows.  It
+needs no formula for the architecture, the kernels, the precision or --checkpoint_activations.
 """
 
 import weakref
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ops.memory_pool import pool
 
-FEW, MORE = 2, 4  # rows of the traces; one row is an axis of length 1, which some operations treat in their own way
+FEW, MORE = 2, 4  # rows of the traces; some operations treat an axis of length 1 differently
 
 
 class LiveBytes(TorchDispatchMode):
@@ -22,7 +21,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live = -pool.bytes_in_use()  # which lends without an operation
+        self.live = -pool.bytes_in_use()  # the pool allocates without a PyTorch operation
         self.trace = []
         self.known = weakref.WeakSet()
 
@@ -35,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def count(self, storage, present) -> None:
-        """Count a storage that the operation made; views and in-place results are `present` already."""
+        """Count a storage that the operation allocated; those of views and in-place results are in `present`."""
         if storage not in self.known and all(storage is not other for other in present):
             self.known.add(storage)
             self.live += storage.nbytes()
@@ -53,8 +52,8 @@ def storages(values) -> list:
 def step_peak(model, precision, batch: dict[str, torch.Tensor], rows: int, accumulates: bool) -> int:
     """Bytes of gradients and activations at the peak of a step with `rows` rows in each micro-batch.
 
-    `batch` holds a row at least; `accumulates` says whether gradients of earlier micro-batches are there.  The model
-    has no gradients afterwards.
+    `batch` has at least one row; `accumulates`: there are gradients of earlier micro-batches.  The model has no
+    gradients afterwards.
     """
     if rows <= MORE:
         peak = max(step_trace(model, precision, batch, rows, accumulates))
@@ -66,7 +65,7 @@ def step_peak(model, precision, batch: dict[str, torch.Tensor], rows: int, accum
 
 
 def step_trace(model, precision, batch, rows: int, accumulates: bool) -> list[int]:
-    """What forward and backward hold after each operation."""
+    """Bytes alive after each operation of forward and backward."""
     repeated = {key: values[:1].expand(rows, -1).contiguous() for key, values in batch.items()}
     for _ in range(2 if accumulates else 1):
         with LiveBytes() as memory:

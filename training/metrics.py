@@ -1,63 +1,106 @@
-"""How much of a machine a run uses: the FLOPs that BERT's training needs, over the most that the device can do.
+"""Throughput, and model FLOPs utilization: the FLOPs that training needs, over the most that the device can do.
 
-Counted is what the task needs, forward and backward, not what is done: real tokens, attention inside a sequence, the
+The FLOPs are those of the task, forward and backward, not those executed: real tokens, attention within a sequence, the
 MLM head on masked tokens.  Padding, recomputed activations and elementwise work count nothing, so a run that avoids
-them shows a higher share.
+them has a higher utilization.
 """
 
 import time
+from contextlib import contextmanager
 
 import torch
 
 from ops import cpu_kernels, cpu_layers
 
-REPEATS = 5
+WARM_UP_STEPS = 2  # left out of the average throughput: compilation, caches, the first reading of data
+REPEATS = 5  # of the matmul that measures the peak
 
 
-class NeededFlops:
-    """FLOPs of training on a batch: 6 for each weight that a token meets, and 12·layers·D·length for its attention."""
+class Throughput:
+    """Sequences and seconds of training since the last log line, and since the warm-up.
 
-    def __init__(self, config):
-        width = config.hidden_size
-        self.per_token = 6 * config.num_hidden_layers * (4 * width**2 + 2 * width * config.intermediate_size)
-        self.per_pair = 12 * config.num_hidden_layers * width  # of a token and one that it may look at
-        self.per_masked_token = 6 * (width**2 + width * config.padded_vocab_size)
+    With `peak_flops` (FLOP/s of this card) also the utilization.
+    """
 
-    def of_batch(self, batch: dict[str, torch.Tensor]) -> float:
-        """For a batch on the host (see data/dataloader.py)."""
-        numbers = batch["input_mask"]
-        lengths = torch.stack([(numbers == sequence).sum(1) for sequence in range(1, int(numbers.max()) + 1)] or
-                              [torch.zeros(1, dtype=torch.long)]).double()
-        masked = int(torch.count_nonzero(batch["masked_lm_positions"]))
-        return (self.per_token * lengths.sum() + self.per_pair * lengths.square().sum()).item() + (
-            self.per_masked_token * masked)
+    def __init__(self, peak_flops: float | None = None):
+        self.peak_flops = peak_flops
+        self.mark = time.perf_counter()
+        self.steps = self.sequences = 0
+        self.waiting = self.flops = 0.0
+        self.total_steps = self.measured_sequences = 0
+        self.measured_seconds = 0.0
+
+    def add_micro_batch(self, sequences: int, waiting: float, flops: float) -> None:
+        """Count a micro-batch: its sequences on all cards, the seconds waited for it, and its FLOPs on this card."""
+        self.sequences += sequences
+        self.waiting += waiting
+        self.flops += flops
+
+    def add_step(self) -> None:
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        """The figures since the last call.  The device must have finished its work."""
+        now = time.perf_counter()
+        seconds = now - self.mark
+        figures = {"average_training_time_step": seconds / self.steps,
+                   "average_perf_per_step": self.sequences / seconds,
+                   "data_waiting_share": self.waiting / seconds}
+        if self.peak_flops:
+            figures["model_flops_utilization"] = self.flops / seconds / self.peak_flops
+        if self.total_steps >= WARM_UP_STEPS:
+            self.measured_sequences += self.sequences
+            self.measured_seconds += seconds
+        self.total_steps += self.steps
+        self.mark, self.steps, self.sequences, self.waiting, self.flops = now, 0, 0, 0.0, 0.0
+        return figures
+
+    @contextmanager
+    def paused(self):
+        """A block whose time does not count as training: saving, evaluating."""
+        entered = time.perf_counter()
+        yield
+        self.mark += time.perf_counter() - entered
+
+    @property
+    def average(self) -> float | None:
+        """Sequences per second after the warm-up; None where the run was too short."""
+        return self.measured_sequences / self.measured_seconds if self.measured_seconds else None
 
 
-def peak_flops(peak_tflops: float, device, dtype: torch.dtype) -> float | None:
-    """The device's peak in FLOP/s for matrix products in `dtype`: `peak_tflops` unless 0, else measured or None."""
-    if peak_tflops:
-        return peak_tflops * 1e12
-    if device.peak_matrix_size is None:
+def batch_flops(config, batch: dict[str, torch.Tensor]) -> float:
+    """FLOPs of training on a batch on the host (see data/dataloader.py)."""
+    numbers = batch["input_mask"]
+    lengths = torch.stack([(numbers == sequence).sum(1) for sequence in range(1, int(numbers.max()) + 1)] or
+                          [torch.zeros(1, dtype=torch.long)]).double()
+    return config.training_flops(lengths.sum().item(), lengths.square().sum().item(),
+                                 int(torch.count_nonzero(batch["masked_lm_positions"])))
+
+
+def measured_peak(device, dtype: torch.dtype) -> float | None:
+    """The most FLOP/s that the device reaches in matmuls of a dtype; None where that cannot be measured."""
+    size = device.matmul_size_for_peak
+    if size is None:
         return None
-    if device.has_cpu_kernels and dtype == torch.float32:
-        return cpu_peak(device.peak_matrix_size, REPEATS)
-    return matrix_peak(device.torch_device, dtype, device.peak_matrix_size, REPEATS, device.synchronize)
+    if device.runs_cpu_kernels and dtype == torch.float32:
+        return cpu_peak(size, REPEATS)
+    return matmul_peak(device.torch_device, dtype, size, REPEATS, device.synchronize)
 
 
 def cpu_peak(size: int, repeats: int) -> float:
-    """The most FLOP/s of PyTorch's products and of our kernel's, in fp32."""
-    products = [torch.mm] if cpu_kernels.problem() else [torch.mm, cpu_layers.product]
-    return max(matrix_peak("cpu", torch.float32, size, repeats, multiply=product) for product in products)
+    """The most FLOP/s of PyTorch's matmul and of the kernels', in fp32."""
+    matmuls = [torch.mm] if cpu_kernels.unavailable_reason() else [torch.mm, cpu_layers.matmul]
+    return max(matmul_peak("cpu", torch.float32, size, repeats, matmul=matmul) for matmul in matmuls)
 
 
-def matrix_peak(torch_device, dtype, size: int, repeats: int, synchronize=lambda: None, multiply=torch.mm) -> float:
-    """The most FLOP/s seen in products of two square matrices."""
+def matmul_peak(torch_device, dtype, size: int, repeats: int, synchronize=lambda: None, matmul=torch.mm) -> float:
+    """The most FLOP/s of a product of two square matrices."""
     one, other = torch.randn(2, size, size, device=torch_device, dtype=dtype)
     shortest = float("inf")
-    for _ in range(repeats + 1):  # the first may set up the library; it is never the shortest
+    for _ in range(repeats + 1):  # one more, since the first may set up the library
         synchronize()
         began = time.perf_counter()
-        multiply(one, other)
+        matmul(one, other)
         synchronize()
         shortest = min(shortest, time.perf_counter() - began)
     return 2 * size**3 / shortest

@@ -24,8 +24,8 @@ from parallel.ranks import SingleRank
 from parallel.stop_signal import StopSignals, StopVote
 from training.compilation import GraphWatch
 from training.evaluation import Evaluator, describe
-from training.log import Throughput, TrainingLog
-from training.metrics import NeededFlops, peak_flops
+from training.log import TrainingLog
+from training.metrics import Throughput, batch_flops, measured_peak
 from training.profiling import StepProfiler
 
 LOSSES = ("loss", "mlm_loss", "nsp_loss")  # of the model's forward pass
@@ -80,8 +80,7 @@ class Trainer:
         self.stream, self.precision = self.state.stream, self.state.precision
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
         self.log_every = max(1, round(args.log_freq))
-        self.needed_flops = NeededFlops(self.model.config)
-        self.throughput = Throughput(peak_flops(args.peak_tflops, device, self.precision.dtype))
+        self.throughput = Throughput(args.peak_tflops * 1e12 or measured_peak(device, self.precision.dtype))
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, self.ranks.rank, self.log.print)
         self.signals = StopSignals()
@@ -167,7 +166,7 @@ class Trainer:
         batch = next(self.stream)
         waiting = time.perf_counter() - began
         self.throughput.add_micro_batch(sequences_in(batch) * self.ranks.world_size, waiting,
-                                        self.needed_flops.of_batch(batch))
+                                        batch_flops(self.model.config, batch))
         return self.device.put(batch)
 
     def is_due(self, step: int, every: int) -> bool:
@@ -188,7 +187,7 @@ class Trainer:
 
         The averages are over the steps whose loss is finite, and over all ranks.
         """
-        metrics = optimizers.figures(self.optimizer)
+        metrics = optimizers.optimizer_metrics(self.optimizer)
         values = torch.cat([losses, self.loss_sums, *(value.reshape(1) for value in metrics.values())]).cpu()
         fetched = dict(zip([*LOSSES, *SUMS, *metrics], self.ranks.mean(values).tolist(), strict=True))
         sums, optimizer_metrics = ({name: fetched[name] for name in names} for names in (SUMS, metrics))
@@ -222,7 +221,8 @@ class Trainer:
         which is written at once, every rank."""
         with self.paused():
             self.stop_where_lost(step, optimizers.skip_counts(self.optimizer))
-            if not torch.isfinite(lamb.norm(list(self.model.parameters()))).item():
+            norm = lamb.global_norm(list(self.model.parameters()), self.device.has_foreach_kernels)
+            if not torch.isfinite(norm).item():
                 raise self.lost(step, "there are weights that are not finite")
             number = self.phase.first + step
             path = checkpoint_path(self.args.output_dir, number)

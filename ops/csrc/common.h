@@ -1,6 +1,6 @@
-// What the kernels for CPUs share: exponential and normal distribution, dropout, the rows of a thread, sums of columns.
+// Shared by the kernels for CPUs: exponential, normal distribution, dropout, ranges of threads, sums of columns.
 //
-// Every sum is taken in an order that depends on the number of threads alone, so a run repeats itself bit by bit.
+// The order of every sum depends on the number of threads only, so a run that is repeated is identical bit for bit.
 
 #pragma once
 
@@ -30,9 +30,9 @@ inline float exponential(float x) {
     return p * power;
 }
 
-// The normal distribution at x: density, and distribution function to 1e-7 (Abramowitz & Stegun 7.1.26).
+// The normal distribution at x: density, and cumulative distribution to 1e-7 (Abramowitz & Stegun 7.1.26).
 struct Normal {
-    float density, distribution;
+    float density, cumulative;
 };
 
 inline Normal normal(float x) {
@@ -47,7 +47,7 @@ inline Normal normal(float x) {
     return {0.39894228f * e, x < 0.0f ? tail : 1.0f - tail};
 }
 
-// Dropout with probability p: the factor of element i, 0 or 1/(1−p).
+// Dropout with probability p: the factor of element i, 0 or 1/(1−p), a hash of the seed and i.
 class Dropout {
   public:
     Dropout(float p, uint64_t seed)
@@ -57,7 +57,7 @@ class Dropout {
     float operator()(uint32_t i) const { return hash(i) < threshold ? 0.0f : scale; }
 
   private:
-    // Wellons' triple32, with half of the seed added before each of its first two rounds.
+    // triple32 (Chris Wellons, hash-prospector), with half of the seed added before each of its first two rounds.
     uint32_t hash(uint32_t i) const {
         uint32_t x = i + low;
         x = (x ^ (x >> 17)) * 0xed5ad4bbU + high;
@@ -66,7 +66,7 @@ class Dropout {
         return x ^ (x >> 14);
     }
 
-    // Steele's splitmix64, so that neighbouring seeds are as unlike as any.
+    // splitmix64 (Steele et al. 2014), so that consecutive seeds give unrelated masks.
     static uint64_t mixed(uint64_t seed) {
         seed = (seed + 0x9e3779b97f4a7c15U) * 0xbf58476d1ce4e5b9U;
         seed = (seed ^ (seed >> 27)) * 0x94d049bb133111ebU;
@@ -77,19 +77,19 @@ class Dropout {
     float scale;
 };
 
-// From begin to before end.
-struct Share {
+// The half-open range [begin, end).
+struct Range {
     int64_t begin, end;
 };
 
-// The part of so many rows that belongs to one of some threads, always the same one.
-inline Share share_of(int64_t rows, int64_t threads, int64_t thread) {
-    return {rows * thread / threads, rows * (thread + 1) / threads};
+// The part of [0, count) that one of several threads works on.
+inline Range range_of(int64_t count, int64_t threads, int64_t thread) {
+    return {count * thread / threads, count * (thread + 1) / threads};
 }
 
-inline Share own_share(int64_t rows) { return share_of(rows, omp_get_num_threads(), omp_get_thread_num()); }
+inline Range own_range(int64_t count) { return range_of(count, omp_get_num_threads(), omp_get_thread_num()); }
 
-// Sums over all rows, which each thread gathers for its own rows.
+// Sums over all rows: each thread adds up its own rows, then write() adds the threads' sums.
 class ColumnSums {
   public:
     explicit ColumnSums(int64_t width) : width(width), sums(omp_get_max_threads() * width, 0.0f) {}

@@ -1,8 +1,9 @@
-// Matrix products in fp32 on CPUs, after Goto & van de Geijn 2008 (Anatomy of high-performance matrix multiplication).
+// Matrix multiplication in fp32 on CPUs, after Goto & van de Geijn 2008 (Anatomy of high-performance matrix
+// multiplication).
 //
-// A tile of the result stays in registers while it runs down DEPTH products; the panel of A that it reads stays in the
-// first cache, the block of B in the second.  Both are copied for that, which also makes transposed matrices as fast as
-// straight ones.  Whoever asks for a product may go on with its rows while the cache holds them.
+// A tile of C is accumulated in registers over DEPTH values of k.  The panel of A that it reads stays in the L1 cache,
+// the block of B in the L2 cache.  Both are packed, so transposed matrices are as fast as row-major ones.  An epilogue
+// works on rows of C while the cache holds them.
 
 #pragma once
 
@@ -11,24 +12,24 @@
 #include "common.h"
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, MOST_ROWS = 14;  // 28 of 32 registers hold the tile
+constexpr int LANES = 16, MAX_ROWS = 14;  // 28 of 32 registers hold the tile
 #elif defined(__AVX2__) && defined(__FMA__)
-constexpr int LANES = 8, MOST_ROWS = 6;  // 12 of 16
+constexpr int LANES = 8, MAX_ROWS = 6;  // 12 of 16
 #elif defined(__aarch64__)
-constexpr int LANES = 4, MOST_ROWS = 12;  // 24 of 32
+constexpr int LANES = 4, MAX_ROWS = 12;  // 24 of 32
 #else
-constexpr int LANES = 4, MOST_ROWS = 6;
+constexpr int LANES = 4, MAX_ROWS = 6;
 #endif
 constexpr int WIDTH = 2 * LANES;            // columns of a tile
-constexpr int64_t DEPTH = 256;              // products that a tile adds up before it goes back to memory
-constexpr int64_t COLUMNS = 1024;           // of a block of B, which takes 1 MB then
-constexpr int64_t PANEL_STEP = DEPTH + 16;  // of the rows of a straight panel: not a power of two, for the cache's sake
-constexpr int CROSS = (MOST_ROWS + LANES - 1) / LANES * LANES;  // of the columns of a transposed one: whole vectors
-constexpr int64_t PANEL = std::max<int64_t>(MOST_ROWS * PANEL_STEP, CROSS * DEPTH);
+constexpr int64_t DEPTH = 256;              // values of k that a tile accumulates before it is written
+constexpr int64_t COLUMNS = 1024;           // of a block of B, which takes 1 MB
+constexpr int64_t ROW_STRIDE = DEPTH + 16;  // of a row-major panel: a power of two would put rows in the same cache set
+constexpr int COLUMN_STRIDE = (MAX_ROWS + LANES - 1) / LANES * LANES;  // of a column-major panel: whole vectors
+constexpr int64_t PANEL = std::max<int64_t>(MAX_ROWS * ROW_STRIDE, COLUMN_STRIDE * DEPTH);
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-// Element (i, j) of a matrix lies at data[i·row + j·column].
+// Element (i, j) of a matrix is data[i·row + j·column].
 struct Matrix {
     const float* data;
     int64_t row, column;
@@ -38,47 +39,47 @@ struct Matrix {
     Matrix from(int64_t i, int64_t j) const { return {data + i * row + j * column, row, column}; }
 };
 
-// Those who compute a product together: all threads of a parallel region, or one alone.  The block is theirs.
+// The threads that compute one matrix: all of a parallel region, or one.  They share the packed block of B.
 struct Team {
     int64_t size, member;
     float* block;
 
-    Share share(int64_t count) const { return share_of(count, size, member); }
+    Range range(int64_t count) const { return range_of(count, size, member); }
 
-    void wait() const {
+    void barrier() const {
         if (size > 1) {
 #pragma omp barrier
         }
     }
 };
 
-struct alignas(64) Line {
+struct alignas(64) CacheLine {
     float values[16];
 };
 
-// Memory of the calling thread that begins with a line of the cache: always the same, as large as ever asked for.
+// Memory of the calling thread, aligned to a cache line.  It is kept, and grows to the largest request.
 template <int USE>
 float* scratch(int64_t count) {
-    static thread_local std::vector<Line> memory;
+    static thread_local std::vector<CacheLine> memory;
     if (16 * memory.size() < static_cast<size_t>(count)) memory.resize((count + 15) / 16);
     return reinterpret_cast<float*>(memory.data());
 }
 
-// For a block of so many columns and rows of B.
+// Memory for a packed block of `columns` columns and `depth` rows of B.
 inline float* block_memory(int64_t columns, int64_t depth) {
     columns = (std::min(columns, COLUMNS) + WIDTH - 1) / WIDTH * WIDTH;
     return scratch<0>(columns * std::min(depth, DEPTH));
 }
 
-// The tile c (ROWS, WIDTH) = or += panel of A · panel of B, and bias (WIDTH), where there is one.
-template <int ROWS, bool STRAIGHT>
-void tile(const float* a, const float* b, int64_t depth, const float* bias, float* c, int64_t step, bool add) {
+// The tile c (ROWS, WIDTH) = panel of A · panel of B + bias (WIDTH, or null), or += panel of A · panel of B.
+template <int ROWS, bool ROW_MAJOR>
+void tile(const float* a, const float* b, int64_t depth, const float* bias, float* c, int64_t stride, bool add) {
     Vector sum[ROWS][2] = {};
     for (int64_t k = 0; k < depth; k++, b += WIDTH) {
         const Vector left = *(const Vector*)b, right = *(const Vector*)(b + LANES);
 #pragma GCC unroll 16
         for (int row = 0; row < ROWS; row++) {
-            const float x = STRAIGHT ? a[row * PANEL_STEP + k] : a[k * CROSS + row];
+            const float x = ROW_MAJOR ? a[row * ROW_STRIDE + k] : a[k * COLUMN_STRIDE + row];
             sum[row][0] += x * left;
             sum[row][1] += x * right;
         }
@@ -87,7 +88,7 @@ void tile(const float* a, const float* b, int64_t depth, const float* bias, floa
         const Vector start = bias ? *(const Vector*)(bias + half * LANES) : Vector{};
 #pragma GCC unroll 16
         for (int row = 0; row < ROWS; row++) {
-            Vector* out = (Vector*)(c + row * step + half * LANES);
+            Vector* out = (Vector*)(c + row * stride + half * LANES);
             *out = sum[row][half] + (add ? *out : start);
         }
     }
@@ -95,21 +96,21 @@ void tile(const float* a, const float* b, int64_t depth, const float* bias, floa
 
 typedef void Tile(const float*, const float*, int64_t, const float*, float*, int64_t, bool);
 
-// The tiles of 1, 2, … rows.
-template <bool STRAIGHT, int... ROWS>
+// The functions for tiles of 1, 2, … rows.
+template <bool ROW_MAJOR, int... ROWS>
 Tile* const* tiles(std::integer_sequence<int, ROWS...>) {
-    static Tile* const all[] = {tile<ROWS + 1, STRAIGHT>...};
+    static Tile* const all[] = {tile<ROWS + 1, ROW_MAJOR>...};
     return all;
 }
 
 // A tile of fewer columns than WIDTH.
-inline void narrow_tile(Tile* run, int64_t rows, int64_t columns, const float* a, const float* b, int64_t depth,
-                        const float* bias, float* c, int64_t step, bool add) {
-    float whole[MOST_ROWS * WIDTH];
-    run(a, b, depth, nullptr, whole, WIDTH, false);
+inline void narrow_tile(Tile* tile, int64_t rows, int64_t columns, const float* a, const float* b, int64_t depth,
+                        const float* bias, float* c, int64_t stride, bool add) {
+    float whole[MAX_ROWS * WIDTH];
+    tile(a, b, depth, nullptr, whole, WIDTH, false);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < columns; j++)
-            c[i * step + j] = whole[i * WIDTH + j] + (add ? c[i * step + j] : bias ? bias[j] : 0.0f);
+            c[i * stride + j] = whole[i * WIDTH + j] + (add ? c[i * stride + j] : bias ? bias[j] : 0.0f);
 }
 
 #ifdef __clang__
@@ -117,17 +118,17 @@ constexpr bool SHUFFLES = false;
 inline void transpose(Vector*) {}
 #else
 constexpr bool SHUFFLES = true;
-typedef int32_t Places __attribute__((vector_size(4 * LANES)));
+typedef int32_t Lanes __attribute__((vector_size(4 * LANES)));
 
-// Swap the half of a whose lanes have the bit STEP with the half of b whose lanes have it not.
+// Swap the lanes of a whose index has the bit STEP with the lanes of b whose index does not have it.
 template <int STEP, int... LANE>
 void exchange(Vector& a, Vector& b, std::integer_sequence<int, LANE...>) {
-    const Vector first = __builtin_shuffle(a, b, Places{(LANE & STEP ? LANES + LANE - STEP : LANE)...});
-    b = __builtin_shuffle(a, b, Places{(LANE & STEP ? LANES + LANE : LANE + STEP)...});
+    const Vector first = __builtin_shuffle(a, b, Lanes{(LANE & STEP ? LANES + LANE - STEP : LANE)...});
+    b = __builtin_shuffle(a, b, Lanes{(LANE & STEP ? LANES + LANE : LANE + STEP)...});
     a = first;
 }
 
-// LANES vectors as the rows of a square matrix: transposed, one bit of the places after the other.
+// Transpose LANES vectors, the rows of a square matrix, one bit of the indices after the other.
 template <int STEP = LANES / 2>
 void transpose(Vector* rows) {
 #pragma GCC unroll 16
@@ -137,14 +138,14 @@ void transpose(Vector* rows) {
 }
 #endif
 
-// `columns` columns of B as panels of WIDTH columns, one behind the other.
-inline void copy_columns(Matrix b, int64_t depth, int64_t columns, float* out) {
-    const auto place = [=](int64_t k, int64_t j) { return out + j / WIDTH * WIDTH * depth + k * WIDTH + j % WIDTH; };
+// Pack `columns` columns of B as consecutive panels of WIDTH columns.
+inline void pack_b(Matrix b, int64_t depth, int64_t columns, float* out) {
+    const auto packed = [=](int64_t k, int64_t j) { return out + j / WIDTH * WIDTH * depth + k * WIDTH + j % WIDTH; };
     int64_t whole = 0;
     if (b.column == 1) {
         whole = columns / WIDTH * WIDTH;
         for (int64_t k = 0; k < depth; k++)
-            for (int64_t j = 0; j < whole; j += WIDTH) std::memcpy(place(k, j), &b.at(k, j), WIDTH * sizeof(float));
+            for (int64_t j = 0; j < whole; j += WIDTH) std::memcpy(packed(k, j), &b.at(k, j), WIDTH * sizeof(float));
     } else if (SHUFFLES && b.row == 1 && depth % LANES == 0) {
         whole = columns / LANES * LANES;
         for (int64_t j = 0; j < whole; j += LANES) {
@@ -152,103 +153,103 @@ inline void copy_columns(Matrix b, int64_t depth, int64_t columns, float* out) {
                 Vector rows[LANES];
                 for (int lane = 0; lane < LANES; lane++) rows[lane] = *(const Vector*)&b.at(k, j + lane);
                 transpose(rows);
-                for (int lane = 0; lane < LANES; lane++) *(Vector*)place(k + lane, j) = rows[lane];
+                for (int lane = 0; lane < LANES; lane++) *(Vector*)packed(k + lane, j) = rows[lane];
             }
         }
     }
     for (int64_t j = whole; j < columns; j++)
-        for (int64_t k = 0; k < depth; k++) *place(k, j) = b.at(k, j);
+        for (int64_t k = 0; k < depth; k++) *packed(k, j) = b.at(k, j);
 }
 
-// `rows` rows of A from `row` on as a panel: rows of PANEL_STEP where A is straight, else columns of CROSS.
-// Gives where the panel begins.
-inline const float* copy_rows(Matrix a, int64_t row, int64_t rows, int64_t M, int64_t depth, float* out) {
+// Pack `rows` rows of A from `row` on as a panel: row-major where A is, with ROW_STRIDE, else column-major, with
+// COLUMN_STRIDE.  Returns the panel's first element.
+inline const float* pack_a(Matrix a, int64_t row, int64_t rows, int64_t M, int64_t depth, float* out) {
     if (a.column == 1) {
         const int64_t whole = depth / LANES * LANES;
-        for (int64_t k = 0; k < whole; k += LANES)  // all rows at once: memory answers many requests at a time
+        for (int64_t k = 0; k < whole; k += LANES)  // all rows at once: the memory serves many requests in parallel
             for (int64_t i = 0; i < rows; i++)
-                *(Vector*)(out + i * PANEL_STEP + k) = *(const Vector*)(a.data + (row + i) * a.row + k);
+                *(Vector*)(out + i * ROW_STRIDE + k) = *(const Vector*)(a.data + (row + i) * a.row + k);
         for (int64_t i = 0; i < rows; i++)
-            for (int64_t k = whole; k < depth; k++) out[i * PANEL_STEP + k] = a.data[(row + i) * a.row + k];
+            for (int64_t k = whole; k < depth; k++) out[i * ROW_STRIDE + k] = a.data[(row + i) * a.row + k];
         return out;
     }
-    const int64_t before = std::max<int64_t>(0, row + CROSS - M);  // so that whole vectors can be read
+    const int64_t before = std::max<int64_t>(0, row + COLUMN_STRIDE - M);  // so that whole vectors can be read
     if (a.row == 1 && before <= row) {
         const float* from = a.data + row - before;
         for (int64_t k = 0; k < depth; k++)
-            for (int64_t i = 0; i < CROSS; i += LANES)
-                *(Vector*)(out + k * CROSS + i) = *(const Vector*)(from + k * a.column + i);
+            for (int64_t i = 0; i < COLUMN_STRIDE; i += LANES)
+                *(Vector*)(out + k * COLUMN_STRIDE + i) = *(const Vector*)(from + k * a.column + i);
         return out + before;
     }
     for (int64_t k = 0; k < depth; k++)
-        for (int64_t i = 0; i < rows; i++) out[k * CROSS + i] = a.data[(row + i) * a.row + k * a.column];
+        for (int64_t i = 0; i < rows; i++) out[k * COLUMN_STRIDE + i] = a.data[(row + i) * a.row + k * a.column];
     return out;
 }
 
-// c (M, N), whose rows are `step` apart, = a (M, K) · b (K, N) + bias (N, or null), or += a · b.
-// After the last product of a thread's rows from `row` on and the columns from `column` on, it calls
-// finish(row, rows, column, columns): these are complete then, as are all columns before them.
-template <class Finish>
-void multiply(const Team& team, Matrix a, Matrix b, const float* bias, float* c, int64_t step, int64_t M, int64_t N,
-              int64_t K, bool add, Finish finish) {
-    const auto sizes = std::make_integer_sequence<int, MOST_ROWS>();
+// The team's part of c (M, N) = a (M, K) · b (K, N) + bias (N, or null), or += a · b.  `stride`: of the rows of c.
+// epilogue(row, rows, column, columns) is called once for each part of c that is complete; then all columns before
+// `column` are complete in these rows too.
+template <class Epilogue>
+void gemm_team(const Team& team, Matrix a, Matrix b, const float* bias, float* c, int64_t stride, int64_t M, int64_t N,
+               int64_t K, bool add, Epilogue epilogue) {
+    const auto sizes = std::make_integer_sequence<int, MAX_ROWS>();
     Tile* const* tile_of = a.column == 1 ? tiles<true>(sizes) : tiles<false>(sizes);
-    const Share own = team.share(M);
-    const int64_t panels = (own.end - own.begin + MOST_ROWS - 1) / MOST_ROWS;
+    const Range own = team.range(M);
+    const int64_t panels = (own.end - own.begin + MAX_ROWS - 1) / MAX_ROWS;
     alignas(64) float panel[PANEL];
     for (int64_t column = 0; column < N; column += COLUMNS) {
         const int64_t columns = std::min(COLUMNS, N - column);
         for (int64_t k = 0; k < K; k += DEPTH) {
             const int64_t depth = std::min(DEPTH, K - k);
-            const Share copied = team.share((columns + WIDTH - 1) / WIDTH);
-            copy_columns(b.from(k, column + copied.begin * WIDTH), depth,
-                         std::min(copied.end * WIDTH, columns) - copied.begin * WIDTH,
-                         team.block + copied.begin * WIDTH * depth);
-            team.wait();
+            const Range packed = team.range((columns + WIDTH - 1) / WIDTH);
+            pack_b(b.from(k, column + packed.begin * WIDTH), depth,
+                   std::min(packed.end * WIDTH, columns) - packed.begin * WIDTH,
+                   team.block + packed.begin * WIDTH * depth);
+            team.barrier();
             for (int64_t p = 0; p < panels; p++) {
                 const int64_t row = own.begin + (own.end - own.begin) * p / panels;
                 const int64_t rows = own.begin + (own.end - own.begin) * (p + 1) / panels - row;
-                Tile* const run = tile_of[rows - 1];
-                const float* copied_rows = copy_rows(a.from(0, k), row, rows, M, depth, panel);
+                Tile* const tile = tile_of[rows - 1];
+                const float* packed_a = pack_a(a.from(0, k), row, rows, M, depth, panel);
                 for (int64_t j = 0; j < columns; j += WIDTH) {
-                    float* out = c + row * step + column + j;
-                    const float *from = team.block + j * depth, *start = bias ? bias + column + j : nullptr;
+                    float* out = c + row * stride + column + j;
+                    const float *packed_b = team.block + j * depth, *start = bias ? bias + column + j : nullptr;
                     if (columns - j >= WIDTH)
-                        run(copied_rows, from, depth, start, out, step, add || k);
+                        tile(packed_a, packed_b, depth, start, out, stride, add || k);
                     else
-                        narrow_tile(run, rows, columns - j, copied_rows, from, depth, start, out, step, add || k);
+                        narrow_tile(tile, rows, columns - j, packed_a, packed_b, depth, start, out, stride, add || k);
                 }
-                if (k + DEPTH >= K) finish(row, rows, column, columns);
+                if (k + DEPTH >= K) epilogue(row, rows, column, columns);
             }
-            team.wait();  // before another block takes this one's place
+            team.barrier();  // before the next block overwrites this one
         }
     }
 }
 
-inline void nothing(int64_t, int64_t, int64_t, int64_t) {}
+inline void no_epilogue(int64_t, int64_t, int64_t, int64_t) {}
 
-// The same by all threads: outside of a parallel region.
-template <class Finish>
-void multiply_together(Matrix a, Matrix b, const float* bias, float* c, int64_t step, int64_t M, int64_t N, int64_t K,
-                       bool add, Finish finish) {
+// The same by all threads, which share the packed blocks.  Called outside of a parallel region.
+template <class Epilogue>
+void gemm_shared(Matrix a, Matrix b, const float* bias, float* c, int64_t stride, int64_t M, int64_t N, int64_t K,
+                 bool add, Epilogue epilogue) {
     float* block = block_memory(N, K);
 #pragma omp parallel
-    multiply({omp_get_num_threads(), omp_get_thread_num(), block}, a, b, bias, c, step, M, N, K, add, finish);
+    gemm_team({omp_get_num_threads(), omp_get_thread_num(), block}, a, b, bias, c, stride, M, N, K, add, epilogue);
 }
 
-// The same where K is long, M and N are short: every thread copies what it needs by itself.
-inline void multiply_apart(Matrix a, Matrix b, const float* bias, float* c, int64_t step, int64_t M, int64_t N,
-                           int64_t K, bool add) {
+// The same, faster where K is large and M and N are small: every thread packs its own blocks, and none waits.
+inline void gemm_private(Matrix a, Matrix b, const float* bias, float* c, int64_t stride, int64_t M, int64_t N,
+                         int64_t K, bool add) {
 #pragma omp parallel
     {
-        Share rows{0, M}, columns{0, N};
-        if (M >= N) rows = own_share(M);
+        Range rows{0, M}, columns{0, N};
+        if (M >= N) rows = own_range(M);
         else {
-            columns = own_share((N + WIDTH - 1) / WIDTH);
+            columns = own_range((N + WIDTH - 1) / WIDTH);
             columns = {columns.begin * WIDTH, std::min(columns.end * WIDTH, N)};
         }
-        multiply({1, 0, block_memory(columns.end - columns.begin, K)}, a.from(rows.begin, 0), b.from(0, columns.begin),
-                 bias ? bias + columns.begin : nullptr, c + rows.begin * step + columns.begin, step,
-                 rows.end - rows.begin, columns.end - columns.begin, K, add, nothing);
+        gemm_team({1, 0, block_memory(columns.end - columns.begin, K)}, a.from(rows.begin, 0), b.from(0, columns.begin),
+                  bias ? bias + columns.begin : nullptr, c + rows.begin * stride + columns.begin, stride,
+                  rows.end - rows.begin, columns.end - columns.begin, K, add, no_epilogue);
     }
 }

@@ -1,7 +1,7 @@
-// What a layer of BERT is made of, and the masked-LM loss, on CPUs: fp32, training forward and backward.
+// The parts of a BERT layer and the masked-LM loss on CPUs, in fp32, forward and backward.
 //
-// cpu_kernels.py compiles this file when a run starts and calls it.  Arrays are dense and row-major.
-// Dropout keeps no mask: whether element i is dropped is a function of a seed and of i, asked again on the way back.
+// ops/cpu_kernels.py compiles this file when a run starts.  Arrays are dense and row-major.
+// Dropout stores no mask: a hash of a seed and i decides about element i, and the backward pass computes it again.
 //
 // Legend: B rows in the batch, S tokens in a row, T = B·S, N heads, H head size, D = N·H hidden size, V vocabulary.
 
@@ -9,18 +9,18 @@
 
 namespace {
 
-constexpr int64_t ROWS_APART = 96;  // of a thread, or columns: fewer do not pay for copies of its own
-constexpr int64_t QUERIES = 128;  // whose scores of 512 tokens stay in the second cache
+constexpr int64_t MIN_ROWS_PRIVATE = 96;  // rows or columns per thread that pay for blocks of its own
+constexpr int64_t QUERIES = 128;  // per block: their scores against 512 tokens stay in the L2 cache
 
-Matrix rows_of(const float* data, int64_t step) { return {data, step, 1}; }
+Matrix rows_of(const float* data, int64_t stride) { return {data, stride, 1}; }
 
 Matrix transposed(Matrix matrix) { return {matrix.data, matrix.column, matrix.row}; }
 
-// A head of a row of the batch, in arrays (T, 3·D) of query, key and value and (T, D) of the context.
+// One head of one row of the batch, in the arrays qkv (T, 3·D) and context (T, D).
 struct Head {
     Matrix query, key, value;
     const int32_t* numbers;  // of its tokens' sequences
-    int64_t place, context;  // of its first number in the arrays
+    int64_t qkv_offset, context_offset;  // of its first element in the arrays
 };
 
 Head head_of(const float* qkv, const int32_t* sequence, int64_t head, int64_t N, int64_t S, int64_t H) {
@@ -30,20 +30,20 @@ Head head_of(const float* qkv, const int32_t* sequence, int64_t head, int64_t N,
             token * D + column};
 }
 
-// Queries from `begin` on, and the `others` tokens from `seen` on that they may look at, where each sequence lies in
-// one piece, up to whole tiles.  `first` is the place of their first weight in (B, N, S, S).
+// `count` queries from `begin` on, and the `keys` tokens from `first_key` on that they attend to: those of the queries'
+// sequences, which are contiguous, extended to whole tiles.  `offset`: of the first weight in (B, N, S, S).
 struct Block {
-    int64_t begin, count, seen, others, first;
+    int64_t begin, count, first_key, keys, offset;
 };
 
 Block block_of(const int32_t* numbers, int64_t head, int64_t S, int64_t begin) {
     const int64_t count = std::min(QUERIES, S - begin), last = begin + count - 1;
-    int64_t seen = begin, end = last + 1;
-    while (seen > 0 && numbers[seen - 1] == numbers[begin]) seen--;
+    int64_t first_key = begin, end = last + 1;
+    while (first_key > 0 && numbers[first_key - 1] == numbers[begin]) first_key--;
     while (end < S && numbers[end] == numbers[last]) end++;
-    seen = seen / WIDTH * WIDTH;
+    first_key = first_key / WIDTH * WIDTH;
     end = std::min(S, (end + WIDTH - 1) / WIDTH * WIDTH);
-    return {begin, count, seen, end - seen, (head * S + begin) * S + seen};
+    return {begin, count, first_key, end - first_key, (head * S + begin) * S + first_key};
 }
 
 // scores x (count) of a token of sequence `own` → softmax(x·scale) over the tokens of that sequence, in place
@@ -64,13 +64,13 @@ void softmax_within(float* x, const int32_t* sequence, int32_t own, int64_t coun
     for (int64_t i = 0; i < count; i++) x[i] *= inverse;
 }
 
-// y (count) = x after dropout, whose elements count from `first`
+// y (count) = dropout(x), where x[0] is element `first` of the whole array
 void drop(const float* x, float* y, int64_t count, Dropout dropout, uint32_t first) {
 #pragma omp simd
     for (int64_t i = 0; i < count; i++) y[i] = x[i] * dropout(first + static_cast<uint32_t>(i));
 }
 
-// gradient g (count) of the weights x after dropout, y → that of the scores, in place
+// gradient g (count) of y = dropout(x), x the softmax's weights → gradient of the scores, in place
 void softmax_backward(float* g, const float* x, const float* y, int64_t count, float scale) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -94,7 +94,7 @@ void norm(const float* x, const float* weight, const float* shift, float* y, flo
     statistics[1] = inverse;
 }
 
-// gradient g (D) of LayerNorm(x) → that of x; those of weight and shift are added to weights and shifts
+// gradient g (D) of LayerNorm(x) → out, that of x; adds those of weight and shift to weights and shifts
 void norm_backward(const float* g, const float* x, const float* statistics, const float* weight, float* out,
                    float* weights, float* shifts, int64_t D) {
     const float mean = statistics[0], inverse = statistics[1];
@@ -122,30 +122,29 @@ extern "C" {
 
 extern const int64_t lanes = LANES;  // numbers in a vector
 
-// c (M, N) = a (M, K) · b (K, N) + bias (N, or null), or += a · b.  The distances of rows and of columns are given, so
-// that transposed matrices go in as they lie.
-void product(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,
-             const float* bias, float* c, int64_t M, int64_t N, int64_t K, int64_t add) {
+// c (M, N) = a (M, K) · b (K, N) + bias (N, or null), or += a · b.  a and b may be transposed views: the strides of
+// their rows and columns are given.
+void gemm(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,
+          const float* bias, float* c, int64_t M, int64_t N, int64_t K, int64_t add) {
     const Matrix left{a, a_row, a_column}, right{b, b_row, b_column};
-    if (a_column != 1 && std::max(M, N) >= omp_get_max_threads() * ROWS_APART)
-        multiply_apart(left, right, bias, c, N, M, N, K, add);
+    if (a_column != 1 && std::max(M, N) >= omp_get_max_threads() * MIN_ROWS_PRIVATE)
+        gemm_private(left, right, bias, c, N, M, N, K, add);
     else
-        multiply_together(left, right, bias, c, N, M, N, K, add, nothing);
+        gemm_shared(left, right, bias, c, N, M, N, K, add, no_epilogue);
 }
 
-// inner (T, F) = x (T, D) · weightᵀ + bias; out = GELU of it.  weight (F, D).
+// inner (T, F) = x (T, D) · weightᵀ + bias; out = GELU(inner).  weight (F, D).
 void dense_gelu(const float* x, const float* weight, const float* bias, float* inner, float* out, int64_t T, int64_t F,
                 int64_t D) {
     const auto gelu = [=](int64_t row, int64_t rows, int64_t column, int64_t columns) {
         for (int64_t at = row * F + column; at < (row + rows) * F; at += F)
 #pragma omp simd
-            for (int64_t i = at; i < at + columns; i++) out[i] = inner[i] * normal(inner[i]).distribution;
+            for (int64_t i = at; i < at + columns; i++) out[i] = inner[i] * normal(inner[i]).cumulative;
     };
-    multiply_together({x, D, 1}, {weight, 1, D}, bias, inner, F, T, F, D, false, gelu);
+    gemm_shared({x, D, 1}, {weight, 1, D}, bias, inner, F, T, F, D, false, gelu);
 }
 
-// gradient (T, D) of x · weightᵀ, where x = GELU(inner) (T, F) → that of inner, and of the bias (F) that inner holds.
-// weight (D, F).
+// gradient (T, D) of GELU(inner) · weightᵀ → those of inner (T, F) and of the bias (F) in it.  weight (D, F).
 void gelu_backward(const float* gradient, const float* weight, const float* inner, float* inner_gradient,
                    float* bias_gradient, int64_t T, int64_t F, int64_t D) {
     ColumnSums sums(F);
@@ -157,17 +156,17 @@ void gelu_backward(const float* gradient, const float* weight, const float* inne
 #pragma omp simd
             for (int64_t i = 0; i < columns; i++) {
                 const Normal at = normal(x[i]);
-                g[i] *= at.distribution + x[i] * at.density;
+                g[i] *= at.cumulative + x[i] * at.density;
                 biases[i] += g[i];
             }
         }
     };
-    multiply_together({gradient, D, 1}, {weight, F, 1}, nullptr, inner_gradient, F, T, F, D, false, derive);
+    gemm_shared({gradient, D, 1}, {weight, F, 1}, nullptr, inner_gradient, F, T, F, D, false, derive);
     sums.write(bias_gradient, 0, F);
 }
 
 // total (T, D) = residual + dropout(x (T, K) · weightᵀ + bias); out = LayerNorm(total).  weight (D, K).
-// statistics (T, 2): mean and 1/deviation of each row of the total.
+// statistics (T, 2): mean and 1/deviation of each row of total.
 void dense_residual_norm(const float* x, const float* weight, const float* bias, const float* residual,
                          const float* norm_weight, const float* norm_shift, float* total, float* out, float* statistics,
                          int64_t T, int64_t D, int64_t K, float eps, float p, uint64_t seed) {
@@ -183,21 +182,22 @@ void dense_residual_norm(const float* x, const float* weight, const float* bias,
             norm(x, norm_weight, norm_shift, out + row * D, statistics + 2 * row, D, eps);
         }
     };
-    multiply_together({x, K, 1}, {weight, 1, K}, bias, total, D, T, D, K, false, add_and_norm);
+    gemm_shared({x, K, 1}, {weight, 1, K}, bias, total, D, T, D, K, false, add_and_norm);
 }
 
-// gradient of out → gradients of residual and product (T, D), and of norm_weight, norm_shift and bias in sums (3, D)
+// gradient (T, D) of out → gradients of residual and of x · weightᵀ (dense), (T, D), and of norm_weight, norm_shift and
+// bias in sums (3, D)
 void residual_norm_backward(const float* gradient, const float* total, const float* statistics,
-                            const float* norm_weight, float* residual, float* product, float* sums, int64_t T,
+                            const float* norm_weight, float* residual, float* dense, float* sums, int64_t T,
                             int64_t D, float p, uint64_t seed) {
     const Dropout dropout(p, seed);
     ColumnSums columns(3 * D);
 #pragma omp parallel
     {
         float *weights = columns.own(), *shifts = weights + D, *biases = shifts + D;
-        const Share share = own_share(T);
-        for (int64_t row = share.begin; row < share.end; row++) {
-            float *r = residual + row * D, *y = product + row * D;
+        const Range range = own_range(T);
+        for (int64_t row = range.begin; row < range.end; row++) {
+            float *r = residual + row * D, *y = dense + row * D;
             const uint32_t first = static_cast<uint32_t>(row * D);
             norm_backward(gradient + row * D, total + row * D, statistics + 2 * row, norm_weight, r, weights, shifts,
                           D);
@@ -211,44 +211,46 @@ void residual_norm_backward(const float* gradient, const float* total, const flo
     columns.write(sums, 0, 3 * D);
 }
 
-// total (T, D) = the words' + the positions' + the segments' vectors; out = dropout(LayerNorm(total)).
-// ids, positions and segments (T) are places in the tables (…, D).  statistics (T, 2) as above.
-void embed(const int32_t* ids, const int32_t* positions, const int32_t* segments, const float* words,
-           const float* places, const float* types, const float* norm_weight, const float* norm_shift, float* total,
-           float* out, float* statistics, int64_t T, int64_t D, float eps, float p, uint64_t seed) {
+// total (T, D) = word_table[ids] + position_table[positions] + segment_table[segments]; out = dropout(LayerNorm(total)).
+// ids, positions and segments (T), tables (…, D), statistics (T, 2) as above.
+void embed(const int32_t* ids, const int32_t* positions, const int32_t* segments, const float* word_table,
+           const float* position_table, const float* segment_table, const float* norm_weight, const float* norm_shift,
+           float* total, float* out, float* statistics, int64_t T, int64_t D, float eps, float p, uint64_t seed) {
     const Dropout dropout(p, seed);
 #pragma omp parallel for
     for (int64_t row = 0; row < T; row++) {
-        const float *word = words + ids[row] * D, *place = places + positions[row] * D;
-        const float* type = types + segments[row] * D;
+        const float *word = word_table + ids[row] * D, *position = position_table + positions[row] * D;
+        const float* segment = segment_table + segments[row] * D;
         float *x = total + row * D, *y = out + row * D;
 #pragma omp simd
-        for (int64_t i = 0; i < D; i++) x[i] = word[i] + place[i] + type[i];
+        for (int64_t i = 0; i < D; i++) x[i] = word[i] + position[i] + segment[i];
         norm(x, norm_weight, norm_shift, y, statistics + 2 * row, D, eps);
         drop(y, y, D, dropout, static_cast<uint32_t>(row * D));
     }
 }
 
-// gradient (T, D) of out → that of the total, in its place, and added to the rows of the three tables' gradients; those
-// of norm_weight and norm_shift in sums (2, D).
+// gradient (T, D) of out → that of total, in place, which is added to the rows of the tables' gradients; those of
+// norm_weight and norm_shift in sums (2, D).
 void embed_backward(float* gradient, const int32_t* ids, const int32_t* positions, const int32_t* segments,
-                    const float* total, const float* statistics, const float* norm_weight, float* words, float* places,
-                    float* types, float* sums, int64_t T, int64_t D, float p, uint64_t seed) {
+                    const float* total, const float* statistics, const float* norm_weight, float* word_gradient,
+                    float* position_gradient, float* segment_gradient, float* sums, int64_t T, int64_t D, float p,
+                    uint64_t seed) {
     const Dropout dropout(p, seed);
     ColumnSums columns(2 * D);
 #pragma omp parallel
     {
         float* weights = columns.own();
-        const Share share = own_share(T), part = own_share(D);
-        for (int64_t row = share.begin; row < share.end; row++) {
+        const Range range = own_range(T), part = own_range(D);
+        for (int64_t row = range.begin; row < range.end; row++) {
             float* g = gradient + row * D;
             drop(g, g, D, dropout, static_cast<uint32_t>(row * D));
             norm_backward(g, total + row * D, statistics + 2 * row, norm_weight, g, weights, weights + D, D);
         }
 #pragma omp barrier
-        for (int64_t row = 0; row < T; row++) {  // each thread some columns of every row: two tokens may be one word
+        for (int64_t row = 0; row < T; row++) {  // a thread adds some columns of all rows: ids repeat
             const float* g = gradient + row * D;
-            for (float* out : {words + ids[row] * D, places + positions[row] * D, types + segments[row] * D})
+            for (float* out : {word_gradient + ids[row] * D, position_gradient + positions[row] * D,
+                               segment_gradient + segments[row] * D})
 #pragma omp simd
                 for (int64_t i = part.begin; i < part.end; i++) out[i] += g[i];
         }
@@ -256,9 +258,9 @@ void embed_backward(float* gradient, const int32_t* ids, const int32_t* position
     columns.write(sums, 0, 2 * D);
 }
 
-// qkv (T, 3·D): query, key, value of each token, its heads side by side → context (T, D), and for the way back weights
-// (B, N, S, S), of which only the part is written that tokens look at.  sequence (B, S): the number of each token's
-// sequence, which lies in one piece.
+// qkv (T, 3·D): query, key and value of each token, with its heads side by side → context (T, D), and for the backward
+// pass weights (B, N, S, S), of which only the part within sequences is written.  sequence (B, S): the number of each
+// token's sequence; sequences are contiguous.
 void attention(const float* qkv, const int32_t* sequence, float* weights, float* context, int64_t B, int64_t N,
                int64_t S, int64_t H, float p, uint64_t seed) {
     const Dropout dropout(p, seed);
@@ -271,23 +273,23 @@ void attention(const float* qkv, const int32_t* sequence, float* weights, float*
         float* dropped = scratch<1>(QUERIES * S);
         for (int64_t begin = 0; begin < S; begin += QUERIES) {
             const Block block = block_of(head.numbers, number, S, begin);
-            const int64_t count = block.count, others = block.others;
-            float* x = weights + block.first;
-            multiply(alone, head.query.from(begin, 0), transposed(head.key.from(block.seen, 0)), nullptr, x, S, count,
-                     others, H, false, nothing);
+            const int64_t count = block.count, keys = block.keys;
+            float* x = weights + block.offset;
+            gemm_team(alone, head.query.from(begin, 0), transposed(head.key.from(block.first_key, 0)), nullptr, x, S,
+                      count, keys, H, false, no_epilogue);
             for (int64_t i = 0; i < count; i++) {
-                softmax_within(x + i * S, head.numbers + block.seen, head.numbers[begin + i], others, scale);
+                softmax_within(x + i * S, head.numbers + block.first_key, head.numbers[begin + i], keys, scale);
                 if (p > 0.0f)
-                    drop(x + i * S, dropped + i * others, others, dropout, static_cast<uint32_t>(block.first + i * S));
+                    drop(x + i * S, dropped + i * keys, keys, dropout, static_cast<uint32_t>(block.offset + i * S));
             }
-            const Matrix kept = p > 0.0f ? rows_of(dropped, others) : rows_of(x, S);
-            multiply(alone, kept, head.value.from(block.seen, 0), nullptr, context + head.context + begin * D, D, count,
-                     H, others, false, nothing);
+            const Matrix kept = p > 0.0f ? rows_of(dropped, keys) : rows_of(x, S);
+            gemm_team(alone, kept, head.value.from(block.first_key, 0), nullptr,
+                      context + head.context_offset + begin * D, D, count, H, keys, false, no_epilogue);
         }
     }
 }
 
-// gradient (T, D) of the context → that of qkv (T, 3·D), and its sums over the tokens of each row of the batch (B, 3·D)
+// gradient (T, D) of context → that of qkv (T, 3·D), and its sums over the tokens of each row of the batch (B, 3·D)
 void attention_backward(const float* gradient, const float* qkv, const int32_t* sequence, const float* weights,
                         float* qkv_gradient, float* sums, int64_t B, int64_t N, int64_t S, int64_t H, float p,
                         uint64_t seed) {
@@ -297,33 +299,33 @@ void attention_backward(const float* gradient, const float* qkv, const int32_t* 
 #pragma omp parallel for
     for (int64_t number = 0; number < B * N; number++) {
         const Head head = head_of(qkv, sequence, number, N, S, H);
-        const Matrix above = rows_of(gradient + head.context, D);
-        float *d_query = qkv_gradient + head.place, *d_key = d_query + D, *d_value = d_key + D;
+        const Matrix above = rows_of(gradient + head.context_offset, D);
+        float *d_query = qkv_gradient + head.qkv_offset, *d_key = d_query + D, *d_value = d_key + D;
         for (int64_t s = 0; s < S; s++)
             for (float* start : {d_key, d_value}) std::fill(start + s * 3 * D, start + s * 3 * D + H, 0.0f);
         const Team alone{1, 0, block_memory(std::max(S, H), std::max(S, H))};
         float *dropped = scratch<1>(QUERIES * S), *d_scores = scratch<2>(QUERIES * S);
         for (int64_t begin = 0; begin < S; begin += QUERIES) {
             const Block block = block_of(head.numbers, number, S, begin);
-            const int64_t count = block.count, others = block.others, seen = block.seen;
-            const float* x = weights + block.first;
+            const int64_t count = block.count, keys = block.keys, first_key = block.first_key;
+            const float* x = weights + block.offset;
             const Matrix own = above.from(begin, 0);
-            multiply(alone, own, transposed(head.value.from(seen, 0)), nullptr, d_scores, others, count, others, H,
-                     false, nothing);
+            gemm_team(alone, own, transposed(head.value.from(first_key, 0)), nullptr, d_scores, keys, count, keys, H,
+                      false, no_epilogue);
             for (int64_t i = 0; i < count; i++) {
-                float *y = dropped + i * others, *g = d_scores + i * others;
-                drop(x + i * S, y, others, dropout, static_cast<uint32_t>(block.first + i * S));
-                softmax_backward(g, x + i * S, y, others, scale);
+                float *y = dropped + i * keys, *g = d_scores + i * keys;
+                drop(x + i * S, y, keys, dropout, static_cast<uint32_t>(block.offset + i * S));
+                softmax_backward(g, x + i * S, y, keys, scale);
             }
-            const Matrix kept = rows_of(dropped, others), scores = rows_of(d_scores, others);
-            multiply(alone, scores, head.key.from(seen, 0), nullptr, d_query + begin * 3 * D, 3 * D, count, H, others,
-                     false, nothing);
-            multiply(alone, transposed(scores), head.query.from(begin, 0), nullptr, d_key + seen * 3 * D, 3 * D, others,
-                     H, count, true, nothing);
-            multiply(alone, transposed(kept), own, nullptr, d_value + seen * 3 * D, 3 * D, others, H, count, true,
-                     nothing);
+            const Matrix kept = rows_of(dropped, keys), scores = rows_of(d_scores, keys);
+            gemm_team(alone, scores, head.key.from(first_key, 0), nullptr, d_query + begin * 3 * D, 3 * D, count, H,
+                      keys, false, no_epilogue);
+            gemm_team(alone, transposed(scores), head.query.from(begin, 0), nullptr, d_key + first_key * 3 * D, 3 * D,
+                      keys, H, count, true, no_epilogue);
+            gemm_team(alone, transposed(kept), own, nullptr, d_value + first_key * 3 * D, 3 * D, keys, H, count, true,
+                      no_epilogue);
         }
-        float* total = sums + head.place - number / N * (S - 1) * 3 * D;  // the head's place in a row of (B, 3·D)
+        float* total = sums + head.qkv_offset - number / N * (S - 1) * 3 * D;  // the head's columns of (B, 3·D)
         for (int64_t which = 0; which < 3; which++, total += D) {
             std::fill(total, total + H, 0.0f);
             for (int64_t s = 0; s < S; s++)
@@ -332,18 +334,17 @@ void attention_backward(const float* gradient, const float* qkv, const int32_t* 
     }
 }
 
-// product (T, V) + bias (V) are scores.  losses (T): cross entropy of each row against its label, times `share`; 0
-// where the label is below 0.  The product becomes the gradient of the sum of the losses, and bias_gradient that of the
-// bias.
-void cross_entropy(float* product, const float* bias, const int64_t* labels, float* losses, float* bias_gradient,
-                   int64_t T, int64_t V, float share_of_row) {
+// losses (T): cross entropy of logits (T, V) + bias (V) against labels (T), times `scale`; 0 where a label is
+// negative.  The gradient of the sum of the losses by the logits overwrites them, that by bias goes to bias_gradient.
+void cross_entropy(float* logits, const float* bias, const int64_t* labels, float* losses, float* bias_gradient,
+                   int64_t T, int64_t V, float scale) {
     ColumnSums columns(V);
 #pragma omp parallel
     {
         float* biases = columns.own();
-        const Share share = own_share(T);
-        for (int64_t row = share.begin; row < share.end; row++) {
-            float* x = product + row * V;
+        const Range range = own_range(T);
+        for (int64_t row = range.begin; row < range.end; row++) {
+            float* x = logits + row * V;
             losses[row] = 0.0f;
             if (labels[row] < 0) {
                 std::fill(x, x + V, 0.0f);
@@ -355,21 +356,21 @@ void cross_entropy(float* product, const float* bias, const int64_t* labels, flo
                 x[i] += bias[i];
                 highest = std::max(highest, x[i]);
             }
-            const float score = x[labels[row]];
+            const float logit = x[labels[row]];
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = 0; i < V; i++) {
                 x[i] = exponential(x[i] - highest);
                 sum += x[i];
             }
-            losses[row] = (highest + std::log(sum) - score) * share_of_row;
-            const float factor = share_of_row / sum;
+            losses[row] = (highest + std::log(sum) - logit) * scale;
+            const float factor = scale / sum;
 #pragma omp simd
             for (int64_t i = 0; i < V; i++) {
                 x[i] *= factor;
                 biases[i] += x[i];
             }
-            x[labels[row]] -= share_of_row;
-            biases[labels[row]] -= share_of_row;
+            x[labels[row]] -= scale;
+            biases[labels[row]] -= scale;
         }
     }
     columns.write(bias_gradient, 0, V);

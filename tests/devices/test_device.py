@@ -66,9 +66,8 @@ def test_releases_without_metrics_or_their_names_count_nothing():
 
 
 def test_a_release_without_fused_lamb_gets_nvlamb_and_the_reason():
-    args = SimpleNamespace(use_fused_lamb=True, learning_rate=0.1)
-    optimizer, words = build_optimizer(args, torch.nn.Linear(3, 2), hpu())
-    assert isinstance(optimizer, NVLAMB) and "hpu has no FusedLamb" in words
+    optimizer, description = build_optimizer(torch.nn.Linear(3, 2), hpu(), 0.1, use_fused_lamb=True)
+    assert isinstance(optimizer, NVLAMB) and "hpu has no FusedLamb" in description
 
 
 def test_fused_lamb_is_made_as_its_signature_says(monkeypatch):
@@ -83,9 +82,8 @@ def test_fused_lamb_is_made_as_its_signature_says(monkeypatch):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
     model = torch.nn.Linear(3, 2)
     for asked, expected in ((True, FusedLamb), (False, NVLAMB)):
-        args = SimpleNamespace(use_fused_lamb=asked, learning_rate=0.1)
-        assert isinstance(build_optimizer(args, model, hpu())[0], expected)
-    made_with = build_optimizer(SimpleNamespace(use_fused_lamb=True, learning_rate=0.1), model, hpu())[0].made_with
+        assert isinstance(build_optimizer(model, hpu(), 0.1, asked)[0], expected)
+    made_with = build_optimizer(model, hpu(), 0.1, use_fused_lamb=True)[0].made_with
     assert [group["weight_decay"] for group in made_with["params"]] == [0.01, 0.0]
     assert (made_with["lr"], made_with["eps"], made_with["max_grad_norm"]) == (0.1, 1e-6, 1.0)
     assert made_with["use_lamb"] is False
@@ -93,7 +91,7 @@ def test_fused_lamb_is_made_as_its_signature_says(monkeypatch):
 
 def test_a_device_that_is_asked_for_is_the_one_that_is_taken():
     for lazy, kind in ((False, "cpu"), (True, "lazy")):
-        assert devices.select(DeviceOptions(use_torch_lazy=lazy, no_cuda=True)).kind == kind
+        assert devices.select(DeviceOptions(use_torch_lazy=lazy, no_cuda=True)).torch_device.type == kind
 
 
 ALL_REDUCE = """

@@ -1,6 +1,5 @@
 """bf16: which op runs in which type, what stays in fp32, and what is refused."""
 
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,7 +89,7 @@ def test_weights_gradients_and_optimizer_state_stay_fp32_and_so_does_the_optimiz
 
     precision = Precision(options(), Device())
     model = small_model(precision)
-    optimizer, _ = build_optimizer(SimpleNamespace(use_fused_lamb=False, learning_rate=0.01), model, Device())
+    optimizer, _ = build_optimizer(model, Device(), 0.1, use_fused_lamb=False)
     with precision.autocast():
         loss = model(small_batch())["loss"]
     precision.backward(loss)
@@ -192,7 +191,7 @@ def test_without_lists_cpu_takes_autocast_and_lazy_the_default_lists_of_gaudi():
         precision = Precision(options(bf16_list="", fp32_list=""), device)
         one = torch.ones(2, 2).to(device.torch_device)
         with precision.autocast():
-            product[device.kind] = (one @ one, (one / 3.0), precision.describe())
+            product[device.torch_device.type] = (one @ one, (one / 3.0), precision.describe())
     assert [values[0].dtype for values in product.values()] == [BF16, BF16]
     assert [values[1].dtype for values in product.values()] == [FP32, FP32]
     assert product["cpu"][2] == "bfloat16 autocast" and "Gaudi" in product["lazy"][2]

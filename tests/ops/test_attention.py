@@ -12,9 +12,9 @@ from devices.precision import Precision
 from lamb import NVLAMB
 from modeling import BertForPreTraining
 from ops import attention, cpu_kernels
-from ops.attention import ATTENTIONS, Attention
+from ops.attention import ATTENTIONS, AttentionImplementation
 from optim.build import parameter_groups
-from optim.fused_lamb import CpuFusedNVLAMB, MultiTensorNVLAMB
+from optim.fused_lamb import CpuFusedNVLAMB, MultiTensorNVLAMB, SlicedNVLAMB
 from tests.support import samples
 from training.arguments import parse_arguments, precision_options
 from training.trainer import Trainer
@@ -33,7 +33,10 @@ def arguments(*flags: str):
                             "--max_seq_length=24", *flags])
 
 
-PLAIN_LAYERS = "--use_cpu_kernels=no"
+def choose(device, dtype=torch.float32, use_cpu_kernels=False, attention_name=None) -> tuple[str, str]:
+    """What a run on micro-batches of 3 x 24 tokens takes."""
+    return attention.choose(device, samples.config(), attention.LayerRequest(
+        attention=attention_name, use_cpu_kernels=use_cpu_kernels, compiled=False, dtype=dtype, rows=3, length=24))
 
 
 @settings(deadline=None, max_examples=50)
@@ -54,59 +57,58 @@ def test_a_run_takes_the_attention_that_is_clearly_fastest(monkeypatch):
             attention.plain_attention(*inputs)
         return attention.plain_attention(*inputs)
 
-    monkeypatch.setitem(ATTENTIONS, "slow", Attention(slow, attention.attention_mask))
+    monkeypatch.setitem(ATTENTIONS, "slow", AttentionImplementation(slow, attention.attention_mask))
     for order in (("slow", "sdpa"), ("sdpa", "slow")):
-        name, words = attention.choose(arguments(PLAIN_LAYERS), DeviceWith(*order), samples.config(), rows=3)
-        assert name == "sdpa" and "slow" in words and "ms a layer" in words
+        name, description = choose(DeviceWith(*order))
+        assert name == "sdpa" and "slow" in description and "ms a layer" in description
 
 
-@pytest.mark.parametrize("flags", [[PLAIN_LAYERS], ["--hmp"]])
-def test_a_run_takes_no_attention_that_fails_or_is_wrong(monkeypatch, flags):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_takes_no_attention_that_fails_or_is_wrong(monkeypatch, dtype):
     def failing(*inputs):
         raise NotImplementedError("no such kernel")
 
     def blind(query, key, value, mask, dropout_prob):
         return attention.plain_attention(query, key, value, torch.zeros_like(mask), dropout_prob)
 
-    monkeypatch.setitem(ATTENTIONS, "failing", Attention(failing, attention.attention_mask))
-    monkeypatch.setitem(ATTENTIONS, "blind", Attention(blind, attention.attention_mask))
-    device = DeviceWith("failing", "blind", "sdpa")
-    name, words = attention.choose(arguments(*flags), device, samples.config(), rows=3)
+    monkeypatch.setitem(ATTENTIONS, "failing", AttentionImplementation(failing, attention.attention_mask))
+    monkeypatch.setitem(ATTENTIONS, "blind", AttentionImplementation(blind, attention.attention_mask))
+    name, description = choose(DeviceWith("failing", "blind", "sdpa"), dtype)
     assert name == "sdpa"
-    assert "failing fails: NotImplementedError: no such kernel" in words and "blind is off by" in words
+    assert "failing fails: NotImplementedError: no such kernel" in description and "blind is off by" in description
 
 
 def test_the_flag_and_the_only_attention_of_a_device_are_taken_unmeasured():
-    config = samples.config()
-    assert attention.choose(arguments(PLAIN_LAYERS), DeviceWith("plain"), config, 3)[0] == "plain"
-    assert attention.choose(arguments("--attention=varlen"), DeviceWith("plain"), config, 3)[0] == "varlen"
-    assert attention.choose(arguments(), Device(), config, 3)[0] == "kernels"
+    assert choose(DeviceWith("plain"))[0] == "plain"
+    assert choose(DeviceWith("plain"), attention_name="varlen")[0] == "varlen"
+    assert choose(Device(), use_cpu_kernels=True)[0] == "kernels"
 
 
 def test_a_run_takes_no_kernels_for_short_vectors(monkeypatch):
     monkeypatch.setattr(cpu_kernels.load(), "lanes", 4)
-    name, words = attention.choose(arguments(), DeviceWith("sdpa"), samples.config(), rows=3)
-    assert name == "sdpa" and "where a vector holds 4 numbers" in words
+    name, description = choose(DeviceWith("sdpa"), use_cpu_kernels=True)
+    assert name == "sdpa" and "where a vector holds 4 numbers" in description
 
 
 VARIANTS = {
-    "sdpa": {"attention": "sdpa"},
-    "varlen": {"attention": "varlen"},
-    "kernels and fused LAMB": {"attention": "kernels", "optimizer": CpuFusedNVLAMB},
+    "sdpa": {"attention_name": "sdpa"},
+    "varlen": {"attention_name": "varlen"},
+    "kernels and fused LAMB": {"attention_name": "kernels", "optimizer": CpuFusedNVLAMB},
     "chunked loss": {"loss_chunk": 5},
     "recomputed layers": {"checkpoint_activations": True},
-    "all of them": {"attention": "varlen", "loss_chunk": 7, "checkpoint_activations": True,
+    "all of them": {"attention_name": "varlen", "loss_chunk": 7, "checkpoint_activations": True,
                     "optimizer": MultiTensorNVLAMB},
 }
 LENGTHS, ROWS = [24, 5, 11, 17, 8, 9], [[0], [1, 3], [2, 4]]
 
 
-def losses_of_steps(form: str, flags: list[str], attention: str = "plain", optimizer=NVLAMB, **choices) -> torch.Tensor:
+def losses_of_steps(form: str, flags: list[str], attention_name: str = "plain", optimizer=SlicedNVLAMB,
+                    **choices) -> torch.Tensor:
     """The losses of 20 steps without dropout, all from the same weights."""
     precision = Precision(precision_options(arguments(*flags)), Device())
     torch.manual_seed(0)
     config = samples.config(initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model = BertForPreTraining(config, attention, autocast=precision.autocast, casts_off=precision.casts_off,
+    model = BertForPreTraining(config, attention_name, autocast=precision.autocast, casts_off=precision.casts_off,
                                **choices).train()
     update = optimizer(parameter_groups(model), lr=0.01)
     losses = []
@@ -134,7 +136,7 @@ def reference(request):
 def test_every_variant_has_the_losses_of_plain_steps(reference, variant):
     form, exact, autocast = reference
     assert losses_of_steps(form, [], **VARIANTS[variant]).tolist() == pytest.approx(exact.tolist(), rel=1e-5)
-    if VARIANTS[variant].get("attention") != "kernels":  # which compute in fp32 only
+    if VARIANTS[variant].get("attention_name") != "kernels":  # which compute in fp32 only
         error = (losses_of_steps(form, ["--hmp"], **VARIANTS[variant]) - exact).abs().mean()
         assert error <= 3 * (autocast - exact).abs().mean()
 
@@ -156,8 +158,6 @@ class HostFetches(TorchDispatchMode):
 def test_what_cuda_runs_in_a_step_asks_the_device_for_no_value(optimizer):
     model = BertForPreTraining(samples.config(), "plain", checkpoint_activations=True, loss_chunk=5).train()
     update = optimizer(parameter_groups(model), lr=0.01)
-    if optimizer is NVLAMB:
-        update.update = update.update_by_the_paper  # as on every device but the CPU
     batch = samples.packed_batch(samples.unpacked_batch(LENGTHS), ROWS, 26)
     with HostFetches() as fetches:
         for _ in range(2):

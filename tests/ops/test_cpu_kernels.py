@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from modeling import BertForPreTraining
+from modeling import BertConfig, BertForPreTraining
 from ops import cpu_kernels, cpu_layers
 from tests.support import samples
 from tests.support.ranks import ROOT
@@ -148,7 +149,7 @@ def test_products_of_any_size_are_those_of_fp64(rows, columns, depth, a_transpos
     expected = a.double() @ b.double() + {"": 0, "bias": bias, "into": into}[start]
     usual = torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = cpu_layers.product(a, b, bias if start == "bias" else None, into if start == "into" else None)
+    found = cpu_layers.matmul(a, b, bias if start == "bias" else None, into if start == "into" else None)
     torch.set_num_threads(usual)
     assert_close(found.double(), expected, rtol=0, atol=2e-6 * depth**0.5 * 6)
     assert start != "into" or found is into
@@ -171,7 +172,7 @@ for rows, columns, depth in itertools.product((1, 15, 17, 40, 200), (1, 31, 40, 
     firsts, seconds = ((factor(*shape), factor(*shape[::-1]).t()) for shape in ((rows, depth), (depth, columns)))
     for a, b in itertools.product(firsts, seconds):
         a.normal_(), b.normal_()
-        torch.testing.assert_close(cpu_layers.product(a, b), a @ b, rtol=0, atol=1e-4)
+        torch.testing.assert_close(cpu_layers.matmul(a, b), a @ b, rtol=0, atol=1e-4)
 """
 
 
@@ -184,8 +185,8 @@ def test_products_of_parts_of_wider_matrices_read_their_part_alone():
     wide = torch.full((40, 100), float("nan"))
     wide[:, 30:60] = torch.randn(40, 30)
     part = wide[:, 30:60]
-    assert_close(cpu_layers.product(part, part.t()), part @ part.t())
-    assert_close(cpu_layers.product(part.t(), part), part.t() @ part)
+    assert_close(cpu_layers.matmul(part, part.t()), part @ part.t())
+    assert_close(cpu_layers.matmul(part.t(), part), part.t() @ part)
 
 
 @pytest.mark.parametrize("lengths", [[300], [129, 171], [40, 100, 127, 8], [5, 5, 290]])
@@ -256,13 +257,22 @@ def test_tensors_that_a_kernel_cannot_read_are_refused(kernels):
         with pytest.raises(AssertionError, match="dense_gelu"):
             kernels.dense_gelu(tensor, torch.zeros(6, 6), torch.zeros(6), wide, wide, 4, 6, 6)
     with pytest.raises(AssertionError, match="bfloat16"):
-        cpu_layers.product(wide.bfloat16(), wide.t())
+        cpu_layers.matmul(wide.bfloat16(), wide.t())
+
+
+def test_the_kernels_take_no_config_that_they_do_not_wholly_follow():
+    assert cpu_layers.unsupported_reason(samples.config()) is None
+    assert cpu_layers.unsupported_reason(samples.config(hidden_act="relu")) == "no kernel for relu"
+    rotary = make_dataclass("RotaryConfig", [("position_scheme", str, "rotary")], bases=(BertConfig,), frozen=True)
+    assert cpu_layers.unsupported_reason(rotary(**samples.TINY)) == "no kernel for position_scheme"
+    with pytest.raises(AssertionError):
+        BertForPreTraining(rotary(**samples.TINY), "kernels")
 
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """Kernels that have to be compiled anew."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("BERT_CACHE_DIR", str(tmp_path))
     cpu_kernels.load.cache_clear()
     yield tmp_path
     cpu_kernels.load.cache_clear()
@@ -270,12 +280,12 @@ def fresh(monkeypatch, tmp_path):
 
 def test_without_a_compiler_the_reason_is_named(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert cpu_kernels.problem() == "no C++ compiler no-such-compiler (CXX names another)"
+    assert cpu_kernels.unavailable_reason() == "no C++ compiler no-such-compiler (CXX names another)"
 
 
 def test_a_compiler_that_fails_leaves_nothing_and_is_named(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    assert "false: exit code 1" in cpu_kernels.problem()
+    assert "false: exit code 1" in cpu_kernels.unavailable_reason()
     assert not [path for path in fresh.rglob("*") if path.is_file()]
 
 
@@ -298,7 +308,7 @@ def test_torchs_openmp_library_is_found_in_a_folder_with_a_space(fresh, monkeypa
     monkeypatch.setattr(Path, "read_text", lambda self, **options: maps if str(self) == "/proc/self/maps" else
                         read(self, **options))
     assert cpu_kernels.openmp_library() == [str(link)]
-    assert cpu_kernels.problem() is None
+    assert cpu_kernels.unavailable_reason() is None
 
 
 def test_a_damaged_library_is_named(fresh):

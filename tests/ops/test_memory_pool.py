@@ -1,24 +1,23 @@
-"""Memory that is lent again."""
+"""Memory that is reused."""
 
 import gc
 import weakref
 
 import torch
 
-from ops import memory_pool as buffers
-from ops.memory_pool import Pool
+from ops.memory_pool import MAX_WASTE, MIN_ELEMENTS, Pool
 
 
-def test_memory_is_lent_again_when_nothing_uses_it():
+def test_memory_is_reused_when_no_tensor_uses_it():
     pool = Pool()
     first = pool.empty(1024, 512)
     address, view = first.data_ptr(), first[3:, :7].t()
     del first
     second = pool.empty(1024, 512)
-    assert second.data_ptr() != address and not pool.idle  # the view still looks at it
+    assert second.data_ptr() != address and not pool.free_blocks  # the view still looks at it
     del view
     assert pool.empty(512, 1024).data_ptr() == address
-    assert pool.bytes_in_use() == second.nbytes and len(pool.idle) == 1
+    assert pool.bytes_in_use() == second.nbytes and len(pool.free_blocks) == 1
 
 
 def test_tensors_in_use_never_share_memory():
@@ -33,15 +32,15 @@ def test_tensors_in_use_never_share_memory():
 
 def test_a_small_tensor_does_not_take_a_large_block():
     pool = Pool()
-    address = pool.empty(buffers.LARGEST_WASTE * 1024, 300).data_ptr()
+    address = pool.empty(MAX_WASTE * 1024, 300).data_ptr()
     assert pool.empty(1023, 300).data_ptr() != address
     assert pool.empty(1024, 300).data_ptr() == address
 
 
 def test_small_results_are_ordinary_tensors():
     pool = Pool()
-    assert pool.empty(buffers.SMALLEST - 1).shape == (buffers.SMALLEST - 1,)
-    assert pool.bytes_in_use() == 0 and not pool.idle
+    assert pool.empty(MIN_ELEMENTS - 1).shape == (MIN_ELEMENTS - 1,)
+    assert pool.bytes_in_use() == 0 and not pool.free_blocks
 
 
 def test_memory_outlives_the_pool_while_a_tensor_looks_at_it():

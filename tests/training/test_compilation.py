@@ -10,9 +10,8 @@ import run_pretraining
 from devices.device import Device
 from devices.options import PrecisionOptions
 from devices.precision import Precision
-from lamb import NVLAMB
 from modeling import BertForPreTraining
-from optim.build import parameter_groups
+from optim.fused_lamb import CompiledNVLAMB, SlicedNVLAMB
 from tests.support import samples
 from training.compilation import compile_training
 
@@ -30,16 +29,17 @@ def device_compiled_by(compiler) -> Device:
     return device
 
 
-def lamb(seed: int) -> tuple[NVLAMB, list]:
-    torch.manual_seed(seed)
+def lamb(optimizer_class, **settings) -> tuple[torch.optim.Optimizer, list]:
+    torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 7), (3,), (4, 4), (9,))]
-    return NVLAMB([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}], lr=0.1), params
+    groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}]
+    return optimizer_class(groups, lr=0.1, **settings), params
 
 
-def test_compiled_lamb_is_compiled_once_a_group_and_computes_the_same():
-    counter = CompileCounter()
-    (plain, expected), (compiled, found) = lamb(0), lamb(0)
-    compiled.compile(counter, in_parts=False)
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_compiled_lamb_is_compiled_in_the_first_step_and_computes_the_same(in_parts):
+    counter, graphs = CompileCounter(), []
+    (plain, expected), (compiled, found) = lamb(SlicedNVLAMB), lamb(CompiledNVLAMB, backend=counter, in_parts=in_parts)
     for step in range(1, 6):
         for optimizer, params in ((plain, expected), (compiled, found)):
             for param in params:
@@ -47,7 +47,8 @@ def test_compiled_lamb_is_compiled_once_a_group_and_computes_the_same():
             for group in optimizer.param_groups:
                 group["lr"] = 0.1 / step
             optimizer.step()
-    assert counter.frame_count == 2
+        graphs.append(counter.frame_count)
+    assert graphs == graphs[:1] * 5 and (in_parts or graphs[0] == 2), "one graph for each group"
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -63,7 +64,7 @@ def test_compiled_model_has_the_same_losses_and_names(bf16):
     names, batch = set(model.state_dict()), samples.unpacked_batch([9, 24, 13])
     with precision.autocast():
         expected = model(batch)
-    compile_training(device_compiled_by(counter), model, NVLAMB(parameter_groups(model)))
+    compile_training(device_compiled_by(counter), model)
     before = counter.frame_count
     for _ in range(2):
         with precision.autocast():
@@ -75,8 +76,9 @@ def test_compiled_model_has_the_same_losses_and_names(bf16):
 
 def test_a_compiler_that_is_not_there_is_named_and_the_run_goes_on():
     model = torch.nn.Linear(3, 2)
-    words = compile_training(device_compiled_by("hpu_backend"), model, NVLAMB(parameter_groups(model)))
-    assert words.startswith("--use_torch_compile: not compiled: hpu_backend on cpu: ")
+    compiled, description = compile_training(device_compiled_by("hpu_backend"), model)
+    assert not compiled
+    assert description.startswith("--use_torch_compile: not compiled: hpu_backend on cpu: ")
     assert model(torch.ones(1, 3)).shape == (1, 2)
 
 
@@ -93,5 +95,5 @@ def test_profile_writes_a_trace_of_the_steps_that_were_asked_for(tmp_path, lazy)
     run_pretraining.main([*flags, "--profile", "--profile_steps=2:3"])
     trace = json.loads((tmp_path / "trace_rank0_steps2-3.json").read_text())
     names = [event.get("name", "") for event in trace["traceEvents"]]
-    assert sum(name.startswith("Optimizer.step#NVLAMB.step") for name in names) == 2
+    assert sum(name.startswith(f"Optimizer.step#{'' if lazy else 'Sliced'}NVLAMB.step") for name in names) == 2
     assert ("aten::embedding" if lazy else "attention_backward") in names

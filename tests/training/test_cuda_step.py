@@ -18,12 +18,12 @@ from training.trainer import Trainer
 class GpuWithoutValues(Device):
     """Takes the paths of CUDA through the model, the optimizer and the loop."""
 
-    kind = "cuda"
     is_host = False
+    runs_cpu_kernels = False
     attentions = ("varlen", "sdpa")
     compiler = "eager"
     supports_fp16 = True
-    has_multi_tensor_kernels = True
+    has_foreach_kernels = True
 
     def __init__(self):
         super().__init__("meta")

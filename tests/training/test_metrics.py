@@ -4,34 +4,33 @@ import pytest
 import torch
 
 from tests.support import samples
-from training import metrics as utilization
-from training.log import Throughput
-from training.metrics import NeededFlops, cpu_peak, matrix_peak
+from training import metrics
+from training.metrics import Throughput, batch_flops, cpu_peak, matmul_peak
 
 CONFIG = samples.config(hidden_size=6, intermediate_size=10, num_hidden_layers=2, vocab_size=99)  # 104 when padded
 
 
 def by_hand(lengths, masked: int) -> int:
     weights = 2 * (4 * 6 * 6 + 2 * 6 * 10)  # of two layers
-    products = sum(6 * length * weights for length in lengths) + masked * 6 * (6 * 6 + 6 * 104)
-    return products + sum(12 * 2 * 6 * length * length for length in lengths)
+    matmuls = sum(6 * length * weights for length in lengths) + masked * 6 * (6 * 6 + 6 * 104)
+    return matmuls + sum(12 * 2 * 6 * length * length for length in lengths)
 
 
 def test_needed_flops_count_real_tokens_only():
     batch = samples.unpacked_batch([24, 5, 11])
     masked = int((batch["masked_lm_positions"] > 0).sum())
-    assert NeededFlops(CONFIG).of_batch(batch) == by_hand([24, 5, 11], masked)
+    assert batch_flops(CONFIG, batch) == by_hand([24, 5, 11], masked)
 
 
 def test_packed_rows_need_what_their_sequences_need():
     batch = samples.unpacked_batch([24, 5, 11, 7])
     packed = samples.packed_batch(batch, [[1, 2, 3], [0]], 26)
-    assert NeededFlops(CONFIG).of_batch(packed) == NeededFlops(CONFIG).of_batch(batch)
+    assert batch_flops(CONFIG, packed) == batch_flops(CONFIG, batch)
 
 
 def test_a_batch_without_sequences_needs_nothing():
     batch = {key: torch.zeros_like(value) for key, value in samples.unpacked_batch([5]).items()}
-    assert NeededFlops(CONFIG).of_batch(batch) == 0
+    assert batch_flops(CONFIG, batch) == 0
 
 
 def test_utilization_is_the_share_of_the_peak_since_the_last_line():
@@ -52,16 +51,16 @@ def read_without_peak() -> dict:
 
 
 def test_a_measured_peak_is_that_of_a_computer():
-    assert 1e8 < matrix_peak("cpu", torch.float32, 256, 2) < 1e14
+    assert 1e8 < matmul_peak("cpu", torch.float32, 256, 2) < 1e14
 
 
-def test_the_peak_of_a_cpu_is_that_of_the_faster_products(monkeypatch):
+def test_the_peak_of_a_cpu_is_that_of_the_faster_matmul(monkeypatch):
     """Also where the kernels' are the slower ones, and where they cannot be compiled."""
     found = {torch.mm: 3.0}
-    monkeypatch.setattr(utilization, "matrix_peak", lambda *_, multiply: found.get(multiply, 5.0))
+    monkeypatch.setattr(metrics, "matmul_peak", lambda *_, matmul: found.get(matmul, 5.0))
     assert cpu_peak(256, 2) == 5.0
     found[torch.mm] = 7.0
     assert cpu_peak(256, 2) == 7.0
-    monkeypatch.setattr(utilization.cpu_kernels, "problem", lambda: "no compiler")
+    monkeypatch.setattr(metrics.cpu_kernels, "unavailable_reason", lambda: "no compiler")
     found[torch.mm] = 3.0
     assert cpu_peak(256, 2) == 3.0

@@ -182,7 +182,8 @@ def test_compiled_run_has_the_losses_of_a_plain_one_and_compiles_nothing_after_t
     train(skip_checkpoint=True, use_cpu_kernels="no", max_steps=20)
     train(skip_checkpoint=True, use_torch_compile=True, max_steps=20, json_summary="compiled.json")
     torch._dynamo.reset()
-    assert "the model is compiled by inductor; NVLAMB's update too" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the model is compiled by inductor" in printed and "optimizer: NVLAMB, compiled by inductor" in printed
     assert samples.losses(workspace / "compiled.json") == pytest.approx(samples.losses(workspace / "out/log.json"),
                                                                         rel=1e-5)
     counts = [line["data"]["graph_compilation"] for line in samples.log_lines(workspace / "compiled.json")
