@@ -22,11 +22,11 @@ def print_figures(args) -> None:
 
     from checkpoint import folder as checkpoint
     from data import shards
-    from devices import device as devices
+    from devices.device import select_device
     from modeling import BertConfig, BertForPreTraining
     from training.evaluation import describe, evaluate
 
-    device = devices.select(device_options(args))
+    device = select_device(device_options(args))
     config = BertConfig.from_json_file(args.config_file)
     held_out = shards.find(args.eval_dir, "test", "--eval_dir")
     torch.manual_seed(args.seed)

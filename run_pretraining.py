@@ -34,7 +34,7 @@ def run(args, process, reader) -> dict:
     """The part of one rank in the training.  Nothing is written before everything has been checked."""
     from checkpoint import folder as checkpoint
     from data import dataloader as dataset
-    from devices import device as devices
+    from devices.device import select_device
     from devices.precision import Precision
     from modeling import BertConfig, BertForPreTraining
     from ops import attention
@@ -46,7 +46,7 @@ def run(args, process, reader) -> dict:
     from training.tensorboard_log import summary_writer
     from training.trainer import BatchPlan, Trainer
 
-    device = devices.select(device_options(args, args.use_torch_compile), process.local_rank)
+    device = select_device(device_options(args, args.use_torch_compile), process.local_rank)
     precision = Precision(precision_options(args), device)
     if args.tensorboard_logdir:
         summary_writer()

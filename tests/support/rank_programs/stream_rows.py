@@ -8,13 +8,13 @@ from pathlib import Path
 
 from data import dataloader as dataset
 from data import shards
-from devices import device as devices
+from devices.device import Device
 from parallel.ranks import init_ranks
 from tests.support import synthetic
 
 data, micro_batches, results = sys.argv[1:]
 with init_ranks(None, timeout_seconds=60) as process:
-    process.connect(devices.Device())
+    process.connect(Device())
     stream = dataset.BatchStream(shards.find(data), 2, 1, synthetic.VOCAB_SIZE, process.rank, process.world_size)
     rows = [row for _ in range(int(micro_batches)) for row in next(stream)["input_ids"].tolist()]
     Path(results, f"rank_{process.rank}.txt").write_text("\n".join(str(row) for row in rows))
