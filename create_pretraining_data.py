@@ -1,282 +1,32 @@
-"""Training samples from text: one text shard (a sentence a line, a blank line between documents) to one HDF5 shard.
+"""Makes an HDF5 shard of training samples from a text shard (a sentence a line, a blank line between documents).
 
     python3 create_pretraining_data.py --input_file shard.txt --output_file shard.hdf5 --vocab_file vocab.txt \\
         --max_seq_length 128 --max_predictions_per_seq 20
 
 The procedure is that of Devlin et al. 2018.  A document is cut into pairs of segments; half the pairs get a random
-second segment from another document (next_sentence_label 1); of the tokens, 15 % are to be predicted, of which 80 %
-become [MASK], 10 % a random word and 10 % stay (masking.py).  dupe_factor passes over the text give other pairs and
-masks.  With --dynamic_masking samples are stored without masks, and the training masks them in each epoch anew; then
-one pass is the default.
-
-The text is read in blocks of documents, so that memory does not depend on the size of a shard.  In a block everything
-works on offsets into one array of token ids: a sample is planned as four numbers (where its two segments start, how
-long they are), the plan is shuffled, and rows are made from it.
-
-Shapes: B rows of a block, S = max_seq_length, P = max_predictions_per_seq.
+second segment from another document (next_sentence_label 1).  15 % of the tokens are to be predicted: 80 % of these
+become [MASK], 10 % a random word, and 10 % stay.  Each of --dupe_factor passes over the text gives different pairs and
+masks.  With --dynamic_masking, samples are stored without masks; training draws new ones in every epoch.  One pass is
+the default then.  data/bertPrep.py --action create_hdf5_files does this for all shards of a data set.
 """
-
-import zlib
-from bisect import bisect_left
-from collections import Counter
-from dataclasses import dataclass, fields
-from pathlib import Path
-from random import Random
-
-import numpy as np
 
 from common import cli
 from common.download import local_file
 from common.errors import UserError
-from data import shards, vocabulary
-from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
-from data.wordpiece import Encoder
-
-READ_BYTES = 1 << 21  # text read at a time; a block of documents holds up to twice that
-BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time
-RANDOM_NEXT = 0.5  # share of the pairs that get a random second segment
-PASSES = 5  # over the text, by default; 1 where the training makes the masks
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """How samples are made of text."""
-
-    max_seq_length: int = 512
-    max_predictions_per_seq: int = 20
-    masked_lm_prob: float = 0.15
-    dupe_factor: int = PASSES
-    short_seq_prob: float = 0.1
-    random_seed: int = 12345
-    do_lower_case: bool = True
-    dynamic_masking: bool = False
-
-    def __post_init__(self):
-        if self.max_seq_length < SPECIALS_PER_SEQUENCE + 2:
-            raise UserError(f"--max_seq_length {self.max_seq_length}: two segments and three special tokens need at "
-                            f"least {SPECIALS_PER_SEQUENCE + 2}")
-        if self.random_seed < 0:
-            raise UserError(f"--random_seed {self.random_seed} is negative")
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Tokens: sentence i is ids[bounds[i]:bounds[i + 1]], document j holds the sentences first[j]:first[j + 1]."""
-
-    ids: np.ndarray  # (tokens,) int32
-    bounds: np.ndarray  # (sentences + 1,) int64
-    first: np.ndarray  # (documents + 1,) int64
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The plan of the samples: token offsets and lengths of both segments, and the next sentence label."""
-
-    a_start: np.ndarray
-    a_length: np.ndarray
-    b_start: np.ndarray
-    b_length: np.ndarray
-    is_random: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.a_start)
-
-    def __getitem__(self, rows) -> "Pairs":
-        return Pairs(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-
-def create_shard(input_file, output_file, tokens: list[str], options: SampleOptions) -> dict:
-    """Make the HDF5 shard of a text shard; returns counts.  The file's name is part of the random seed."""
-    seed = [options.random_seed, zlib.crc32(Path(input_file).stem.encode())]
-    random, rng = Random(repr(seed)), np.random.default_rng(seed)
-    encoder = Encoder(tokens, options.do_lower_case)
-    rule = MaskingRule(options.masked_lm_prob, options.max_predictions_per_seq, len(tokens),
-                       tuple(tokens.index(token) for token in vocabulary.SPECIAL_TOKENS))
-    counts = Counter(documents=0, sentences=0, tokens=0, samples=0, random_next=0)
-    with shards.writing(output_file, options.max_seq_length, options.max_predictions_per_seq,
-                        rule if options.dynamic_masking else None) as append:
-        for lines in document_blocks(input_file):
-            documents = tokenize(lines, encoder)
-            pairs = truncate(plan_pairs(documents, options, random), options, rng)
-            for rows in sample_rows(documents.ids, pairs, rule, options, rng):
-                append(rows)
-            counts.update(documents=len(documents.first) - 1, sentences=len(documents.bounds) - 1,
-                          tokens=len(documents.ids), samples=len(pairs), random_next=int(pairs.is_random.sum()))
-    return dict(counts)
-
-
-def document_blocks(path):
-    """Yield the lines of a text shard, stripped, in lists that hold whole documents.
-
-    All but an only block hold 2 to 4 MB, about a thousand articles: the last is never a rest too small to find random
-    segments in.
-    """
-    waiting = []
-    for lines, full in line_blocks(path):
-        if full and "" in waiting:
-            cut = len(waiting) - waiting[::-1].index("")
-            yield waiting[:cut]
-            waiting = waiting[cut:]
-        waiting += lines
-    yield waiting
-
-
-def line_blocks(path):
-    """Yield (the lines of about 2 MB of a text file, stripped; whether it was that much)."""
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            while lines := file.readlines(READ_BYTES):
-                yield [line.strip() for line in lines], sum(map(len, lines)) >= READ_BYTES
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} {error.object[error.start]:#04x})") from None
-
-
-def tokenize(lines: list[str], encoder: Encoder) -> Documents:
-    """Lines to tokens.  Sentences without a token, and documents without a sentence, are left out."""
-    ids, offsets = encoder.encode(lines)
-    blank = np.array([not line for line in lines], bool)
-    filled = np.diff(offsets) > 0
-    first = np.unique(np.concatenate([[0], np.cumsum(filled)[blank], [filled.sum()]])).astype(np.int64)
-    return Documents(ids, np.concatenate([[0], offsets[1:][filled]]).astype(np.int64), first)
-
-
-def plan_pairs(documents: Documents, options: SampleOptions, random: Random) -> Pairs:
-    """Pairs of segments of every document, dupe_factor times over, not yet cut to length."""
-    bounds, first = documents.bounds.tolist(), documents.first.tolist()
-    longest = options.max_seq_length - SPECIALS_PER_SEQUENCE
-    columns = ([], [], [], [], [])
-    for _ in range(options.dupe_factor):
-        for document in range(len(first) - 1):
-            target = longest
-            if random.random() < options.short_seq_prob:
-                target = random.randint(2, longest)
-            for pair in document_pairs(document, bounds, first, target, random):
-                for column, value in zip(columns, pair, strict=True):
-                    column.append(value)
-    return Pairs(*(np.array(column, np.int64) for column in columns))
-
-
-def document_pairs(document: int, bounds: list[int], first: list[int], target: int, random: Random):
-    """Yield (a_start, a_length, b_start, b_length, is_random) for the pairs of one document.
-
-    Sentences are taken until they hold `target` tokens; a random number of them, at least one, is the first segment.
-    The second is the rest of them, or as much of another document as the target leaves room for; then the rest is
-    left for the next pair.  A lone sentence always gets a random second segment.  Where there is no other document,
-    all second segments are the true ones and a lone sentence is left out.
-    """
-    sentence, end = first[document], first[document + 1]
-    others = len(first) - 2
-    while sentence < end:
-        stop = bisect_left(bounds, bounds[sentence] + target, sentence + 1, end)
-        taken = stop - sentence
-        split = sentence + 1 + (int(random.random() * (taken - 1)) if taken > 1 else 0)
-        a_start, a_length = bounds[sentence], bounds[split] - bounds[sentence]
-        if others and (taken == 1 or random.random() < RANDOM_NEXT):
-            b_first, b_stop = random_segment(document, bounds, first, target - a_length, random)
-            yield a_start, a_length, bounds[b_first], bounds[b_stop] - bounds[b_first], 1
-            sentence = split
-        else:
-            if taken > 1:
-                yield a_start, a_length, bounds[split], bounds[stop] - bounds[split], 0
-            sentence = stop
-
-
-def random_segment(document: int, bounds, first, target: int, random: Random) -> tuple[int, int]:
-    """Sentences of another document from a random one on, until they hold `target` tokens or the document ends."""
-    other = int(random.random() * (len(first) - 2))
-    other += other >= document
-    start, end = first[other], first[other + 1]
-    start += int(random.random() * (end - start))
-    return start, bisect_left(bounds, bounds[start] + target, start + 1, end)
-
-
-def truncate(pairs: Pairs, options: SampleOptions, rng: np.random.Generator) -> Pairs:
-    """Cut the pairs that are too long: token by token off the longer segment, each at its front or its back by chance.
-
-    Lengths are known without going token by token: the longer segment shrinks to the length of the shorter, then both
-    in turn, the second first.
-    """
-    longest = options.max_seq_length - SPECIALS_PER_SEQUENCE
-    a, b = pairs.a_length, pairs.b_length
-    both = a + b > longest
-    new_a = np.where(both, np.where(b <= longest // 2, longest - b, np.minimum(a, longest - longest // 2)), a)
-    new_b = np.where(both, longest - new_a, b)
-    return Pairs(pairs.a_start + rng.binomial(a - new_a, 0.5), new_a,
-                 pairs.b_start + rng.binomial(b - new_b, 0.5), new_b, pairs.is_random)
-
-
-def sample_rows(tokens: np.ndarray, pairs: Pairs, rule: MaskingRule, options: SampleOptions, rng):
-    """Yield the rows of all pairs, in random order, in blocks."""
-    order = rng.permutation(len(pairs))
-    block = max(1, BLOCK_TOKENS // options.max_seq_length)
-    for start in range(0, len(pairs), block):
-        rows = token_rows(tokens, pairs[order[start:start + block]], options.max_seq_length, rule.special_ids)
-        if not options.dynamic_masking:
-            keys = rng.integers(2**64, size=len(rows["input_ids"]), dtype=np.uint64)
-            rows |= masked(rows, rule, options.max_predictions_per_seq, keys)
-        yield rows
-
-
-def token_rows(tokens: np.ndarray, pairs: Pairs, sequence_length: int, special_ids) -> dict[str, np.ndarray]:
-    """[CLS] A [SEP] B [SEP] and padding, as rows of the shard schema without masks."""
-    pad, _, cls, sep, _ = special_ids
-    column = np.arange(sequence_length)[None, :]  # (1, S)
-    a, b = pairs.a_length[:, None], pairs.b_length[:, None]  # (B, 1)
-    source = np.where(column <= a, pairs.a_start[:, None] - 1, pairs.b_start[:, None] - 2 - a) + column  # (B, S)
-    input_ids = tokens.take(source, mode="clip")  # (B, S)
-    end = a + b + 2  # where the last [SEP] stands
-    input_ids[:, 0] = cls
-    rows = np.arange(len(pairs))
-    input_ids[rows, pairs.a_length + 1] = sep
-    input_ids[rows, end[:, 0]] = sep
-    real = column <= end  # (B, S)
-    input_ids[~real] = pad
-    return {
-        "input_ids": input_ids,
-        "input_mask": real.astype(np.int8),
-        "segment_ids": (real & (column > a + 1)).astype(np.int8),
-        "next_sentence_labels": pairs.is_random.astype(np.int8),
-    }
-
-
-def add_sample_flags(parser, max_seq_length: int, max_predictions_per_seq: int) -> None:
-    """The flags of SampleOptions, shared with data/bertPrep.py."""
-    group = parser.add_argument_group("samples")
-    group.add_argument("--max_seq_length", type=cli.positive_int, default=max_seq_length,
-                       help="tokens of a sample: 128 in phase 1, 512 in phase 2")
-    group.add_argument("--max_predictions_per_seq", type=cli.positive_int, default=max_predictions_per_seq,
-                       help="most tokens to predict in a sample: 20 for 128 tokens, 80 for 512")
-    group.add_argument("--masked_lm_prob", type=cli.proportion, default=0.15, help="share of the tokens to predict")
-    group.add_argument("--dynamic_masking", action="store_true",
-                       help="store the samples without masks: the training masks them, in each epoch anew")
-    group.add_argument("--dupe_factor", type=cli.positive_int,
-                       help=f"passes over the text, each with other pairs and masks (default: {PASSES}; with "
-                       "--dynamic_masking 1, which needs no pass for other masks)")
-    group.add_argument("--short_seq_prob", type=cli.proportion, default=0.1,
-                       help="share of the documents that are cut into shorter samples")
-    group.add_argument("--random_seed", type=int, default=12345, help="the same seed gives the same files")
-    group.add_argument("--do_lower_case", type=cli.boolean, default=True, metavar="1|0",
-                       help="lower-case the text and strip accents (an uncased vocabulary)")
-
-
-def sample_options(args) -> SampleOptions:
-    values = {field.name: getattr(args, field.name) for field in fields(SampleOptions)}
-    values["dupe_factor"] = args.dupe_factor or (1 if args.dynamic_masking else PASSES)
-    return SampleOptions(**values)
+from data.preparation.samples import SampleOptions, add_sample_flags, create_shard
+from data.tokenizer import load_vocabulary
 
 
 def main(argv=None) -> None:
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--input_file", required=True,
-                        help="text shard: a sentence a line, a blank line between documents")
+                        help="text shard: one sentence a line, a blank line between documents")
     parser.add_argument("--output_file", required=True, help="HDF5 shard to write")
-    parser.add_argument("--vocab_file", required=True, help="WordPiece vocabulary, a token a line; a path or URL")
-    add_sample_flags(parser, SampleOptions.max_seq_length, SampleOptions.max_predictions_per_seq)
+    parser.add_argument("--vocab_file", required=True, help="WordPiece vocabulary, one token a line; a path or URL")
+    add_sample_flags(parser)
     args = parser.parse_args(argv)
-    options = sample_options(args)
-    tokens = vocabulary.read(local_file(args.vocab_file))
+    options = cli.options_from(args, SampleOptions)
+    tokens = load_vocabulary(local_file(args.vocab_file))
     try:
         counts = create_shard(args.input_file, args.output_file, tokens, options)
     except OSError as error:

@@ -20,21 +20,25 @@ def main(argv=None):
 def print_figures(args) -> None:
     import torch
 
-    from checkpoint import folder as checkpoint
-    from data import shards
+    from checkpoint.load import load_weights
+    from data.shards import find_shards
     from devices.device import select_device
     from modeling import BertConfig, BertForPreTraining
-    from training.evaluation import describe, evaluate
+    from parallel.ranks import SingleRank
+    from parallel.rendezvous import RankInfo
+    from training.evaluation import Evaluator, describe
 
     device = select_device(device_options(args))
     config = BertConfig.from_json_file(args.config_file)
-    held_out = shards.find(args.eval_dir, "test", "--eval_dir")
+    held_out = find_shards(args.eval_dir, "test", "--eval_dir")
     torch.manual_seed(args.seed)
     model = BertForPreTraining(config, device.attentions[-1])
     if args.checkpoint:
-        checkpoint.load_into(model, args.checkpoint)
+        load_weights(model, args.checkpoint)
     model.to_device(device.torch_device)
-    figures = evaluate(model, held_out, device, args.batch_size, progress=not args.disable_progress_bar)
+    evaluator = Evaluator(shards=held_out, batch_size=args.batch_size, device=device,
+                          ranks=SingleRank(RankInfo()))
+    figures = evaluator.evaluate(model, progress=not args.disable_progress_bar)
     print(json.dumps(figures, indent=2) if args.json else describe(figures))
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that the transformers library loads.
+"""Export a checkpoint to a Hugging Face model folder, which the transformers library loads.
 
     python3 export_to_huggingface.py --checkpoint results/checkpoints/ckpt_8601.pt --config_file bert_config.json \\
         --vocab_file vocab.txt --output_dir exported --log results/phase1.json results/phase2.json
@@ -12,9 +12,9 @@ from pathlib import Path
 from common import cli
 from common.errors import UserError
 
-# What a model card tells of the flags of a run (a PARAMETER line of its log)
-CARD_FLAGS = ("input_dir", "max_seq_length", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
-              "warmup_proportion", "max_steps", "seed", "hmp", "fp16", "device")
+# The flags of a run (the PARAMETER line of its log) that the model card shows
+CARD_FLAGS = ("init_checkpoint", "input_dir", "max_seq_length", "train_batch_size", "gradient_accumulation_steps",
+              "learning_rate", "warmup_proportion", "max_steps", "seed", "hmp", "fp16", "device")
 CARD_FIGURES = ("final_loss", "eval_mlm_loss", "eval_mlm_accuracy", "eval_nsp_accuracy",
                 "training_sequences_per_second")
 
@@ -22,17 +22,17 @@ CARD_FIGURES = ("final_loss", "eval_mlm_loss", "eval_mlm_accuracy", "eval_nsp_ac
 def main(argv=None) -> None:
     args = parse_arguments(argv)
     refuse_folder_in_use(args.output_dir)
-    from checkpoint import folder as checkpoint
     from checkpoint import huggingface
+    from checkpoint.load import load_weights
     from modeling import BertConfig, BertForPreTraining
 
     config = BertConfig.from_json_file(args.config_file)
     tokens = huggingface.read_vocabulary(args.vocab_file, config)
     runs = [facts for log in args.log for facts in runs_of(log)]
     model = BertForPreTraining(config)
-    state = checkpoint.load_into(model, args.checkpoint)
+    state = load_weights(model, args.checkpoint)
     card = model_card(args, model, state, runs)
-    huggingface.save(args.output_dir, model, tokens, args.do_lower_case, card, not args.skip_variants)
+    huggingface.write_folder(args.output_dir, model, tokens, args.do_lower_case, card, not args.skip_variants)
     print(f"{args.output_dir}: {args.model_name or config_name(config)} from {args.checkpoint}; "
           f"load it with transformers.BertForPreTraining.from_pretrained({args.output_dir!r})")
 
@@ -46,11 +46,11 @@ def parse_arguments(argv):
     parser.add_argument("--do_lower_case", type=cli.boolean, default=True, metavar="1|0",
                         help="whether the data was lower-cased (an uncased vocabulary)")
     parser.add_argument("--log", nargs="+", default=[], metavar="LOG",
-                        help="logs of the training (--json_summary), for the facts in the model card")
+                        help="logs of the training (--json_summary), for the tables of the model card")
     parser.add_argument("--model_name", help="a name for the model card")
     parser.add_argument("--skip_variants", action="store_true",
                         help="write model.safetensors alone, a third of the disk: transformers 5 then lists the "
-                        "weights that BertForMaskedLM and BertModel leave over")
+                        "weights that BertForMaskedLM and BertModel do not use")
     return parser.parse_args(argv)
 
 
@@ -60,8 +60,8 @@ def refuse_folder_in_use(folder) -> None:
 
 
 def runs_of(log: str) -> list[dict]:
-    """The flags and last figures of the runs in a log, one dict for each phase (a resumed run goes on with its own)."""
-    from plot_training import log_lines
+    """The flags and last figures of the runs in a log, one dict for each phase; a resumed run belongs to its phase."""
+    from training.log import log_lines
 
     phases: dict[bool, dict] = {}
     facts: dict = {}
@@ -81,7 +81,7 @@ def config_name(config) -> str:
 
 
 def model_card(args, model, state: dict, runs: list[dict]) -> str:
-    """README.md of the folder: what the model is, how it was trained as far as is known, and how to load it."""
+    """README.md of the folder: the architecture, how it was trained as far as the logs say, and how to load it."""
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = {"Parameters": f"{parameters:,}", "Layers": config.num_hidden_layers, "Hidden size": config.hidden_size,
@@ -90,8 +90,11 @@ def model_card(args, model, state: dict, runs: list[dict]) -> str:
              "Checkpoint": Path(args.checkpoint).name, "Phase": state.get("phase"), "Step of the phase":
              state.get("step")}
     tables = [f"## Phase {run.pop('phase', '')}, from its log\n\n{table(run)}" for run in map(dict, runs)]
-    return CARD.format(name=args.model_name or config_name(config), facts=table(facts), added=config.padded_vocab_size
-                       - config.vocab_size, padded=config.padded_vocab_size, training="\n\n".join(tables))
+    start = next((run["init_checkpoint"] for run in runs if run.get("init_checkpoint")), None)
+    added = config.padded_vocab_size - config.vocab_size
+    return CARD.format(name=args.model_name or config_name(config), facts=table(facts), training="\n\n".join(tables),
+                       start=f", starting from the weights of {start}" if start else "",
+                       padding=PADDING.format(added=added, padded=config.padded_vocab_size) if added else "")
 
 
 def table(facts: dict) -> str:
@@ -108,7 +111,7 @@ tags: [bert, masked-lm, next-sentence-prediction]
 
 # {name}
 
-BERT (Devlin et al., 2018), pre-trained from scratch on masked language modelling and next sentence prediction.
+BERT (Devlin et al., 2018), pre-trained on masked language modelling and next sentence prediction{start}.
 
 {facts}
 
@@ -125,11 +128,13 @@ model = BertForMaskedLM.from_pretrained(folder, variant="masked_lm")  # without 
 model = BertModel.from_pretrained(folder, variant="encoder")          # without heads
 ```
 
-The variants hold the weights of model.safetensors that the class uses; without `variant` transformers 5 lists those
-that are left over.  For any other class (`AutoModelForSequenceClassification`, …) name the folder alone.
+The variants hold the weights of model.safetensors that the class uses; without `variant` transformers 5 lists the
+unused ones.  For any other class (`AutoModelForSequenceClassification`, …) name the folder alone.
+{padding}"""
 
-In training the vocabulary was padded to {padded} entries; the {added} added ones, which stand for no token, are not in
-the model ({added} rows in vocabulary_padding.safetensors, for going on with the training).
+PADDING = """
+In training the vocabulary was padded to {padded} entries.  The {added} added entries stand for no token and are not in
+the model; vocabulary_padding.safetensors holds their rows, so that training can continue from this folder.
 """
 
 

@@ -44,11 +44,11 @@ def parse_arguments(argv):
 
 
 def load_model(config, path: str):
-    from checkpoint import folder as checkpoint
+    from checkpoint.load import load_weights
     from modeling import BertForPreTraining
 
     model = BertForPreTraining(config).eval()
-    checkpoint.load_into(model, path)
+    load_weights(model, path)
     return model
 
 
@@ -78,7 +78,7 @@ def best_words(model, tokenizer, sentence: str, top: int) -> list[list[tuple[str
     """
     import torch
 
-    from data.vocabulary import SPECIAL_TOKENS
+    from data.tokenizer import SPECIAL_TOKENS
 
     ids = tokenizer.encode(sentence).ids
     mask = tokenizer.token_to_id("[MASK]")

@@ -2,28 +2,16 @@
 
     python3 plot_training.py results/phase1.json results/phase2.json --output curves.png
 
-A log that goes on with a run (--resume_from_checkpoint, the same --output_dir) is joined to it: both phases make one
-curve.  Other logs are runs of their own.
+The log of a resumed run or of its second phase (--resume_from_checkpoint, the same --output_dir) is joined to the
+first: both phases make one curve.  Other logs are separate runs.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from common import cli
 from common.errors import UserError
 from common.files import replacing
-
-PANELS = (  # title, key in the log, axis label
-    ("Training loss", "average_loss", "MLM + NSP, nats"),
-    ("MLM loss", "mlm_loss", "nats"),
-    ("NSP loss", "nsp_loss", "nats"),
-    ("Learning rate", "learning_rate", "rate"),
-    ("Throughput", "average_perf_per_step", "sequences/s"),
-    ("Held-out MLM loss", "eval_mlm_loss", "nats"),
-    ("Held-out MLM accuracy", "eval_mlm_accuracy", "share"),
-    ("Held-out NSP accuracy", "eval_nsp_accuracy", "share"),
-)
+from training.log import FIGURES, log_lines
 
 
 @dataclass
@@ -67,7 +55,7 @@ def add_log(runs: list[Run], path: str) -> None:
 
 
 def run_of(runs: list[Run], parameters: dict, path: str) -> Run:
-    """The run that these flags go on with: the last one with their --output_dir where they resume, else a new one."""
+    """The run that these flags continue: the last one with their --output_dir where they resume, else a new one."""
     output_dir = parameters.get("output_dir", path)
     before = [run for run in runs if run.output_dir == output_dir]
     if before and parameters.get("resume_from_checkpoint"):
@@ -76,36 +64,18 @@ def run_of(runs: list[Run], parameters: dict, path: str) -> Run:
     return runs[-1]
 
 
-def log_lines(path: str) -> list[dict]:
-    """The lines of a log that can be read: a last line cut in the middle is left out."""
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    lines = []
-    for line in text.splitlines():
-        try:
-            parsed = json.loads(line.removeprefix("DLLL "))
-            lines.append({"step": parsed["step"], "data": dict(parsed["data"])})
-        except (ValueError, KeyError, TypeError):
-            continue
-    if not lines:
-        raise UserError(f"{path}: not a log of run_pretraining.py")
-    return lines
-
-
 def draw(runs: list[Run], output: str) -> None:
     """One panel for each kind of figure that a run has, phase 2's start as a dotted line."""
     from matplotlib.figure import Figure
 
-    panels = [panel for panel in PANELS if any(panel[1] in run.curves for run in runs)]
+    panels = [figure for figure in FIGURES if figure.title and any(figure.name in run.curves for run in runs)]
     figure = Figure(figsize=(12, 3.2 * -(-len(panels) // 2)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flatten()
-    for axis, (title, key, label) in zip(axes, panels, strict=False):
-        axis.set(title=title, xlabel="optimizer step", ylabel=label)
+    for axis, panel in zip(axes, panels, strict=False):
+        axis.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
         axis.grid(alpha=0.3)
         for number, run in enumerate(runs):
-            draw_curve(axis, run, key, f"C{number}")
+            draw_curve(axis, run, panel.name, f"C{number}")
     for axis in axes[len(panels):]:
         axis.remove()
     if sum(bool(run.curves) for run in runs) > 1:

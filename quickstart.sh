@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The main job on a small scale: real Wikipedia text to a BERT trained through both phases, evaluated and drawn.
+# All stages on a small scale: from Wikipedia text to a small BERT, trained through both phases and evaluated.
 #
 #     bash quickstart.sh
 #
-# Everything goes to quickstart_output/ (QUICKSTART_OUTPUT names another folder).  Run again, it reuses what is done.
+# Everything is written to quickstart_output/, or to the folder QUICKSTART_OUTPUT.  Run again, it skips what is there.
 set -euo pipefail
 cd "$(dirname "$0")"
 source scripts/environment.sh
@@ -14,20 +14,20 @@ output=${QUICKSTART_OUTPUT:-quickstart_output}
 mkdir -p "$output"
 output=$(cd "$output" && pwd)
 export BERT_PREP_WORKING_DIR=$output/data
-unset VOCAB_FILE DYNAMIC_MASKING  # of the data preparation: they would give its folders other names
+unset VOCAB_FILE DYNAMIC_MASKING  # they would change the data and the names of its folders
 dataset=wikicorpus_en_sample
 config=$output/bert_config.json
 last_checkpoint=$output/checkpoints/ckpt_$((phase1_steps + phase2_steps)).pt
 
 stage() { printf '\n=== %s\n' "$*"; }
 
-samples() {  # samples LENGTH PREDICTIONS: the folder of the unpacked shards
+samples() {  # samples LENGTH PREDICTIONS: print the folder of the unpacked shards
     echo "$output/data/hdf5_lower_case_1_seq_len_$1_max_pred_$2_masked_lm_prob_0.15_random_seed_12345_dupe_factor_5/$dataset"
 }
 
 pack() {  # pack LENGTH PREDICTIONS
     if [ -e "$output/packed/$1_metadata.json" ]; then
-        echo "packed already: $output/packed/$1"
+        echo "already packed: $output/packed/$1"
     else
         "$PYTHON" pack_pretraining_data_pytorch.py --input_dir "$(samples "$1" "$2")" --output_dir "$output/packed/$1" \
             --max_sequence_length "$1" --max_predictions_per_sequence "$2"
@@ -38,7 +38,7 @@ train() {  # train PHASE LENGTH PREDICTIONS LAST_CHECKPOINT FLAG…
     local phase=$1 length=$2 predictions=$3 checkpoint=$output/checkpoints/ckpt_$4.pt
     shift 4
     if [ -e "$checkpoint" ]; then
-        echo "trained already: $checkpoint"
+        echo "already trained: $checkpoint"
     else
         "$PYTHON" run_pretraining.py --do_train --bert_model quickstart --config_file "$config" "${device[@]}" \
             --input_dir "$output/packed/$length" --output_dir "$output/checkpoints" --resume_from_checkpoint \
@@ -47,7 +47,7 @@ train() {  # train PHASE LENGTH PREDICTIONS LAST_CHECKPOINT FLAG…
     fi
 }
 
-held_out() {  # held_out LENGTH PREDICTIONS FLAG…: the figures of a model on the test shards
+held_out() {  # held_out LENGTH PREDICTIONS FLAG…: print loss and accuracy of a model on the test shards
     local length=$1 predictions=$2
     shift 2
     "$PYTHON" evaluate.py --config_file "$config" --eval_dir "$(samples "$length" "$predictions")" "${device[@]}" "$@"
@@ -58,12 +58,16 @@ make_environment requirements.txt
 device=(--seed 42)
 "$PYTHON" -c 'import habana_frameworks.torch' 2>/dev/null && device+=(--use_habana)
 
-stage "2/7  Text to samples: 106 articles of English Wikipedia, sequences of 128 and of 512 tokens"
+stage "2/7  From text to samples: 106 articles of English Wikipedia, sequences of 128 and of 512 tokens"
+# A vocabulary of its own comes first: the stages below would use Google's, four times as large, if it can be downloaded.
+for action in download text_formatting sharding create_vocabulary; do
+    "$PYTHON" data/bertPrep.py --action "$action" --dataset "$dataset"
+done
 bash data/create_datasets_from_start.sh sample
 vocabulary=$output/data/vocab/$dataset/vocab.txt
 sed "s/\"vocab_size\": .*/\"vocab_size\": $(wc -l < "$vocabulary")/" scripts/quickstart_config.json > "$config"
 
-stage "3/7  Packing: several short sequences in one row"
+stage "3/7  Packing: several short sequences share a row"
 pack 128 20
 pack 512 80
 
@@ -73,7 +77,7 @@ train 1 128 20 "$phase1_steps" --max_steps "$phase1_steps" --learning_rate 0.01 
 train 2 512 80 $((phase1_steps + phase2_steps)) --max_steps "$phase2_steps" --learning_rate 0.004 --log_freq 10 \
     --train_batch_size 16 --gradient_accumulation_steps 2 --phase2 --phase1_end_step "$phase1_steps"
 
-stage "5/7  Evaluation on the held-out articles, before and after"
+stage "5/7  Evaluation on held-out articles, before and after training"
 for shape in "128 20" "512 80"; do
     read -r length predictions <<< "$shape"
     echo "$length tokens, before: $(held_out "$length" "$predictions")"
@@ -83,7 +87,7 @@ done | tee "$output/evaluation.txt"
 stage "6/7  Curves"
 "$PYTHON" plot_training.py "$output/phase1.json" "$output/phase2.json" --output "$output/curves.png"
 
-stage "7/7  The five likeliest words for each [MASK]: after so short a training, hardly more than the frequent ones"
+stage "7/7  The five likeliest words for each [MASK]; after so short a training, hardly more than frequent words"
 "$PYTHON" fill_mask.py --checkpoint "$last_checkpoint" --config_file "$config" --vocab_file "$vocabulary" \
     "Alabama is a state in the [MASK] States." "The book was published [MASK] 1995." "It is the capital [MASK] Angola."
 

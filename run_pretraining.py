@@ -2,11 +2,10 @@
 
     python3 run_pretraining.py --do_train --config_file bert_config.json --input_dir D --output_dir O …
 
-README.md has the recipes.  This file reads the flags, checks everything that can be wrong, and puts the run together;
-training.py holds the loop.  torch is imported after the flags are read: Gaudi's software reads its environment then.
+docs/training.md has the recipes.  This file reads the flags, checks everything that can be wrong, and puts the run
+together; training/trainer.py holds the loop.  torch is imported after the flags are read: Gaudi's software reads its
+environment then.
 """
-
-from functools import partial
 
 from common import cli
 from common.errors import UserError
@@ -26,86 +25,87 @@ def pretrain(args, reader) -> dict:
     """Train as the flags say; the figures of the summary."""
     from parallel.ranks import init_ranks
 
-    with init_ranks(args.local_rank, args.collective_timeout) as process:
-        return run(args, process, reader)
+    with init_ranks(args.local_rank, args.collective_timeout) as ranks:
+        return run(args, ranks, reader)
 
 
-def run(args, process, reader) -> dict:
-    """The part of one rank in the training.  Nothing is written before everything has been checked."""
-    from checkpoint import folder as checkpoint
-    from data import dataloader as dataset
+def run(args, ranks, reader) -> dict:
+    """What one rank does of the training.  Nothing is written before everything has been checked."""
+    from checkpoint.resume import Phase, find_resume_point
+    from checkpoint.state import TrainingState
+    from data.dataloader import BatchStream, average_sequences_per_row
     from devices.device import select_device
     from devices.precision import Precision
     from modeling import BertConfig, BertForPreTraining
     from ops import attention
-    from optim.build import build_optimizer, local_part, restore_skip_counts
+    from optim.build import build_optimizer, local_part
     from parallel.gradient_reduction import broadcast_weights, build_reduction
     from training import dry_run
     from training.compilation import compile_training
-    from training.log import TrainingLog
-    from training.tensorboard_log import summary_writer
+    from training.evaluation import Evaluator
+    from training.log import TensorBoardLog, TrainingLog, summary_writer
     from training.trainer import BatchPlan, Trainer
 
-    device = select_device(device_options(args, args.use_torch_compile), process.local_rank)
+    device = select_device(device_options(args, args.use_torch_compile), ranks.local_rank)
     precision = Precision(precision_options(args), device)
     if args.tensorboard_logdir:
         summary_writer()
 
     config = BertConfig.from_json_file(args.config_file)
-    shards = training_shards(args, config, reader, process.warn)
+    shards = training_shards(args, config, reader, ranks.warn)
     held_out = held_out_shards(args, config, reader)
-    plan = BatchPlan.from_flags(args, dataset.average_sequences_per_row(shards, reader, args.skip_bad_shards))
-    start = checkpoint.find_start(args, report=process.warn)
-    process.connect(device)
-    process.check_same(run_fingerprint(args, config, shards, device, start))
-    left_out = {}
-    if start.data:
-        shards, left_out = dataset.as_before(shards, start.data, args.skip_bad_shards, process.warn)
+    plan = BatchPlan.from_flags(args, average_sequences_per_row(shards, reader, args.skip_bad_shards))
+    phase = Phase(2, args.phase1_end_step) if args.phase2 else Phase()
+    resume_point = find_resume_point(args.output_dir, phase, resume=args.resume_from_checkpoint,
+                                     resume_step=args.resume_step, init_checkpoint=args.init_checkpoint,
+                                     warn=ranks.warn)
+    ranks.connect(device)
+    ranks.check_same(run_fingerprint(args, config, shards, device, resume_point))
 
     device.seed(args.seed)
-    kind, layers_choice = process.gather(attention.choose(args, device, config, plan.micro_batch_size))[0]
-    model = BertForPreTraining(config, kind, args.checkpoint_activations, precision.autocast, precision.casts_off,
-                               args.mlm_loss_chunk)
-    if start.state:
-        checkpoint.check_architecture(config, start.state, start.path)
-        checkpoint.load_model(model, start.state["model"], start.path)
+    attention_name, layers = ranks.gather(attention.choose(args, device, config, plan.micro_batch_size))[0]
+    model = BertForPreTraining(config, attention_name, args.checkpoint_activations, precision.autocast,
+                               precision.casts_off, args.mlm_loss_chunk)
     model.to_device(device.torch_device).train()
-    broadcast_weights(process, model)
-    reduction = build_reduction(process, model, post_accumulation=args.allreduce_post_accumulation,
+    optimizer, optimizer_description = build_optimizer(args, model, device, ranks.world_size)
+    stream = BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, ranks=ranks, reader=reader,
+                         skip_bad_shards=args.skip_bad_shards, warn=ranks.warn)
+    state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision)
+    resume_point.restore(state)
+    device.synchronize()  # copying the weights is no part of the first step's graph
+    broadcast_weights(ranks, model)
+    reduction = build_reduction(ranks, model, post_accumulation=args.allreduce_post_accumulation,
                                 in_16_bits=args.allreduce_post_accumulation_fp16, fp16=args.fp16)
-    optimizer, choice = build_optimizer(args, model, device, process.world_size)
-    if start.state and start.state.get("optimizer") is not None:
-        checkpoint.load_optimizer(optimizer, start.state["optimizer"], start.path)
-    restore_skip_counts(optimizer, start.skipped)
-    precision.load_state_dict(start.scaler)
-    choices = [layers_choice, choice, f"ranks: {process.world_size}; reduction of gradients: {reduction.describe()}"]
+    descriptions = [layers, optimizer_description,
+                    f"ranks: {ranks.world_size}; reduction of gradients: {reduction.describe()}"]
     if args.use_torch_compile:
-        choices.append(compile_training(device, model, local_part(optimizer), args.cuda_graphs))
+        descriptions.append(compile_training(device, model, local_part(optimizer), args.cuda_graphs))
 
-    writes = process.first and not args.dry_run
-    log = TrainingLog(args.json_summary if writes else None, process.first, args.resume_from_checkpoint,
-                      tensorboard_log(args, start) if writes else None)
+    writes = ranks.first and not args.dry_run
+    tensorboard = (TensorBoardLog(args.tensorboard_logdir, phase.first, resume_point.step)
+                   if writes and args.tensorboard_logdir else None)
+    log = TrainingLog(args.json_summary if writes else None, ranks.first, args.resume_from_checkpoint, tensorboard)
     log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})
-    for line in [*opening(args, device, precision, shards, model, plan, start), *choices]:
-        log.say(line)
-    stream = dataset.BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, process.rank,
-                                 process.world_size, start.rows, left_out, reader,
-                                 report=log.warn if args.skip_bad_shards else None, gather=process.gather)
+    for line in [*opening(args, device, precision, stream.shards, model, plan, resume_point), *descriptions]:
+        log.print(line)
+    stream.warn = log.warn
+    evaluator = Evaluator(shards=held_out, batch_size=plan.micro_batch_size, device=device, ranks=ranks,
+                          autocast=precision.autocast) if held_out else None
     try:
-        trainer = Trainer(args, process, device, precision, model, reduction, optimizer, stream, plan, start, held_out,
-                          log)
+        trainer = Trainer(args=args, ranks=ranks, device=device, state=state, reduction=reduction, plan=plan,
+                          phase=phase, first_step=resume_point.step, evaluator=evaluator, log=log)
         if args.dry_run:
-            return dry_run.rehearse(trainer)
+            return dry_run.dry_run(trainer)
         summary = trainer.train()
-        log.say(closing(args, summary))
+        log.print(closing(args, summary))
         return summary
     finally:
         stream.close()
         log.close()
 
 
-def run_fingerprint(args, config, shards, device, start) -> dict[str, str]:
-    """What must be the same on all ranks, by name: flags, config, data, software and starting point."""
+def run_fingerprint(args, config, shards, device, resume_point) -> dict[str, str]:
+    """What must be the same on all ranks, by name: flags, config, data, software, and where to start."""
     import torch
 
     return {
@@ -115,20 +115,21 @@ def run_fingerprint(args, config, shards, device, start) -> dict[str, str]:
            for shard in shards},
         "the device": device.kind,
         "PyTorch": torch.__version__,
-        "the start (is --output_dir a folder that all servers share?)":
-            f"step {start.step}, {start.rows} rows used, {start.path or 'no checkpoint'}",
+        "the start (is --output_dir a folder that all servers share?)": resume_point.describe(),
     }
 
 
 def training_shards(args, config, reader, report) -> list:
     """The shards of --input_dir, checked against the flags and the config."""
-    from data import dataloader as dataset
-    from data import shards as shard_files
+    from data.dataloader import check_first_rows
+    from data.shards import find_readable_shards, find_shards
 
-    unreadable = [] if args.skip_bad_shards else None
-    found = shard_files.find(args.input_dir, inspect=partial(reader.call, shard_files.inspect), unreadable=unreadable)
-    for fault in unreadable or ():
-        report(f"left out from the start: {fault}")
+    if args.skip_bad_shards:
+        found, unreadable = find_readable_shards(args.input_dir, reader=reader)
+        for fault in unreadable:
+            report(f"skipped from the start: {fault}")
+    else:
+        found = find_shards(args.input_dir, reader=reader)
     first = found[0]
     if first.sequence_length != args.max_seq_length:
         raise UserError(f"{first.path}: its rows have {first.sequence_length} tokens, "
@@ -146,26 +147,18 @@ def training_shards(args, config, reader, report) -> list:
         report("--avg_seq_per_pack is deprecated and has no effect: the data decides")
     check_length("--max_seq_length", args.max_seq_length, config)
     if not args.skip_bad_shards:
-        dataset.check_first_rows(found, config.vocab_size, reader)
+        check_first_rows(found, config.vocab_size, reader)
     return found
 
 
 def held_out_shards(args, config, reader) -> list | None:
-    from data import shards as shard_files
+    from data.shards import find_shards
 
     if not args.eval_dir:
         return None
-    found = shard_files.find(args.eval_dir, "test", "--eval_dir", partial(reader.call, shard_files.inspect))
+    found = find_shards(args.eval_dir, "test", "--eval_dir", reader)
     check_length(f"{found[0].path}: the row length", found[0].sequence_length, config)
     return found
-
-
-def tensorboard_log(args, start):
-    from training.tensorboard_log import TensorBoardLog
-
-    if not args.tensorboard_logdir:
-        return None
-    return TensorBoardLog(args.tensorboard_logdir, args.phase1_end_step if args.phase2 else 0, start.step)
 
 
 def check_length(what: str, length: int, config) -> None:
@@ -173,7 +166,7 @@ def check_length(what: str, length: int, config) -> None:
         raise UserError(f"{what} {length} is above max_position_embeddings {config.max_position_embeddings}")
 
 
-def opening(args, device, precision, shards, model, plan, start) -> list[str]:
+def opening(args, device, precision, shards, model, plan, resume_point) -> list[str]:
     """What a person wants to know as the run starts."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     form = "packed" if shards[0].packed else "unpacked"
@@ -182,8 +175,8 @@ def opening(args, device, precision, shards, model, plan, start) -> list[str]:
         f"data: {sum(shard.rows for shard in shards)} {form} rows of {args.max_seq_length} tokens in "
         f"{len(shards)} shards of {args.input_dir}",
         plan.describe(),
-        f"phase {2 if args.phase2 else 1}, from step {start.step} of {args.max_steps}"
-        + (f", from {start.path}" if start.path else ""),
+        f"phase {2 if args.phase2 else 1}, from step {resume_point.step} of {args.max_steps}"
+        + (f", from {resume_point.path}" if resume_point.path else ""),
     ]
 
 

@@ -127,9 +127,9 @@ def quietly(function, *arguments) -> None:
 
 def parameters_and_copy(path: Path, repeats: int = 5) -> tuple[int, list[float]]:
     """How many parameters a checkpoint holds, and seconds for a bare copy of all its bytes."""
-    from checkpoint import folder as checkpoint
+    from checkpoint.folder import read_checkpoint
 
-    state = checkpoint.load(path)
+    state = read_checkpoint(path)
     weights = {weight.data_ptr(): weight for weight in state["model"].values()}.values()
     tensors = [*weights, *(value for moments in state["optimizer"]["state"].values() for value in moments.values())]
     copies, seconds = [tensor.clone() for tensor in tensors], []

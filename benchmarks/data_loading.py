@@ -9,9 +9,9 @@ folder; then whole epochs are read, each by a fresh stream, waiting for every ba
 
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
+from data.shards import find_shards
 from measuring import machine, report, spread  # puts the repository's root on the path
 
 # isort: split
@@ -62,7 +62,7 @@ def write_packed(folder: Path, count: int, rows: int) -> None:
     """Rows of two sequences of 256 tokens each."""
     import numpy as np
 
-    from data import shards
+    from data.shards import write_shard
     from tests.support import synthetic
 
     for number in range(count):
@@ -71,7 +71,7 @@ def write_packed(folder: Path, count: int, rows: int) -> None:
         join = {key: np.concatenate([one[key], other[key]], axis=1) for key in ("input_ids", "segment_ids")}
         shifted = np.where(other["masked_lm_positions"] > 0, other["masked_lm_positions"] + 256, 0)
         halves = np.arange(512) // 256
-        shards.write(folder / f"part_{number}.hdf5", {
+        write_shard(folder / f"part_{number}.hdf5", {
             **join, "input_mask": np.tile(halves + 1, (rows, 1)), "positions": np.tile(np.arange(512) % 256, (rows, 1)),
             "masked_lm_positions": np.concatenate([one["masked_lm_positions"], shifted], axis=1),
             "masked_lm_ids": np.concatenate([one["masked_lm_ids"], other["masked_lm_ids"]], axis=1),
@@ -82,12 +82,13 @@ def write_packed(folder: Path, count: int, rows: int) -> None:
 
 def epoch_rate(folder: Path, batch_size: int, reader) -> float:
     """Rows a second of one epoch read by a new stream."""
-    from data import dataloader as dataset
-    from data import shards
+    from data.dataloader import BatchStream
+    from parallel.ranks import SingleRank
+    from parallel.rendezvous import RankInfo
 
-    found = shards.find(folder, inspect=partial(reader.call, shards.inspect))
+    found = find_shards(folder, reader=reader)
     batches = sum(shard.rows for shard in found) // batch_size
-    stream = dataset.BatchStream(found, batch_size, seed=1, vocab_size=VOCABULARY, reader=reader)
+    stream = BatchStream(found, batch_size, 1, VOCABULARY, ranks=SingleRank(RankInfo()), reader=reader)
     began = time.perf_counter()
     for _ in range(batches):
         next(stream)

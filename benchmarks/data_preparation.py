@@ -23,7 +23,10 @@ from measuring import ROOT, alternate, processor, report, spread  # puts the rep
 # isort: split
 from common import cli
 from common.errors import UserError
-from data.preparation import downloads, estimates
+from data.preparation import estimates, wikipedia
+from data.preparation.datasets import WIKIPEDIA
+from data.preparation.downloads import DownloadOptions, mirror_pairs
+from data.preparation.samples import SampleOptions
 
 SAMPLE_MB = 2.6  # text of the sample
 SIZES = (20, 200)  # MB of text
@@ -49,7 +52,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         scratch = Path(scratch)
-        sample = downloads.sample(scratch / "sample", downloads.mirrors([]))
+        sample = wikipedia.download_sample(scratch / "sample", DownloadOptions(mirrors=mirror_pairs([])))[0][0]
         runs = {}  # first, while this process is small: a process that it starts counts this one's memory as its own
         for size in SIZES if not args.full else (*SIZES, FULL_SIZE):
             corpus = make_corpus(scratch, sample, size)
@@ -139,11 +142,10 @@ def sample_text(scratch: Path, sample: Path) -> tuple[Path, Path]:
 def one_shard(text: Path, vocab_file: Path, repeats: int) -> dict:
     """A text shard to HDF5 (128 tokens, dupe_factor 5) against tokenizing that text once, both on one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from create_pretraining_data import SampleOptions, create_shard
-    from data import vocabulary
-    from data.wordpiece import reference_tokenizer
+    from data.preparation.samples import create_shard
+    from data.tokenizer import load_vocabulary, reference_tokenizer
 
-    tokens = vocabulary.read(vocab_file)
+    tokens = load_vocabulary(vocab_file)
     reference = reference_tokenizer(tokens, lower_case=True)
     sentences = [line for line in text.read_text().split("\n") if line]
     options = SampleOptions(max_seq_length=128)
@@ -204,7 +206,7 @@ def summary(runs: dict) -> dict:
         "two_processes_speedup_of_all": total(one) / total(two),
         "peak_rss_mb": {run: {name: stage["peak_rss_mb"] for name, stage in stages.items()}
                         for run, stages in runs.items()},
-        "wikipedia_on_16_cores": estimates.plan(estimates.WIKIPEDIA_DUMP, 16),
+        "wikipedia_on_16_cores": estimates.whole_chain([WIKIPEDIA], SampleOptions(), 16),
     }
 
 

@@ -155,7 +155,7 @@ def wikipedia_batches(length: int, rows: int) -> tuple[dict, dict]:
     import numpy as np
 
     from data import dataloader as dataset
-    from data import shards
+    from data.shards import find_shards
     from pack_pretraining_data_pytorch import main as pack
     from packing import wikipedia_histogram
     from tests.support import synthetic
@@ -171,7 +171,7 @@ def wikipedia_batches(length: int, rows: int) -> tuple[dict, dict]:
         with contextlib.redirect_stdout(io.StringIO()):
             pack([f"--input_dir={unpacked}", f"--output_dir={packed}", f"--max_sequence_length={length}",
                   f"--max_predictions_per_sequence={predictions}", "--disable_progress_bar"])
-        return tuple(next(dataset.batches_once(shards.find(form), rows, synthetic.VOCAB_SIZE))
+        return tuple(next(dataset.batches_once(find_shards(form), rows, synthetic.VOCAB_SIZE))
                      for form in (unpacked, packed))
 
 

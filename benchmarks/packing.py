@@ -22,8 +22,8 @@ from measuring import ROOT, machine, report  # puts the repository's root on the
 
 # isort: split
 from common import cli
-from data.packing import nnls as packing_nnls
-from pack_pretraining_data_pytorch import METHODS
+from data.packing import nnls
+from data.packing.methods import METHODS, PackingMethod
 from tests.support.synthetic import write_unpacked_shard
 
 DEPTHS = (3, 4, 8, 16)
@@ -68,25 +68,25 @@ def timed(function, *arguments):
 
 def measure_all(histogram: np.ndarray, depths: tuple[int, ...], repeats: int) -> list[dict]:
     """One entry for each depth and method."""
-    entries = [measure(method, depth, histogram, repeats) for depth in depths for method in METHODS
-               if method != "nnls" or depth <= packing_nnls.MAX_DEPTH]
+    entries = [measure(method, depth, histogram, repeats) for depth in depths for method in METHODS.values()
+               if method.supports(depth)]
     for entry in entries:  # a bound that any method proves holds for all
         entry["bound"] = max(other["bound"] for other in entries if other["depth"] == entry["depth"])
     return entries
 
 
-def measure(method: str, depth: int, histogram: np.ndarray, repeats: int) -> dict:
-    runs = [timed(METHODS[method], histogram, depth) for _ in range(repeats)]
+def measure(method: PackingMethod, depth: int, histogram: np.ndarray, repeats: int) -> dict:
+    runs = [timed(method.solve, histogram, depth) for _ in range(repeats)]
     recipe = runs[0][0]
-    return {"method": method, "depth": depth, "efficiency": efficiency(histogram, recipe.row_count),
+    return {"method": method.name, "depth": depth, "efficiency": efficiency(histogram, recipe.row_count),
             "rows": recipe.row_count, "bound": recipe.bound, "seconds": min(seconds for _, seconds in runs)}
 
 
 def measure_plain_nnls(histogram: np.ndarray, entries: list[dict], repeats: int) -> dict:
     """NNLSHP as published: scipy.optimize.nnls over all strategies; what is left over after rounding goes alone."""
-    weights = packing_nnls.published_weights(len(histogram) - 1)
-    strategies = packing_nnls.full_strategies(len(histogram) - 1, packing_nnls.MAX_DEPTH)
-    matrix = packing_nnls.weighted_counts(strategies, weights).toarray()
+    weights = nnls.published_weights(len(histogram) - 1)
+    strategies = nnls.full_strategies(len(histogram) - 1, nnls.MAX_DEPTH)
+    matrix = nnls.weighted_counts(strategies, weights).toarray()
 
     def solve():
         counts, _ = scipy.optimize.nnls(matrix, weights * histogram, maxiter=20 * matrix.shape[1])
@@ -94,7 +94,7 @@ def measure_plain_nnls(histogram: np.ndarray, entries: list[dict], repeats: int)
 
     runs = [timed(solve) for _ in range(repeats)]
     counts, seconds = runs[0][0], min(seconds for _, seconds in runs)
-    slots = np.bincount(strategies.ravel(), np.repeat(counts, packing_nnls.MAX_DEPTH), len(histogram))
+    slots = np.bincount(strategies.ravel(), np.repeat(counts, nnls.MAX_DEPTH), len(histogram))
     rows = int(counts.sum() + np.maximum(histogram - slots, 0)[1:].sum())
     ours = next(entry for entry in entries if entry["method"] == "nnls")
     return {"strategies": len(strategies), "efficiency": efficiency(histogram, rows), "rows": rows, "seconds": seconds,

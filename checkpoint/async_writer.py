@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from checkpoint import folder as checkpoint
+from checkpoint.folder import checkpoint_path, saved_steps, write_checkpoint
 from common.errors import UserError
 from common.files import remove_leftovers
 
@@ -56,7 +56,7 @@ class CheckpointWriter:
 
     def write(self):
         remove_leftovers(self.folder, before=self.started)
-        return checkpoint.save(self.folder, *self.unwritten, self.protected)
+        return write_checkpoint(self.folder, *self.unwritten, self.protected)
 
     def finish(self) -> None:
         """Wait until what is being written is, and report what became of it."""
@@ -68,7 +68,7 @@ class CheckpointWriter:
             self.unwritten = None
         except OSError as error:
             self.warn(f"ckpt_{self.unwritten[0]}.pt could not be written ({error}); those before it are kept, "
-                      f"and the training goes on")
+                      f"and the training continues")
 
     def report_when_written(self) -> None:
         if self.writing is not None and self.writing.done():
@@ -83,6 +83,6 @@ class CheckpointWriter:
         try:
             self.say(f"saved {self.write()}")
         except OSError as error:
-            kept = [str(checkpoint.path_of(self.folder, step)) for step in checkpoint.steps(self.folder)]
+            kept = [str(checkpoint_path(self.folder, step)) for step in saved_steps(self.folder)]
             raise UserError(f"ckpt_{self.unwritten[0]}.pt, the last of this run, could not be written: {error}; "
                             f"the newest is {kept[-1] if kept else 'none'}") from None

@@ -22,10 +22,10 @@ SEAL_SIZE = 2 + COMMENT_SIZE  # the archive ends in the comment's length, two by
 BLOCK = 1 << 20
 
 
-def write(path, state: dict) -> None:
+def write_file(path, contents: dict) -> None:
     """Write a file whole or not at all; it is on disk when this returns.  OSError where the disk does not take it."""
     with replacing(path) as temporary, HashedFile(temporary, "w+") as file:
-        torch.save({**state, CHECKSUM: "sha256"}, file)
+        torch.save({**contents, CHECKSUM: "sha256"}, file)
         file.seek(-2, os.SEEK_END)
         seal = MARK + file.digest.hexdigest().encode()
         file.write(COMMENT_SIZE.to_bytes(2, "little") + seal)
@@ -45,7 +45,7 @@ class HashedFile(PatientFile):
         return super().write(data)
 
 
-def read(path) -> dict:
+def read_file(path) -> dict:
     """The contents of a file, on the host.  Nothing in it is executed.
 
     Raises UserError where there is no such file, where it is damaged, and where it holds no dictionary.
@@ -53,22 +53,22 @@ def read(path) -> dict:
     path = Path(path)
     try:
         sealed = check_seal(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises whatever a damaged zip or pickle happens to cause
         raise UserError(f"{path}: not a readable checkpoint: {first_line(error)}") from None
-    if not isinstance(state, dict):
+    if not isinstance(contents, dict):
         raise UserError(f"{path}: not a checkpoint: it holds no dictionary")
-    if state.pop(CHECKSUM, None) is not None and not sealed:
+    if contents.pop(CHECKSUM, None) is not None and not sealed:
         raise UserError(f"{path}: not a readable checkpoint: its checksum is missing")
-    return state
+    return contents
 
 
 def check_sealed(path: Path) -> None:
-    """UserError where a file that `write` has written is not as it was, or cannot be read."""
+    """UserError where a file that write_file has written is not as it was, or cannot be read."""
     try:
         sealed = check_seal(path)
     except OSError as error:
@@ -97,3 +97,17 @@ def check_seal(path: Path) -> bool:
     if end[2 + len(MARK):] != digest.hexdigest().encode():
         raise UserError(f"{path}: not a readable checkpoint: its bytes do not have the checksum that it ends in")
     return True
+
+
+def is_plain(value) -> bool:
+    """Whether a value from a file is a tensor that weights and moments can be copied from."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" \
+        and value.is_floating_point()
+
+
+def check_tensor(value, shape, what: str) -> None:
+    """UserError where a value from a file is not a plain tensor of this shape."""
+    if not is_plain(value):
+        raise UserError(f"{what} is no plain tensor of floating-point numbers")
+    if value.shape != shape:
+        raise UserError(f"{what} has shape {tuple(value.shape)}, the config makes it {tuple(shape)}")

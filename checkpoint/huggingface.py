@@ -20,8 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, processors
 from common.download import local_file
 from common.errors import UserError
 from common.files import replacing_files
-from data import vocabulary
-from data.wordpiece import reference_tokenizer
+from data.tokenizer import SPECIAL_TOKENS, load_vocabulary, reference_tokenizer
 from modeling import LAYER_NORM_EPS, BertConfig
 
 WEIGHTS = "model.safetensors"
@@ -59,7 +58,7 @@ def config_values(config: BertConfig) -> dict:
 
 # --- writing ---
 
-def save(folder, model, tokens: list[str], lower_case: bool, card: str, variants: bool = True) -> None:
+def write_folder(folder, model, tokens: list[str], lower_case: bool, card: str, variants: bool = True) -> None:
     """Write the folder.  All its files get their names at the end, or none does."""
     from safetensors.torch import save_file
 
@@ -98,7 +97,7 @@ def weight_files(model, variants: bool) -> dict[str, dict[str, torch.Tensor]]:
 
 def read_vocabulary(path, config: BertConfig) -> list[str]:
     """The tokens of a vocabulary file (or URL), which must be as many as the config says."""
-    tokens = vocabulary.read(local_file(path))
+    tokens = load_vocabulary(local_file(path))
     if len(tokens) != config.vocab_size:
         raise UserError(f"--vocab_file {path}: {len(tokens)} tokens, but vocab_size in the config is "
                         f"{config.vocab_size}")
@@ -109,7 +108,7 @@ def tokenizer_of(tokens: list[str], lower_case: bool) -> Tokenizer:
     """BERT's tokenizer: [CLS] A [SEP], [CLS] A [SEP] B [SEP]; the special tokens count as such within a text."""
     tokenizer = reference_tokenizer(tokens, lower_case)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                                  for token in vocabulary.SPECIAL_TOKENS])
+                                  for token in SPECIAL_TOKENS])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[(token, tokens.index(token)) for token in ("[CLS]", "[SEP]")])
@@ -123,7 +122,7 @@ def tokenizer_settings(config: BertConfig, lower_case: bool) -> dict:
 
 
 def special_tokens() -> dict[str, str]:
-    return {f"{token.strip('[]').lower()}_token": token for token in vocabulary.SPECIAL_TOKENS}
+    return {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}
 
 
 def as_json(value) -> str:
@@ -132,7 +131,7 @@ def as_json(value) -> str:
 
 # --- reading ---
 
-def load(folder) -> dict:
+def read_folder(folder) -> dict:
     """The weights of such a folder under our names, and its architecture, as a checkpoint: {"model": …, "config": …}.
 
     Theirs has no padded vocabulary; the entries that are added here have no weight and are never predicted.

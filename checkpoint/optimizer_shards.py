@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import file as checkpoint_file
+from checkpoint.file import check_sealed, read_file, write_file
 from common.errors import UserError
 from common.files import sync_folder, write_json
 from optim.build import local_part
@@ -33,7 +33,7 @@ def folder_of(checkpoint) -> Path:
     return Path(checkpoint).with_suffix(".optim")
 
 
-def save(checkpoint, optimizer, process) -> dict:
+def save_optimizer(checkpoint, optimizer, ranks) -> dict:
     """What belongs under "optimizer" in a checkpoint.  Sharded state is written here: all ranks call this together.
 
     Raises OSError on all ranks where the disk of one does not take its share.
@@ -44,9 +44,9 @@ def save(checkpoint, optimizer, process) -> dict:
     folder = folder_of(checkpoint)
     temporary = folder.with_name(f".{folder.name}.tmp")
     groups = numbered_groups(optimizer)
-    file = temporary / f"rank_{process.rank}_of_{process.world_size}.pt"
-    files = together(process, partial(write_share, file, optimizer, groups))
-    together(process, partial(complete, temporary, dict(files), Path(checkpoint)) if process.first else lambda: None)
+    file = temporary / f"rank_{ranks.rank}_of_{ranks.world_size}.pt"
+    files = together(ranks, partial(write_share, file, optimizer, groups))
+    together(ranks, partial(complete, temporary, dict(files), Path(checkpoint)) if ranks.first else lambda: None)
     return {"folder": folder.name, "param_groups": groups}
 
 
@@ -65,17 +65,17 @@ def write_share(file: Path, optimizer, groups: list[dict]) -> tuple[str, dict]:
                for parameter, number in zip(group["params"], numbered["params"], strict=True)}
     share = {numbers[parameter]: {key: value.detach().cpu() for key, value in moments.items()}
              for parameter, moments in local_part(optimizer).state.items()}
-    checkpoint_file.write(file, {"state": share})
+    write_file(file, {"state": share})
     return file.name, {"bytes": file.stat().st_size, "parameters": list(share)}
 
 
-def together(process, action) -> list:
+def together(ranks, action) -> list:
     """What `action` returns on each rank, on every rank.  OSError on all of them where one of them met one."""
     try:
         outcome = action(), None
     except OSError as error:
-        outcome = None, f"rank {process.rank}: {error}"
-    outcomes = process.gather(outcome)
+        outcome = None, f"rank {ranks.rank}: {error}"
+    outcomes = ranks.gather(outcome)
     faults = [fault for _, fault in outcomes if fault]
     if faults:
         raise OSError(faults[0])
@@ -109,7 +109,7 @@ def set_aside(checkpoint: Path) -> None:
             path.replace(f"{path}.set_aside")
 
 
-def check(checkpoint, state) -> None:
+def check_complete(checkpoint, state) -> None:
     """UserError where the sharded state of a checkpoint is not whole; `state` is its "optimizer".
 
     All its bytes are read: a run must know of a fault in them while it can still go on from another checkpoint.
@@ -117,7 +117,7 @@ def check(checkpoint, state) -> None:
     if isinstance(state, dict) and "folder" in state:
         folder = folder_named(checkpoint, state)
         for name in sorted(set(read_index(folder).values())):
-            checkpoint_file.check_sealed(folder / name)
+            check_sealed(folder / name)
 
 
 def folder_named(checkpoint, state: dict) -> Path:
@@ -142,7 +142,7 @@ def read_index(folder: Path) -> dict[int, str]:
         raise UserError(f"{folder / INDEX}: not a readable index: {error!r}") from None
 
 
-def moments(checkpoint, state: dict, numbers: list[int]) -> dict:
+def read_moments(checkpoint, state: dict, numbers: list[int]) -> dict:
     """The moments of some parameters by number, out of a checkpoint's "optimizer", or the files that hold them."""
     if "folder" not in state:
         if not isinstance(state.get("state"), dict):
@@ -155,7 +155,7 @@ def moments(checkpoint, state: dict, numbers: list[int]) -> dict:
         raise UserError(f"{folder}: no optimizer state of parameter {missing[0]} in it ({len(missing)} are missing)")
     found = {}
     for name in sorted({places[number] for number in numbers}):
-        share = checkpoint_file.read(folder / name).get("state")
+        share = read_file(folder / name).get("state")
         if not isinstance(share, dict):
             raise UserError(f"{folder / name}: holds no state")
         found |= {number: share[number] for number in numbers if number in share}

@@ -1,13 +1,13 @@
-"""What the command lines of this repository share: both spellings of a flag, true/false values, errors in one line.
+"""What all command lines share: both spellings of a flag, true/false values, errors in one line.  No torch here.
 
-No torch is imported here, so that a script can read its flags before it (Gaudi's software reads its environment while
-torch is imported).
+Flags are parsed before torch is imported: Gaudi's software reads its environment during that import.
 """
 
 import argparse
 import signal
 import sys
 from contextlib import contextmanager
+from dataclasses import fields
 
 from common.errors import UserError
 
@@ -35,16 +35,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of descriptions and shows each default that says something."""
+    """Keeps the line breaks of descriptions, and shows defaults except None, False and empty ones."""
 
     def _get_help_string(self, action):
-        if action.default in (None, "", False, argparse.SUPPRESS) or action.required:
+        if action.default in (None, "", False, [], argparse.SUPPRESS) or action.required:
             return action.help
         return super()._get_help_string(action)
 
 
 def with_underscores(word: str) -> str:
-    """'--a-b=c-d' becomes '--a_b=c-d'; words that are no flags stay as they are."""
+    """'--a-b=c-d' becomes '--a_b=c-d'; other words stay as they are."""
     if not word.startswith("--"):
         return word
     flag, equals, value = word[2:].partition("=")
@@ -60,7 +60,7 @@ def boolean(text: str) -> bool:
 
 
 def positive_int(text: str) -> int:
-    """The value of a flag that counts something, at least 1."""
+    """The value of a flag that is a count, at least 1."""
     try:
         number = int(text)
     except ValueError:
@@ -71,7 +71,7 @@ def positive_int(text: str) -> int:
 
 
 def proportion(text: str) -> float:
-    """The value of a flag that is a share of something, from 0 to 1."""
+    """The value of a flag that is a proportion, from 0 to 1."""
     try:
         number = float(text)
     except ValueError:
@@ -81,8 +81,14 @@ def proportion(text: str) -> float:
     return number
 
 
+def options_from(args, kind: type, **values):
+    """An object of the dataclass `kind`: the fields in `values`, and the others from the flags of the same names."""
+    flags = {field.name: getattr(args, field.name) for field in fields(kind) if field.name not in values}
+    return kind(**flags, **values)
+
+
 def run(main) -> None:
-    """Call main() as a script does: a UserError becomes one line on stderr and exit code 2, an interrupt 130."""
+    """Run a command: a UserError becomes one line on stderr and exit code 2, an interrupt exit code 130."""
     try:
         sys.exit(main())
     except UserError as error:
@@ -95,7 +101,7 @@ def run(main) -> None:
 
 @contextmanager
 def sigterm_as_interrupt():
-    """Let SIGTERM end the block as Ctrl-C does, so that temporary files are removed."""
+    """In the block, SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that temporary files are removed."""
     def interrupt(signal_number, frame):
         raise KeyboardInterrupt
 

@@ -1,11 +1,11 @@
-"""Fetching remote files: whole and verified, or not at all.
+"""Download of remote files: a file appears only when it is complete and verified.
 
-    local_file("s3://bucket/vocab.txt")        a local copy, fetched once
+    local_file("s3://bucket/vocab.txt")        a local copy, downloaded once
     local_folder("s3://bucket/hdf5/wiki")      a local copy of the shards under a prefix
-    fetch(url, "dump.bz2", sha1=…)             resumes an interrupted transfer
+    fetch(url, "dump.bz2", sha1=…)             resumes an interrupted download
 
-Local copies lie below common.files.cache_folder(); a file is fetched again only where the server says that it has
-changed.
+Local copies are kept below common.files.cache_folder(); a file is downloaded again only if the server reports that it
+has changed.
 """
 
 import fcntl
@@ -22,31 +22,31 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import cache_folder, sync_folder, write_json
-from common.remote_sources import Interrupted, s3_keys, source
+from common.remote_sources import Interrupted, remote_source, s3_keys
 
-TRIES = 8  # without a byte of progress, before a transfer is given up
+TRIES = 8  # attempts without a byte of progress, before a download is given up
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries; doubled each time
 BLOCK = 1 << 20
 
 
 def is_remote(name) -> bool:
-    """Whether a name is a URL that local_file fetches."""
+    """Whether a name is a URL that local_file downloads."""
     return str(name).startswith(("http://", "https://", "s3://"))
 
 
 def local_file(name) -> Path:
-    """The path of a local file as it is; of a remote one, the path of its local copy."""
+    """The path itself if it is local; for a URL, the path of its local copy."""
     if not is_remote(name):
         return Path(name)
     place = hashlib.sha256(os.path.dirname(str(name)).encode()).hexdigest()[:16]
     return fetch(str(name), cache_folder() / place / (PurePosixPath(urlsplit(str(name)).path).name or "file"))
 
 
-def local_folder(name, ending: str = ".hdf5") -> Path:
-    """A local folder as it is; of an s3:// prefix, a folder with local copies of the objects directly below it.
+def local_folder(name, ending: str = ".hdf5", beside: str = "") -> Path:
+    """A local folder unchanged; for an s3:// prefix, a folder with copies of the objects directly below it.
 
-    Also fetched is NAME_metadata.json beside the prefix, which the packer writes there.  Objects that are gone are
-    removed from the copy, so that it never mixes two states.
+    The object PREFIX + `beside`, if there is one, is fetched too.  Objects that are gone are removed from the copy, so
+    that it never mixes two states.
     """
     if not str(name).startswith("s3://"):
         return Path(name)
@@ -59,9 +59,8 @@ def local_folder(name, ending: str = ".hdf5") -> Path:
         raise UserError(f"{name}: no object that ends in {ending} below it")
     for key in tqdm(wanted, unit="file", desc=f"fetching {name}", disable=len(wanted) < 2):
         fetch(key, folder / key.rpartition("/")[2])
-    for key in listed:
-        if key == f"{prefix}_metadata.json":
-            fetch(key, folder.parent / key.rpartition("/")[2])
+    if beside and prefix + beside in listed:
+        fetch(prefix + beside, folder.with_name(folder.name + beside))
     for path in set(folder.glob(f"*{ending}")) - {folder / key.rpartition("/")[2] for key in wanted}:
         path.unlink()
     return folder
@@ -69,36 +68,37 @@ def local_folder(name, ending: str = ".hdf5") -> Path:
 
 def fetch(url: str, target, sha1: str | None = None, sha256: str | None = None,
           tries: int = TRIES, first_wait: float = FIRST_WAIT) -> Path:
-    """Fetch a URL to the file `target`, which gets its name only when it is whole and verified.
+    """Download a URL to the file `target`, which gets its name only when it is complete and verified.
 
-    A checksum (hex), where given, decides; else the size that the server states.  An interrupted transfer goes on
-    where it stopped, in this call or a later one, as long as the server still has the same version of the file.  A
-    target that is there and up to date is not fetched again.  Raises UserError, and leaves `target` as it was, when
-    `tries` attempts in a row bring no progress or the file is not what it should be.
+    It is verified by a checksum (hex) if one is given, else by the size that the server reports.  An interrupted
+    download continues where it stopped, in this call or a later one, if the server still has the same version of the
+    file.  A target that is up to date is not downloaded again.  Raises UserError, and leaves `target` as it was, when
+    `tries` attempts in a row make no progress or the file is not the expected one.
     """
     transfer = Transfer(url, Path(target), {"sha1": sha1, "sha256": sha256})
     with locked(transfer.target):
         if not transfer.finished():
-            transfer.repeat(tries, first_wait)
+            transfer.receive_with_retries(tries, first_wait)
             transfer.accept()
     return transfer.target
 
 
 class Transfer:
-    """One file on its way: its source, and the part that is here (.NAME.part).
+    """The download of one file: its source, and the part received so far (.NAME.part).
 
-    What version of the file that is stands in .NAME.part.json, which becomes .NAME.json with the whole file.
+    .NAME.part.json holds URL, version and size of the file on the server; it becomes .NAME.json when the file is
+    complete.
     """
 
     def __init__(self, url: str, target: Path, checksums: dict):
-        self.url, self.target, self.source = url, target, source(url)
+        self.url, self.target, self.source = url, target, remote_source(url)
         self.checksums = {name: value.lower() for name, value in checksums.items() if value}
         self.partial = target.with_name(f".{target.name}.part")
-        self.partial_note = target.with_name(f".{target.name}.part.json")
-        self.note = target.with_name(f".{target.name}.json")
+        self.partial_state_file = target.with_name(f".{target.name}.part.json")
+        self.state_file = target.with_name(f".{target.name}.json")
 
     def finished(self) -> bool:
-        """Whether the target is there and right; without a checksum, whether the server still has that version."""
+        """Whether the target has the checksum; without one, whether it is the version that the server has."""
         if not self.target.is_file():
             return False
         if self.checksums:
@@ -109,49 +109,49 @@ class Transfer:
             print(f"{self.url}: {error}; using the copy in {self.target}")
             return True
         reply.blocks.close()
-        return reply.version is not None and read_note(self.note) == self.noted_as(reply)
+        return reply.version is not None and read_state(self.state_file) == self.state_of(reply)
 
-    def noted_as(self, reply) -> dict:
+    def state_of(self, reply) -> dict:
         return {"url": self.url, "version": reply.version, "size": reply.size}
 
-    def here(self) -> int:
-        """How many bytes of the partial file can be kept."""
-        note = read_note(self.partial_note)
-        if note.get("url") != self.url or not (note.get("version") or self.checksums) or not self.partial.is_file():
+    def received_bytes(self) -> int:
+        """The size of the partial file, or 0 if it cannot be continued."""
+        state = read_state(self.partial_state_file)
+        if state.get("url") != self.url or not (state.get("version") or self.checksums) or not self.partial.is_file():
             return 0
         return self.partial.stat().st_size
 
-    def repeat(self, tries: int, first_wait: float) -> None:
-        """Receive until all bytes are here; give up after `tries` attempts in a row without progress."""
-        failures, furthest = 0, self.here()
+    def receive_with_retries(self, tries: int, first_wait: float) -> None:
+        """Receive until the file is complete; give up after `tries` attempts in a row without progress."""
+        failures, furthest = 0, self.received_bytes()
         while True:
             try:
                 return self.receive()
             except Interrupted as error:
-                failures = 0 if self.here() > furthest else failures + 1
-                furthest = max(furthest, self.here())
+                failures = 0 if self.received_bytes() > furthest else failures + 1
+                furthest = max(furthest, self.received_bytes())
                 if failures >= tries:
-                    raise UserError(f"{self.url}: given up, {error} (attempts without progress: {tries})") from None
+                    raise UserError(f"{self.url}: given up: {error} (attempts without progress: {tries})") from None
                 pause = min(LONGEST_WAIT, first_wait * 2**failures) * random.uniform(0.75, 1.25)
                 time.sleep(max(pause, min(error.wait or 0, LONGEST_WAIT)))
 
     def receive(self) -> None:
-        """One attempt: append what is missing to the partial file.  Returns when all of it is here."""
-        offset, note = self.here(), read_note(self.partial_note)
-        if offset and offset == note.get("size"):
+        """One attempt: append what is missing to the partial file.  Returns when it is complete."""
+        offset, state = self.received_bytes(), read_state(self.partial_state_file)
+        if offset and offset == state.get("size"):
             return
-        reply = self.source.open(offset, note.get("version"))
-        if reply.start not in (0, offset) or (reply.start and self.noted_as(reply) != note):
+        reply = self.source.open(offset, state.get("version"))
+        if reply.start not in (0, offset) or (reply.start and self.state_of(reply) != state):
             self.partial.unlink(missing_ok=True)
             raise Interrupted("the file changed on the server")
         if reply.size is None and not reply.framed and not self.checksums:
             raise UserError(f"{self.url}: the server does not state the size, and no checksum is known: "
-                            f"a cut transfer could not be told from a whole one")
-        write_json(self.partial_note, self.noted_as(reply))
+                            f"an incomplete download could not be recognised")
+        write_json(self.partial_state_file, self.state_of(reply))
         self.append(reply)
 
     def append(self, reply) -> None:
-        """Write the bytes of a reply, and check that as many came as it announced."""
+        """Write the bytes of a reply, and check that all that it announced were received."""
         with (open(self.partial, "ab" if reply.start else "wb") as file,
               tqdm(total=reply.size, initial=reply.start, unit="B", unit_scale=True, desc=self.target.name) as bar):
             try:
@@ -166,22 +166,22 @@ class Transfer:
         if reply.size is not None and size != reply.size:
             if size > reply.size:
                 self.partial.unlink()
-            raise Interrupted(f"{size} bytes came, {reply.size} were announced")
+            raise Interrupted(f"{size} bytes received, {reply.size} announced")
 
     def accept(self) -> None:
-        """Verify the partial file and give it its name; a wrong one is deleted."""
+        """Verify the partial file and rename it to the target; if it is wrong, delete it."""
         mismatch = self.mismatch(self.partial)
         if mismatch:
             self.partial.unlink()
-            raise UserError(f"{self.url}: {mismatch}; the file was deleted, try again or another mirror")
+            raise UserError(f"{self.url}: {mismatch}; the file was deleted; try again, or use another mirror")
         with open(self.partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(self.partial, self.target)
-        os.replace(self.partial_note, self.note)
+        os.replace(self.partial_state_file, self.state_file)
         sync_folder(self.target.parent)
 
     def mismatch(self, path: Path) -> str | None:
-        """In what a file differs from the expected checksums, or None."""
+        """The first expected checksum that a file does not have, as text, or None."""
         for name, expected in self.checksums.items():
             found = checksum(path, name)
             if found != expected:
@@ -189,7 +189,7 @@ class Transfer:
         return None
 
 
-def read_note(path) -> dict:
+def read_state(path) -> dict:
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -207,7 +207,7 @@ def checksum(path, name: str = "sha256") -> str:
 
 @contextmanager
 def locked(path):
-    """Hold the lock of a file that several processes may want to make; the second waits for the first."""
+    """Lock a file that several processes may want to download; the second process waits for the first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as file:

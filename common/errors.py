@@ -1,8 +1,26 @@
-"""What ends a command with one clear line in place of a traceback.  No torch here."""
+"""Errors that users can mend, and checks of values that files hold.  No torch here."""
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong.  Its text names the file or flag and the values; scripts then exit with 2."""
+    """An error in the user's input.  The text names the file or flag and the values; commands exit with code 2."""
+
+
+def whole_number(values: dict, key: str, what: str, default: int = 0) -> int:
+    """A count from a file; UserError where it is not a whole number of at least 0."""
+    value = values.get(key, default)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise UserError(f"{what}: {key} is {str(value)[:50]}, not a whole number of at least 0")
+    return value
+
+
+def dictionary(values: dict, key: str, what) -> dict:
+    """A dictionary from a file, empty where the key is missing.  UserError where it is something else."""
+    value = values.get(key, {})
+    if not isinstance(value, dict):
+        raise UserError(f"{what}: {key} is no dictionary")
+    return value
 
 
 def first_line(error: BaseException) -> str:

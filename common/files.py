@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and where this repository keeps what it can make or fetch again."""
+"""Atomic writes: a file appears complete or not at all; and the folder for local copies of remote files."""
 
 import io
 import json
@@ -10,29 +10,20 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`; when the block ends well, its file is flushed to disk and takes the name.
+    """Yield a temporary path beside `path`; at the end of the block its file is flushed to disk and renamed to `path`.
 
-    When the block raises, the temporary file is removed and whatever stood under `path` is as it was.
+    If the block raises, the temporary file is removed and `path` stays as it was.
 
         with replacing("metadata.json") as temporary:
             temporary.write_text("{}")
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing_files(path.parent, [path.name]) as (temporary,):
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 class PatientFile(io.FileIO):
-    """A file that keeps the first failure of a write to itself, and lets what comes after it go nowhere."""
+    """A file whose write errors are deferred: the first is kept in `failure`, and later writes are discarded."""
 
     failure: OSError | None = None
 
@@ -48,10 +39,10 @@ class PatientFile(io.FileIO):
 
 @contextmanager
 def replacing_files(folder, names):
-    """Yield temporary paths for files that belong together; when the block ends well, all of them take their names.
+    """Yield temporary paths for files that belong together; at the end of the block all of them are renamed.
 
-    When the block raises, they are removed.  A crash between the renames leaves some new files beside some old ones: a
-    caller that must know writes a record after this block.
+    If the block raises, they are removed.  A crash between the renames leaves new files beside old ones: a caller to
+    whom that matters writes a record after this block.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,10 +63,9 @@ def replacing_files(folder, names):
 
 
 def remove_leftovers(*folders, before: float = math.inf) -> None:
-    """Delete the temporary files that a killed run left in these folders and the folders in them.
+    """Delete the temporary files that a killed run left in these folders and their subfolders.
 
-    Where another run may still be writing there, `before` is the time at which this one started: what was written to
-    since then stays.
+    If another run may be writing there, `before` is the time at which this one started: files written since then stay.
     """
     for folder in folders:
         for path in Path(folder).rglob(".*.tmp"):
@@ -85,7 +75,7 @@ def remove_leftovers(*folders, before: float = math.inf) -> None:
 
 
 def sync_folder(folder) -> None:
-    """Make the renames in `folder` survive a power cut (POSIX: the folder itself is flushed)."""
+    """Flush a folder, so that renames in it survive a power cut (POSIX)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -97,6 +87,12 @@ def write_json(path, value) -> None:
     """Write `value` as indented JSON, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def nearest_existing(path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    path = Path(path).absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def cache_folder() -> Path:

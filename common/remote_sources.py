@@ -1,8 +1,8 @@
 """Reading a remote file from any offset: http(s):// with `requests`, s3:// with boto3.
 
-Both sources answer open(offset) with a Reply, whose version tells whether it continues what is here already.  What went
-wrong for now and is worth another try raises Interrupted; what no repetition mends (404, no credentials) raises
-UserError.  download.fetch is the loop around them.
+open(offset) of both sources returns a Reply; its version shows whether it continues the part downloaded before.  Errors
+that may pass raise Interrupted; those that a retry cannot mend (404, no credentials) raise UserError.  download.fetch
+does the retries.
 """
 
 import re
@@ -14,11 +14,11 @@ from common.errors import UserError
 
 CONNECT_SECONDS, READ_SECONDS = 10, 60
 BLOCK = 1 << 18
-WORTH_A_RETRY = {408, 425, 429, 500, 502, 503, 504}
+RETRYABLE = {408, 425, 429, 500, 502, 503, 504}
 
 
 class Interrupted(Exception):
-    """The transfer failed for now.  `wait`: seconds that the server asks for; `damaged`: what came cannot be kept."""
+    """The transfer failed, and may succeed later.  `wait`: seconds the server asks for; `damaged`: discard the data."""
 
     def __init__(self, reason, wait: float | None = None, damaged: bool = False):
         super().__init__(str(reason))
@@ -27,17 +27,17 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer that is being read.  `start`: offset of its first byte; `size`: of the whole file, None if unknown."""
+    """A response that is being read.  `start`: offset of its first byte; `size`: of the whole file, None if unknown."""
 
     start: int
     size: int | None
-    version: str | None  # what the server calls this state of the file (ETag or date); None if it does not say
+    version: str | None  # identifies this state of the file (ETag or date); None if the server gives none
     framed: bool  # whether a cut connection is noticed even where the size is unknown
     blocks: Iterator[bytes]
 
 
-def source(url: str):
-    """The source for a URL; UserError where its scheme is none of http, https and s3."""
+def remote_source(url: str):
+    """The source of a URL; UserError if its scheme is not http, https or s3."""
     scheme = urlsplit(url).scheme
     if scheme in ("http", "https"):
         return HttpSource(url)
@@ -47,7 +47,7 @@ def source(url: str):
 
 
 class HttpSource:
-    """A file behind http(s).  Proxies and certificates as the environment says (HTTPS_PROXY, REQUESTS_CA_BUNDLE)."""
+    """A file on an http(s) server.  The environment sets proxies and certificates (HTTPS_PROXY, REQUESTS_CA_BUNDLE)."""
 
     def __init__(self, url: str):
         import requests
@@ -56,7 +56,7 @@ class HttpSource:
         self.session = requests.Session()
 
     def open(self, offset: int, version: str | None = None) -> Reply:
-        """The bytes from `offset` on, or from 0 where the server ignores ranges or the file is not `version`."""
+        """The bytes from `offset` on, or from 0 if the server ignores ranges or the file is no longer `version`."""
         headers = {"Accept-Encoding": "identity"}  # the file itself, not a compressed form with other offsets
         if offset:
             headers |= {"Range": f"bytes={offset}-"} | ({"If-Range": version} if version else {})
@@ -65,14 +65,14 @@ class HttpSource:
         except self.requests.RequestException as error:
             reason = getattr(error.args[0], "reason", error) if error.args else error
             raise Interrupted(f"no answer from {urlsplit(self.url).netloc} ({type(reason).__name__})") from None
-        if response.status_code == 416:  # nothing behind this offset: the file is another one now
+        if response.status_code == 416:  # the offset is beyond the end: the file has changed
             response.close()
             return self.open(0)
         self.check_status(response)
         return self.reply(response)
 
     def check_status(self, response) -> None:
-        if response.status_code in WORTH_A_RETRY:
+        if response.status_code in RETRYABLE:
             wait = response.headers.get("Retry-After", "")
             response.close()
             raise Interrupted(f"{self.url}: the server answers {response.status_code} {response.reason}",
@@ -103,24 +103,24 @@ class HttpSource:
 
 
 class S3Source:
-    """An object of S3 or a server that speaks its language (AWS_ENDPOINT_URL); credentials as boto3 finds them."""
+    """An object on S3 or a compatible server (AWS_ENDPOINT_URL); credentials as boto3 finds them."""
 
     def __init__(self, url: str):
         parts = urlsplit(url)
         self.url, self.bucket, self.key = url, parts.netloc, parts.path.lstrip("/")
         if not self.bucket or not self.key:
             raise UserError(f"{url}: not of the form s3://bucket/key")
-        self.client = s3_client(attempts=1)  # download.fetch repeats, with the same patience as for http
+        self.client = s3_client(attempts=1)  # download.fetch does the retries, as for http
 
     def open(self, offset: int, version: str | None = None) -> Reply:
-        """The bytes from `offset` on, of whatever version the object is."""
+        """The bytes from `offset` on; `version` is not compared here."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         wanted = {"Range": f"bytes={offset}-"} if offset else {}
         try:
             answer = self.client.get_object(Bucket=self.bucket, Key=self.key, **wanted)
         except ClientError as error:
-            if offset and status_of(error) == 416:  # nothing behind this offset: the object is another one now
+            if offset and status_of(error) == 416:  # the offset is beyond the end: the object has changed
                 return self.open(0)
             raise failure(self.url, error) from None
         except BotoCoreError as error:
@@ -143,7 +143,7 @@ class S3Source:
 
 
 def s3_client(attempts: int):
-    """A client of S3 that tries so often by itself."""
+    """An S3 client that makes up to this many attempts by itself."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
@@ -174,11 +174,11 @@ def status_of(error) -> int:
 
 
 def failure(url: str, error) -> Exception:
-    """Interrupted where another try may help; UserError where object, bucket or the right to read is missing."""
+    """Interrupted if another attempt may help; UserError if the object, the bucket or the permission is missing."""
     from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
     from botocore.parsers import ResponseParserError
 
-    if isinstance(error, ClientError) and (status_of(error) in WORTH_A_RETRY or status_of(error) >= 500):
+    if isinstance(error, ClientError) and (status_of(error) in RETRYABLE or status_of(error) >= 500):
         return Interrupted(f"{url}: {error}")
     if isinstance(error, (ConnectionError, HTTPClientError, ResponseParserError)):
         return Interrupted(error)

@@ -1,4 +1,4 @@
-"""Random numbers as a function of what they are for: the same for any number of processes, in any order."""
+"""Deterministic random numbers: functions of a key and a number, so the same in any process and in any order."""
 
 import numpy as np
 
@@ -6,12 +6,12 @@ STEP = np.uint64(0x9E3779B97F4A7C15)  # between the states of splitmix64: an odd
 
 
 def scrambled(values: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele et al., 2014): every input bit sways every output bit."""
+    """The finalizer of splitmix64 (Steele et al., 2014): every input bit affects every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def draws(keys: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Random 64-bit numbers, one for each key and number: splitmix64, started at the key, after so many steps."""
+    """Random 64-bit numbers, one for each key and number: splitmix64 seeded with the key, after that many steps."""
     return scrambled(keys + numbers.astype(np.uint64) * STEP)

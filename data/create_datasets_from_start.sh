@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# From nothing to the HDF5 shards of both phases (128 and 512 tokens):
+# Downloads a data set and makes the HDF5 shards of both phases (128 and 512 tokens) from it:
 #
 #     bash create_datasets_from_start.sh              English Wikipedia (wiki_only)
 #     bash create_datasets_from_start.sh wiki_books   English Wikipedia and books
 #     bash create_datasets_from_start.sh sample       106 articles, in a minute
 #
-# Run again after an interruption, it goes on where it was stopped.  Environment: PYTHON (default python3), N_PROCESSES
-# (default: the number of cores), BERT_PREP_WORKING_DIR (default: this folder), BERT_PREP_MIRRORS ("FROM TO …": other
-# sources), VOCAB_FILE (default: Google's), BOOKS (for wiki_books: a folder of .txt books, a file of their URLs, or an
-# archive of them), DYNAMIC_MASKING=1 (samples without masks, which the training masks in each epoch anew).
+# After an interruption, the same command continues.  Environment variables:
+#
+#     PYTHON                  default: python3
+#     N_PROCESSES             default: the number of cores
+#     BERT_PREP_WORKING_DIR   where all files are kept; default: this folder
+#     BERT_PREP_MIRRORS       "FROM TO …": download what starts with FROM from TO instead
+#     VOCAB_FILE              default: the vocabulary that create_vocabulary trained, else Google's
+#     BOOKS                   for wiki_books: a folder of .txt books, a file of their URLs, or an archive of them
+#     DYNAMIC_MASKING=1       store samples without masks; training draws new masks in every epoch
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -30,13 +35,13 @@ esac
 
 if [ "$dataset" = books_wiki_en_corpus ]; then
     if [ -z "${BOOKS:-}" ] || [ ! -e "$BOOKS" ]; then
-        echo "create_datasets_from_start.sh: BOOKS='${BOOKS:-}' names no folder of .txt books, file of URLs of such" \
-             "books, or archive of them; BookCorpus has no official source any more" >&2
+        echo "create_datasets_from_start.sh: BOOKS='${BOOKS:-}' must be a folder of .txt books, a file of URLs of such" \
+             "books, or an archive of them; BookCorpus has no official source any more" >&2
         exit 2
     fi
 fi
 
-stage estimate --dataset "$dataset"
+stage estimate --dataset "$dataset" ${DYNAMIC_MASKING:+--dynamic_masking}
 if [ "$dataset" != wikicorpus_en_sample ] && [ -z "${VOCAB_FILE:-}" ]; then
     stage download --dataset google_pretrained_weights
 fi

@@ -1,9 +1,9 @@
-"""The masked tokens of training samples: which are to be predicted, and what the model sees in their place.
+"""Masking for the masked-LM task: which tokens are to be predicted, and what the model sees instead of them.
 
 Of the tokens of a sequence other than [CLS] and [SEP], min(max_predictions_per_seq, max(1, round(length · 15 %))) are
 chosen, where the length counts [CLS] and [SEP]; 80 % of them become [MASK], 10 % a random word, 10 % stay (Devlin et
-al. 2018).  Every choice in a row is a function of the row's key.  create_pretraining_data.py masks by this rule once;
-where it leaves that to the training (--dynamic_masking), keys come from seed, epoch and row.
+al. 2018).  Every random choice in a row depends on the row's key alone.  Data preparation masks by this rule once; with
+--dynamic_masking the training masks instead, with keys from seed, epoch and row.
 
 Shapes: B rows, S tokens a row, N the most sequences that share a row, K masked tokens of all rows.
 """
@@ -17,14 +17,14 @@ from data.counter_rng import draws
 
 SPECIALS_PER_SEQUENCE = 3  # [CLS] A [SEP] B [SEP]
 MASKED, REPLACED = 0.8, 0.1  # of the predicted tokens: become [MASK], become a random word; the rest stay
-POSITION_BITS, NUMBER_BITS = 16, 8  # of a sort key: a token's place, the number of its sequence; the rest is chance
+POSITION_BITS, NUMBER_BITS = 16, 8  # of a sort key: a token's position and its sequence's number; the rest is random
 LAST = np.uint64(2**64 - 1)  # sorts behind every token
-LONGEST_ROW, MOST_SEQUENCES = 2**POSITION_BITS, 2**NUMBER_BITS - 2  # that rows without masks can have
+LONGEST_ROW, MOST_SEQUENCES = 2**POSITION_BITS, 2**NUMBER_BITS - 2  # limits of rows that are masked here
 
 
 @dataclass(frozen=True)
 class MaskingRule:
-    """All that masking needs to know beside the rows and their keys."""
+    """The parameters of masking."""
 
     masked_lm_prob: float
     max_predictions_per_seq: int
@@ -34,12 +34,12 @@ class MaskingRule:
     def __post_init__(self):
         if not 0.0 <= self.masked_lm_prob <= 1.0 or self.max_predictions_per_seq < 1 or len(self.special_ids) != 5 \
                 or not all(0 <= number < self.vocab_size for number in self.special_ids) \
-                or self.vocab_size <= len(self.special_ids):  # no word to put in the place of another
-            raise ValueError(f"not a rule to mask by: {self}")
+                or self.vocab_size <= len(self.special_ids):  # no other word to put in
+            raise ValueError(f"not a valid masking rule: {self}")
 
     @cached_property
-    def words(self) -> np.ndarray:
-        """The ids that a token can be replaced with."""
+    def replacement_ids(self) -> np.ndarray:
+        """The ids of the words that can replace a token: all but the special ones."""
         return np.setdiff1d(np.arange(self.vocab_size), self.special_ids).astype(np.int32)
 
     def predictions(self, lengths: np.ndarray) -> np.ndarray:
@@ -51,7 +51,8 @@ class MaskingRule:
         wanted = np.clip(np.rint(lengths * self.masked_lm_prob), 1, self.max_predictions_per_seq)
         return np.clip(wanted, 0, np.maximum(lengths - SPECIALS_PER_SEQUENCE, 0)).astype(np.int64)
 
-    def describe(self) -> str:
+    @property
+    def description(self) -> str:
         return (f"without masks ({self.masked_lm_prob:.0%} of the tokens, at most {self.max_predictions_per_seq} a "
                 f"sequence, in a vocabulary of {self.vocab_size} with {', '.join(map(str, self.special_ids))})")
 
@@ -77,18 +78,21 @@ def masked(rows: dict[str, np.ndarray], rule: MaskingRule, slots: int, keys: np.
     return {"input_ids": input_ids, "masked_lm_positions": positions, "masked_lm_ids": labels}
 
 
-def shown(tokens: np.ndarray, rule: MaskingRule, chance: np.ndarray) -> np.ndarray:
-    """What stands in the place of predicted tokens, by the upper and the lower half of a random number each."""
-    fate = (chance >> np.uint64(32)) * 2.0**-32
-    words = rule.words[((chance & np.uint64(2**32 - 1)) * np.uint64(len(rule.words))) >> np.uint64(32)]
-    return np.where(fate < MASKED, rule.special_ids[4], np.where(fate < MASKED + REPLACED, words, tokens))
+def shown(tokens: np.ndarray, rule: MaskingRule, random_bits: np.ndarray) -> np.ndarray:
+    """What the model sees instead of predicted tokens.  (K,) each
+
+    The upper half of each 64-bit random number chooses between [MASK], a random word and the token, the lower the word.
+    """
+    uniform = (random_bits >> np.uint64(32)) * 2.0**-32
+    ids = rule.replacement_ids
+    words = ids[((random_bits & np.uint64(2**32 - 1)) * np.uint64(len(ids))) >> np.uint64(32)]
+    return np.where(uniform < MASKED, rule.special_ids[4], np.where(uniform < MASKED + REPLACED, words, tokens))
 
 
 def chosen_tokens(input_mask, input_ids, rule: MaskingRule, keys) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row, prediction slot and position of the tokens to predict, in the order of their rows and positions.  (K,) each
 
-    The tokens of a row are sorted by the number of their sequence, then by chance: the first ones of each sequence
-    are chosen.
+    The tokens of a row are sorted by the number of their sequence, then at random; the first of each are chosen.
     """
     rows, length = input_ids.shape
     numbers = np.arange(1, int(input_mask.max(initial=1)) + 1)
@@ -96,8 +100,8 @@ def chosen_tokens(input_mask, input_ids, rule: MaskingRule, keys) -> tuple[np.nd
     _, _, cls, sep, _ = rule.special_ids
     free = (input_ids != cls) & (input_ids != sep) & (input_mask != 0)  # (B, S)
 
-    place = np.arange(length, dtype=np.uint64)
-    order = draws(keys[:, None], place) >> np.uint64(NUMBER_BITS) & ~np.uint64(2**POSITION_BITS - 1) | place
+    positions = np.arange(length, dtype=np.uint64)
+    order = draws(keys[:, None], positions) >> np.uint64(NUMBER_BITS) & ~np.uint64(2**POSITION_BITS - 1) | positions
     order |= input_mask.astype(np.uint64) << np.uint64(64 - NUMBER_BITS)
     order[~free] = LAST
     order.sort(axis=1)  # (B, S)
@@ -107,19 +111,19 @@ def chosen_tokens(input_mask, input_ids, rule: MaskingRule, keys) -> tuple[np.nd
                           for masks in (members, [mask & free for mask in members]))
     counts = np.minimum(rule.predictions(lengths), available)
     first = np.cumsum(available, axis=1) - available + np.arange(rows)[:, None] * length
-    rank = ramps(first.ravel(), counts.ravel())  # (K,) into the sorted tokens
+    rank = ranges(first.ravel(), counts.ravel())  # (K,) into the sorted tokens
 
     row = np.repeat(np.arange(rows), counts.sum(axis=1))
-    place = row * length + (order.ravel()[rank] & np.uint64(2**POSITION_BITS - 1)).astype(np.int64)
     chosen = np.zeros(rows * length, bool)
-    chosen[place] = True
-    return row, ramps(np.zeros(rows, np.int64), counts.sum(axis=1)), np.flatnonzero(chosen) - row * length
+    chosen[row * length + (order.ravel()[rank] & np.uint64(2**POSITION_BITS - 1)).astype(np.int64)] = True
+    return row, ranges(np.zeros(rows, np.int64), counts.sum(axis=1)), np.flatnonzero(chosen) - row * length
 
 
-def ramps(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Numbers that count up from each `first`, so many of each.
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """range(start, start + count) for each start and count, joined, in the dtype of `starts`.
 
-    >>> ramps(np.array([5, 0, 90]), np.array([3, 0, 2]))
+    >>> ranges(np.array([5, 0, 90]), np.array([3, 0, 2]))
     array([ 5,  6,  7, 90, 91])
     """
-    return np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
+    return np.arange(counts.sum(), dtype=starts.dtype) + np.repeat(
+        (starts - np.cumsum(counts) + counts).astype(starts.dtype), counts)

@@ -1,11 +1,11 @@
-"""Reads shards in a child process: what a damaged file does to libhdf5 must not be done to the training.
+"""Reads shards in a child process, so that a damaged file cannot crash the training.
 
-A damaged HDF5 file can crash the library that reads it, or keep it busy for ever.  Then the child dies, and the parent
-has a UserError that names the file; for the next file there is a new child.  Decompression, too, takes no time from
-the interpreter that drives the device.
+A damaged HDF5 file can crash libhdf5, or keep it busy without end.  Then the child dies, the parent raises a UserError
+that names the file, and the next file gets a new child.  Decompression in the child also leaves the training process's
+interpreter lock free.
 
     with ShardReader() as reader:
-        rows = reader.call(shards.read_checked, shard, vocab_size)
+        rows = reader.call(read_checked_rows, shard, vocab_size)
 """
 
 import os
@@ -21,14 +21,24 @@ from common.errors import UserError
 LONGEST_CALL = 600.0  # seconds of processor time; a shard of a gigabyte takes a few
 ROOT = Path(__file__).resolve().parent.parent
 CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); from data.shard_reader import main; main()"
-PIPE_SIZE = 1 << 20  # bytes; the usual 64 KiB make the processes take turns sixteen times as often
+PIPE_SIZE = 1 << 20  # bytes; with the default of 64 KiB the processes take turns sixteen times as often
+
+
+class InProcessReader:
+    """Calls functions in this process, for commands that a damaged file may crash."""
+
+    def call(self, function, subject, *arguments):
+        return function(subject, *arguments)
+
+
+IN_PROCESS = InProcessReader()
 
 
 class ShardReader:
     """Calls functions in the child process, for one caller at a time.
 
-    The child starts with the block, while its parent has other things to do, or with the first call.  A call that takes
-    more than `longest_call` seconds of processor time ends it.
+    The child starts when the `with` block is entered, else with the first call.  A call that takes more than
+    `longest_call` seconds of processor time ends it.
     """
 
     def __init__(self, longest_call: float = LONGEST_CALL):
@@ -44,17 +54,17 @@ class ShardReader:
         self.close()
 
     def call(self, function, subject, *arguments):
-        """function(subject, *arguments), called in the child.  Function (of a module without torch), arguments and
-        result are pickled; `subject` is a path or a shard.
+        """The result of function(subject, *arguments) in the child; `subject` is a path or a shard, all are pickled.
+        The function's module must not load torch.
 
-        Raises UserError where the function does, and where it took the child's life twice (once can be an accident).
+        Raises UserError where the function does, and where the child died twice (once can have another cause).
         """
         with self.lock:
             for _ in range(2):
                 try:
                     reply = self.ask((function, subject, *arguments))
                 except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-                    death = self.bury()
+                    death = self.reap()
                     continue
                 if isinstance(reply, UserError):
                     raise reply
@@ -72,8 +82,8 @@ class ShardReader:
         self.child.stdin.flush()
         return pickle.load(self.child.stdout)
 
-    def bury(self) -> str:
-        """What became of the child, in words."""
+    def reap(self) -> str:
+        """Wait for the dead child; returns how it ended, in words."""
         child, self.child = self.child, None
         child.stdout.close()
         code = child.wait()
@@ -90,10 +100,10 @@ class ShardReader:
 
 
 def serve(requests, replies, longest_call: float) -> None:
-    """The child: answer requests until there are no more, which is also when the parent was killed."""
+    """The child: answer requests until the pipe is closed, also by the parent's death."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they reach all processes of a run; the parent decides when it ends
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent was killed: nobody wants the rows any more
+        signal.signal(number, signal.SIG_IGN)  # sent to all processes of a run; the parent ends the child
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent was killed, and nobody reads the rows
     while True:
         try:
             function, *arguments = pickle.load(requests)
@@ -111,5 +121,5 @@ def serve(requests, replies, longest_call: float) -> None:
 
 def main() -> None:
     replies_only = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not get between the replies
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with the replies
     serve(sys.stdin.buffer, replies_only, float(sys.argv[1]))

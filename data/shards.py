@@ -1,4 +1,4 @@
-"""HDF5 shards of training samples: the schema, and reading, checking and writing whole shards.
+"""HDF5 shards of training samples: the schema, and finding, reading and writing shards.
 
 One row is one sample.  S = max_seq_length, P = max_predictions_per_seq, N = the most sequences that share a packed row.
 An unpacked row holds one sequence; a packed one holds up to N, numbered 1, 2, … in input_mask.  Only numpy and h5py are
@@ -9,6 +9,7 @@ file's attributes say how to mask by masking.py: masked_lm_prob, max_predictions
 [PAD] [UNK] [CLS] [SEP] [MASK]), and prediction_slots, the width that MASK_KEYS would have.
 """
 
+import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from common.download import local_folder
 from common.errors import UserError
 from common.files import PatientFile, replacing
 from data.masking import LONGEST_ROW, MOST_SEQUENCES, MaskingRule
+from data.shard_reader import IN_PROCESS
 
 ROWS_PER_CHUNK = 1024  # of the shards written here: HDF5 compresses and reads this many rows at a time
 MOST_COMPRESSED = 5000  # times that rows can be larger than their file (gzip: about 1000, zstd: more)
@@ -41,17 +43,16 @@ SCHEMA = (
     Column("input_ids",             ("i4", "S"),  ("i4", "S"),    "token ids"),
     Column("input_mask",            ("i1", "S"),  ("i4", "S"),    "which sequence a token belongs to, 0 = padding"),
     Column("segment_ids",           ("i1", "S"),  ("i1", "S"),    "0 = [CLS] A [SEP], 1 = B [SEP]"),
-    Column("positions",             None,         ("i4", "S"),    "position in the own sequence, from 0"),
+    Column("positions",             None,         ("i4", "S"),    "position in its own sequence, from 0"),
     Column("masked_lm_positions",   ("i4", "P"),  ("i4", "P+N"),  "offset into the row, 0 = empty slot"),
     Column("masked_lm_ids",         ("i4", "P"),  ("i4", "P+N"),  "the token that stood there"),
     Column("next_sentence_positions", None,       ("i4", "N"),    "where each [CLS] stands"),
     Column("next_sentence_labels",  ("i1", "1"),  ("i1", "N"),    "1 = the second segment is a random one"),
     Column("next_sentence_weights", None,         ("i4", "N"),    "1 = a sequence, 0 = empty slot"),
 )
-UNPACKED_KEYS = tuple(column.key for column in SCHEMA if column.unpacked)
-PACKED_KEYS = tuple(column.key for column in SCHEMA)
 MASK_KEYS = ("masked_lm_positions", "masked_lm_ids")
 SLOTS = "prediction_slots"  # the attribute beside those of the rule
+METADATA_SUFFIX = "_metadata.json"  # of the packer's metadata, after the name of the set's folder
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,30 @@ class Shard:
     @property
     def keys(self) -> tuple[str, ...]:
         """Its data sets."""
-        return keys_of(self.packed, self.rule)
+        return tuple(columns(self.packed, self.rule))
+
+    @property
+    def description(self) -> str:
+        """Its form in words, the same for all shards of a set."""
+        packed = f"packed to {self.max_sequences} sequences a row" if self.packed else "unpacked"
+        rule = f", {self.rule.description}" if self.rule else ""
+        return f"{packed}, {self.sequence_length} tokens and {self.prediction_slots} prediction slots a row{rule}"
 
 
-def keys_of(packed: bool, rule: MaskingRule | None) -> tuple[str, ...]:
-    """The data sets of a shard."""
-    keys = PACKED_KEYS if packed else UNPACKED_KEYS
-    return tuple(key for key in keys if rule is None or key not in MASK_KEYS)
+def columns(packed: bool, rule: MaskingRule | None = None) -> dict[str, tuple[str, str]]:
+    """The data sets of a shard, with dtype and width each; with a `rule` those of a shard without masks."""
+    forms = {column.key: column.packed if packed else column.unpacked for column in SCHEMA}
+    return {key: form for key, form in forms.items() if form and not (rule and key in MASK_KEYS)}
 
 
-def inspect(path) -> Shard:
-    """Read the header of a shard and check it against the schema: keys, integer dtypes, equal row counts, shapes.
+def metadata_path(folder) -> Path:
+    """The packer's metadata file, beside the folder of the packed shards."""
+    folder = Path(os.path.abspath(folder))
+    return folder.parent / (folder.name + METADATA_SUFFIX)
+
+
+def read_header(path) -> Shard:
+    """What the header of a shard says, checked against the schema: keys, integer dtypes, equal row counts, shapes.
 
     Raises UserError naming the file and what is wrong with it.
     """
@@ -87,28 +101,21 @@ def inspect(path) -> Shard:
     with opened(path) as file:
         packed = "next_sentence_positions" in file or "positions" in file
         rule = rule_in(file.attrs)
-        keys = keys_of(packed, rule)
+        keys = columns(packed, rule)
         missing = [key for key in keys if not isinstance(file.get(key), h5py.Dataset)]
         if missing:
             raise UserError(f"{path}: no data set {', '.join(missing)} (a shard holds {', '.join(keys)})")
         shapes = {key: file[key].shape or () for key in keys}  # None where a data set is empty
         slots = int(file.attrs[SLOTS]) if rule else second_axis(shapes[MASK_KEYS[0]])
-        kinds = {key: file[key].dtype.kind for key in keys}
+        not_integers = [key for key in keys if file[key].dtype.kind not in "iu"]
         size = sum(file[key].nbytes for key in keys)
-    for key in keys:
-        if kinds[key] not in "iu":
-            raise UserError(f"{path}: {key} holds no integers")
+    if not_integers:
+        raise UserError(f"{path}: {not_integers[0]} holds no integers")
     if size > MOST_COMPRESSED * path.stat().st_size:
-        raise UserError(f"{path}: cannot hold the {size} bytes of rows that it says it holds")
-    shard = Shard(
-        path=path,
-        rows=shapes["input_ids"][0] if shapes["input_ids"] else 0,
-        packed=packed,
-        sequence_length=second_axis(shapes["input_ids"]),
-        prediction_slots=slots,
-        max_sequences=second_axis(shapes["next_sentence_positions"]) if packed else 1,
-        rule=rule,
-    )
+        raise UserError(f"{path}: its header announces {size} bytes of rows, far more than its size allows")
+    shard = Shard(path=path, rows=shapes["input_ids"][0] if shapes["input_ids"] else 0, packed=packed,
+                  sequence_length=second_axis(shapes["input_ids"]), prediction_slots=slots,
+                  max_sequences=second_axis(shapes["next_sentence_positions"]) if packed else 1, rule=rule)
     if rule and (shard.sequence_length > LONGEST_ROW or shard.max_sequences > MOST_SEQUENCES):
         raise UserError(f"{path}: rows of {shard.sequence_length} tokens and {shard.max_sequences} sequences without "
                         f"masks, but at most {LONGEST_ROW} tokens and {MOST_SEQUENCES} sequences can be masked later")
@@ -133,111 +140,88 @@ def second_axis(shape: tuple) -> int:
 
 def expected_shape(shard: Shard, key: str) -> tuple:
     """The shape that `key` has in this shard, from the widths of the schema."""
-    column = next(column for column in SCHEMA if column.key == key)
-    width = (column.packed if shard.packed else column.unpacked)[1]
+    width = columns(shard.packed)[key][1]
     sizes = {"S": shard.sequence_length, "P": shard.prediction_slots, "P+N": shard.prediction_slots,
              "N": shard.max_sequences}
     return (shard.rows,) if width == "1" else (shard.rows, sizes[width])
 
 
-def find(folder, split: str = "training", flag: str = "--input_dir", inspect=inspect, unreadable=None) -> list[Shard]:
+def find_shards(folder, split: str = "training", flag: str = "--input_dir", reader=IN_PROCESS) -> list[Shard]:
     """The shards of a folder, in the order of their names: every packed .hdf5 file, and the unpacked ones whose names
     hold `split` ("training" or "test").  Other files do no harm.
 
-    `inspect` reads a header, here or in another process; a list `unreadable` gets the errors of shards that it cannot
-    read, which are passed over.  Raises UserError, naming `flag`, where the folder is missing or no shard is in it,
-    where its shards are not all of one form, and, without that list, where one cannot be read.
+    `reader` reads the headers: IN_PROCESS or a ShardReader.  Raises UserError where the folder is missing or holds no
+    shard, where a shard cannot be read, and where the shards are not all of one form; the message names `flag`.
     """
-    folder = local_folder(folder)
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder}: no such folder")
-    shards = [shard for path in sorted(folder.glob("*.hdf5")) if (shard := inspected(path, inspect, unreadable))]
-    shards = [shard for shard in shards if shard.packed or split in shard.path.name]
-    if not shards:
-        raise UserError(f"{flag} {folder}: no shard in it "
-                        f"(packed .hdf5 files, or unpacked ones with '{split}' in the name)")
-    for shard in shards:
-        if description(shard) != description(shards[0]):
-            raise UserError(f"{flag} {folder}: {shards[0].path.name} is {description(shards[0])}, "
-                            f"{shard.path.name} is {description(shard)}")
-    if not any(shard.rows for shard in shards):
-        raise UserError(f"{flag} {folder}: no row in any of its {len(shards)} shards")
+    shards, errors = find_readable_shards(folder, split, flag, reader)
+    if errors:
+        raise errors[0]
     return shards
 
 
-def inspected(path, inspect, unreadable: list | None) -> Shard | None:
-    try:
-        return inspect(path)
-    except UserError as error:
-        if unreadable is None:
-            raise
-        unreadable.append(str(error))
-        return None
+def find_readable_shards(folder, split: str = "training", flag: str = "--input_dir",
+                         reader=IN_PROCESS) -> tuple[list[Shard], list[UserError]]:
+    """The shards of a folder that can be read, as in find_shards, and an error for each that cannot."""
+    folder = local_folder(folder, beside=METADATA_SUFFIX)
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder}: no such folder")
+    shards, errors = [], []
+    for path in sorted(folder.glob("*.hdf5")):
+        try:
+            shard = reader.call(read_header, path)
+            shards += [shard] if shard.packed or split in path.name else []
+        except UserError as error:
+            errors.append(error)
+    if not shards:
+        raise errors[0] if errors else UserError(f"{flag} {folder}: no shard in it (packed .hdf5 files, or unpacked "
+                                                 f"ones with '{split}' in the name)")
+    for shard in shards:
+        if shard.description != shards[0].description:
+            raise UserError(f"{flag} {folder}: {shards[0].path.name} is {shards[0].description}, "
+                            f"{shard.path.name} is {shard.description}")
+    if not any(shard.rows for shard in shards):
+        raise UserError(f"{flag} {folder}: no row in any of its {len(shards)} shards")
+    return shards, errors
 
 
-def description(shard: Shard) -> str:
-    """The form of a shard in words; shards of one set share it."""
-    packed = f"packed to {shard.max_sequences} sequences a row" if shard.packed else "unpacked"
-    rule = f", {shard.rule.describe()}" if shard.rule else ""
-    return f"{packed}, {shard.sequence_length} tokens and {shard.prediction_slots} prediction slots a row{rule}"
-
-
-def read(shard: Shard, keys=None, rows=...) -> dict[str, np.ndarray]:
+def read_rows(shard: Shard, keys=None, rows=...) -> dict[str, np.ndarray]:
     """All rows of a shard, or those of the slice `rows`, each key as one array in the dtype of the file."""
     with opened(shard.path) as file:
         return {key: file[key][rows] for key in keys or shard.keys}
 
 
-def read_checked(shard: Shard, vocab_size: int) -> dict[str, np.ndarray]:
-    """All rows of a shard; UserError naming file, row and value where the model could not take one."""
-    rows = read(shard)
-    for key, values in rows.items():
-        if values.shape != expected_shape(shard, key) or values.dtype.kind not in "iu":
-            raise UserError(f"{shard.path}: changed since the run began: {key} is now {values.shape}, {values.dtype}")
-    fault = first_fault(shard, rows, vocab_size)
-    if fault:
-        raise UserError(f"{shard.path}: {fault}")
-    return rows
-
-
 def count_sequences(shard: Shard) -> int:
     """How many sequences the rows of a packed shard hold."""
     key = "next_sentence_weights"
-    return int(np.count_nonzero(read(shard, [key])[key]))
+    return int(np.count_nonzero(read_rows(shard, [key])[key]))
 
 
-def write(path, rows: dict[str, np.ndarray], rule: MaskingRule | None = None, prediction_slots: int = 0) -> None:
+def write_shard(path, rows: dict[str, np.ndarray], rule: MaskingRule | None = None, prediction_slots: int = 0) -> None:
     """Write one shard in the dtypes of the schema, gzip-compressed, whole or not at all.
 
     `rows` holds exactly the keys of the unpacked or of the packed form; with a `rule`, those without masks.
     """
-    packed = "positions" in rows
     with replacing(path) as temporary, created(temporary) as file:
         write_rule(file, rule, prediction_slots)
-        for column in SCHEMA:
-            form = column.packed if packed else column.unpacked
-            if form and not (rule and column.key in MASK_KEYS):
-                values = rows[column.key]
-                chunk_rows = min(max(1, len(values)), ROWS_PER_CHUNK)
-                add_column(file, column.key, values.shape, form[0], chunk_rows)[...] = values
+        for key, (dtype, _) in columns("positions" in rows, rule).items():
+            chunk_rows = min(max(1, len(rows[key])), ROWS_PER_CHUNK)
+            add_column(file, key, rows[key].shape, dtype, chunk_rows)[...] = rows[key]
 
 
 @contextmanager
 def writing(path, sequence_length: int, prediction_slots: int, rule: MaskingRule | None = None):
-    """Yield a function append(columns) that adds rows to an unpacked shard, with a `rule` one without masks.
+    """Yield a function append(rows) that adds rows to an unpacked shard, with a `rule` one without masks.
 
-    The shard takes its name when the block ends well; until then nothing stands under it.
+    The shard appears under its name when the block ends without an error.
     """
     widths = {"1": (), "S": (sequence_length,), "P": (prediction_slots,)}
     with replacing(path) as temporary, created(temporary) as file:
         write_rule(file, rule, prediction_slots)
-        for column in SCHEMA:
-            if column.unpacked and not (rule and column.key in MASK_KEYS):
-                dtype, width = column.unpacked
-                add_column(file, column.key, (0, *widths[width]), dtype, ROWS_PER_CHUNK)
+        for key, (dtype, width) in columns(False, rule).items():
+            add_column(file, key, (0, *widths[width]), dtype, ROWS_PER_CHUNK)
 
-        def append(columns: dict[str, np.ndarray]) -> None:
-            for key, values in columns.items():
+        def append(rows: dict[str, np.ndarray]) -> None:
+            for key, values in rows.items():
                 before = len(file[key])
                 file[key].resize(before + len(values), axis=0)
                 file[key][before:] = values
@@ -253,8 +237,8 @@ def write_rule(file, rule: MaskingRule | None, prediction_slots: int) -> None:
 def add_column(file, key: str, shape: tuple, dtype: str, chunk_rows: int):
     """A new data set of a shard, which can grow.
 
-    Bytes of equal weight are grouped before they are compressed, and a chunk holds whole rows: a fifth smaller, twice
-    as fast to read as h5py's own choices.
+    With byte shuffling before compression and chunks of whole rows, files are a fifth smaller and read twice as fast as
+    with h5py's defaults.
     """
     return file.create_dataset(key, shape, dtype, maxshape=(None, *shape[1:]), chunks=(chunk_rows, *shape[1:]),
                                shuffle=True, compression="gzip", compression_opts=1)
@@ -264,7 +248,7 @@ def add_column(file, key: str, shape: tuple, dtype: str, chunk_rows: int):
 def created(path):
     """Yield a new h5py.File; a full disk raises OSError when the block ends.
 
-    HDF5 itself does not survive a failing write: it crashes the process while it closes the file.
+    A failing write must not reach HDF5 itself, which would crash the process while it closes the file.
     """
     with PatientFile(path, "w+") as raw:
         try:
@@ -277,7 +261,7 @@ def created(path):
 
 @contextmanager
 def opened(path):
-    """A block with the h5py.File of a shard.  UserError where there is none, and where the block meets a damage."""
+    """Yield the h5py.File of a shard.  UserError where there is none, and where reading in the block fails."""
     try:
         with h5py.File(path, "r") as file:
             yield file
@@ -287,38 +271,3 @@ def opened(path):
         raise UserError(f"{path}: no such file") from None
     except DAMAGE as error:
         raise UserError(f"{path}: not a readable HDF5 file ({type(error).__name__}: {error})") from None
-
-
-def first_fault(shard: Shard, rows: dict[str, np.ndarray], vocab_size: int) -> str | None:
-    """What no model with this vocabulary can take in the rows of a shard, naming key, row and value; or None."""
-    sequence_length = shard.sequence_length
-    limits = {"input_ids": vocab_size, "masked_lm_ids": vocab_size, "segment_ids": 2, "next_sentence_labels": 2,
-              "masked_lm_positions": sequence_length, "positions": sequence_length,
-              "next_sentence_positions": sequence_length, "next_sentence_weights": 2,
-              "input_mask": shard.max_sequences + 1}
-    for key, values in rows.items():
-        bad = (values < 0) | (values >= limits[key])
-        if bad.any():
-            where = np.argwhere(bad)[0]
-            return f"{key} of row {where[0]} holds {values[tuple(where)]}, not from 0 to {limits[key] - 1}"
-    empty = ~rows["input_mask"].any(axis=1)
-    if empty.any():
-        return f"row {empty.argmax()} holds no token"
-    return rule_fault(shard, rows["input_mask"], vocab_size) if shard.rule else None
-
-
-def rule_fault(shard: Shard, input_mask: np.ndarray, vocab_size: int) -> str | None:
-    """Why rows without masks cannot be masked for a model with this vocabulary, or None."""
-    rule = shard.rule
-    if rule.vocab_size > vocab_size:
-        return f"made with a vocabulary of {rule.vocab_size}, but the config's has {vocab_size}"
-    counts = to_predict(shard, input_mask)
-    if counts.max(initial=0) > shard.prediction_slots:
-        return f"row {counts.argmax()} has {counts.max()} tokens to predict, and room for {shard.prediction_slots}"
-    return None
-
-
-def to_predict(shard: Shard, input_mask: np.ndarray) -> np.ndarray:
-    """How many tokens of each row will be masked in a shard without masks.  (n, S) → (n,)"""
-    return sum(shard.rule.predictions(np.count_nonzero(input_mask == number, axis=1))
-               for number in range(1, shard.max_sequences + 1))

@@ -1,11 +1,10 @@
-"""The one place that decides where the work of a stage runs: in this process, on several, or on the ranks of MPI.
+"""Where the work of a stage runs: in this process, in several processes, or on MPI ranks.
 
     python bertPrep.py --n_processes 1            this process
     python bertPrep.py --n_processes 8            eight processes of this machine
-    mpirun -n 32 … -m mpi4py.futures bertPrep.py  31 workers on any number of servers that share the folder
+    mpirun -n 32 … -m mpi4py.futures bertPrep.py  31 workers on any number of servers with a shared folder
 
-A stage sees only `submit`; results come back in the order of the tasks, so that what it writes does not depend on the
-choice.
+Results come back in the order of the tasks, so that the files do not depend on the number of workers.
 """
 
 import signal
@@ -17,11 +16,11 @@ from multiprocessing import get_context
 
 from common.errors import UserError
 
-TASKS_AHEAD = 2  # for each worker: enough that none waits, few enough that waiting results stay small
+TASKS_AHEAD = 2  # for each worker: enough to keep it busy, few enough that waiting results need little memory
 
 
-class ThisProcess(Executor):
-    """Runs each task at once, where it is submitted."""
+class SerialExecutor(Executor):
+    """Runs each task immediately, in the process that submits it."""
 
     workers, description = 1, "one process"
 
@@ -29,7 +28,7 @@ class ThisProcess(Executor):
         future = Future()
         try:
             future.set_result(function(*args, **kwargs))
-        except Exception as error:  # handed to whoever asks for the result, as a pool of processes does
+        except Exception as error:  # raised by result(), as by a pool of processes
             future.set_exception(error)
         return future
 
@@ -44,20 +43,20 @@ def open_pool(n_processes: int):
         pool.workers, pool.description = ranks - 1, f"{ranks} MPI ranks"
         return pool
     if n_processes == 1:
-        return ThisProcess()
-    # A fresh interpreter each: a fork would copy this process's memory and whatever its threads hold locked.
+        return SerialExecutor()
+    # Fresh interpreters: a fork would copy this process's memory, and locks that its threads hold.
     pool = ProcessPoolExecutor(n_processes, get_context("spawn"), leave_interrupts_to_parent)
     pool.workers, pool.description = n_processes, f"{n_processes} processes"
     return pool
 
 
 def leave_interrupts_to_parent() -> None:
-    """Ctrl-C reaches every process of a terminal; only the parent acts on it, and ends the others."""
+    """Ctrl-C reaches every process of a terminal; only the parent handles it, and ends the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def mpi_ranks() -> int:
-    """How many ranks run under `python -m mpi4py.futures`; 1 where that is not how this was started."""
+    """The number of ranks if this was started with `python -m mpi4py.futures`, else 1."""
     if "mpi4py.futures" not in sys.modules:
         return 1
     from mpi4py import MPI
@@ -76,7 +75,7 @@ def ordered_map(pool, function, tasks):
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a worker process was killed; where that was for lack of memory, a smaller --n_processes "
-                        "helps") from None
-    finally:  # when this is left early, no task may go on writing behind the back of whoever cleans up
+        raise UserError("a worker process was killed; if that was for lack of memory, give a smaller "
+                        "--n_processes") from None
+    finally:  # if the caller stops early, no task may still be writing while it cleans up
         wait([future for future in waiting if not future.cancel()])

@@ -63,6 +63,11 @@ def can_skip(optimizer: torch.optim.Optimizer) -> bool:
     return hasattr(optimizer, "skipped_steps")
 
 
+def skip_counts(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """How many steps were skipped, by SKIP_COUNTS; empty where the optimizer cannot skip one."""
+    return {name: int(getattr(optimizer, name).item()) for name in SKIP_COUNTS if hasattr(optimizer, name)}
+
+
 def restore_skip_counts(optimizer: torch.optim.Optimizer, counts: dict[str, int]) -> None:
     for name in SKIP_COUNTS:
         if hasattr(optimizer, name):

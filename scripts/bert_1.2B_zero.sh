@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# 1.2 billion parameters with the optimizer's state sharded over the cards of one server:
-# bash scripts/bert_1.2B_zero.sh PHASE [FLAG…]; recipe.sh explains both, and the variables; beside those
+# 1.2 billion parameters, with the optimizer's state sharded over the cards of one server:
 #
-#     CARDS       8                ranks, one a card; each keeps an eighth of LAMB's 9.5 GB
-#     OUTPUT      results_1.2B     not BERT-Large's
+#     bash scripts/bert_1.2B_zero.sh PHASE [FLAG…]
 #
-# It shows the sharding at work; the rate and batch were not tuned for this model.
+# recipe.sh explains PHASE, FLAG and the variables.  Here also:
+#
+#     CARDS       8                ranks, one per card; each keeps an eighth of LAMB's 9.5 GB
+#     OUTPUT      results_1.2B     a folder of its own, not that of the BERT-Large recipes
+#
+# It shows the sharding at work.  Rate and batch were not tuned for this model.
 OUTPUT=${OUTPUT:-results_1.2B}
 source "$(dirname "$0")/recipe.sh"
 

@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
-# BERT-Large on 32 cards of four servers: bash scripts/bert_large_32_cards.sh PHASE [FLAG…]; recipe.sh explains both, and
-# the variables; beside those
+# BERT-Large on 32 cards of four servers:
+#
+#     bash scripts/bert_large_32_cards.sh PHASE [FLAG…]
+#
+# recipe.sh explains PHASE, FLAG and the variables.  Here also:
 #
 #     HOSTS              10.10.100.101:16,10.10.100.102:16,10.10.100.103:16,10.10.100.104:16
-#                        the servers as mpirun's -H names them: address:slots, at least a slot a card; rank 0 on the first
+#                        the servers, as mpirun's -H takes them: address:slots, at least one slot per card.  Rank 0 runs
+#                        on the first
 #     CARDS_PER_SERVER   8, half of them at each of two sockets
-#     SSH_OPTIONS        "-p 3022": where sshd of the servers (or of their containers) listens; a key by -i, and so on
-#     NETWORK            10.10.100.101/16, the network between the servers that MPI itself uses: any address in it
-#     MPI_ROOT           where Open MPI lies on every server (default: where it lies here)
+#     SSH_OPTIONS        "-p 3022": the port where sshd of the servers or containers listens; also -i KEY, and so on
+#     NETWORK            10.10.100.101/16: the network that MPI uses between the servers, by any address in it
+#     MPI_ROOT           the folder of Open MPI on every server (default: its folder here)
 #     NODE_RANK          torchrun: 0 on the first server, 1, 2 and 3 on the others
 #
-# mpirun is started on the first server, which must reach the others by ssh without a password; torchrun on every server.
-# Code, data and OUTPUT have the same paths everywhere.  32 × 2,048 and 32 × 1,024 sequences a step.
+# mpirun is started on the first server only, which must reach the others by ssh without a password; torchrun is started
+# on every server.  Code, data and OUTPUT have the same paths on all servers.  A step has 32 × 2,048 sequences in phase 1
+# and 32 × 1,024 in phase 2.  docs/many_cards.md has the set-up.
 HOSTS=${HOSTS:-10.10.100.101:16,10.10.100.102:16,10.10.100.103:16,10.10.100.104:16}
 MASTER_ADDR=${MASTER_ADDR:-${HOSTS%%[:,]*}}
 source "$(dirname "$0")/recipe.sh"
@@ -31,14 +36,14 @@ over_mpirun() {
               -n $((cards * ${#servers[@]})) $(binding "ppr:$((cards / 2)):socket")
               --mca btl_tcp_if_include "${NETWORK:-$MASTER_ADDR/16}" -H "$HOSTS")
     for name in LD_LIBRARY_PATH HABANA_LOGS PYTHONPATH GC_KERNEL_PATH MASTER_ADDR MASTER_PORT; do
-        [ -n "${!name:-}" ] && launcher+=(-x "$name")  # mpirun complains about those that are not set
+        [ -n "${!name:-}" ] && launcher+=(-x "$name")  # mpirun warns of names that are not set
     done
     launcher+=("$interpreter")
 }
 
 over_torchrun() {
     if [ -z "${NODE_RANK:-}" ]; then
-        echo "error: NODE_RANK is not set: 0 on $MASTER_ADDR, 1, 2 and so on, on the other servers" >&2
+        echo "error: NODE_RANK is not set: use 0 on $MASTER_ADDR, and 1, 2, … on the other servers" >&2
         exit 2
     fi
     launcher=("$interpreter" -m torch.distributed.run --nnodes=${#servers[@]} --nproc_per_node="$cards"

@@ -1,22 +1,22 @@
-# Sourced by the recipes bert_*.sh: the two phases of BERT pre-training, and how each launcher starts the ranks.
+# Sourced by the recipes bert_*.sh: the flags of both phases, and the commands that start the ranks.
 #
 #     bash scripts/bert_large_8_cards.sh PHASE [FLAG…]
 #
-# PHASE is 1 (128 tokens) or 2 (512 tokens, from phase 1's last checkpoint).  A FLAG of run_pretraining.py that is typed
-# goes before the recipe's own.  Started again, a recipe goes on from its newest checkpoint.  The command is printed as it
-# runs, at the root of the repository; these variables change it:
+# PHASE is 1 (128 tokens) or 2 (512 tokens, from phase 1's last checkpoint).  Each FLAG, one of run_pretraining.py,
+# overrides the recipe's.  Run again, a recipe resumes from its newest checkpoint.  It prints its command and runs it at
+# the root of the repository.  Variables:
 #
 #     PYTHON      python3    the interpreter, the same path on every server
 #     LAUNCHER    mpirun     or torchrun
 #     DEVICE      hpu        or cuda, or cpu
-#     PRECISION   bf16       or fp32: more memory, so smaller micro-batches (--gradient_accumulation_steps)
-#     INPUT_DIR   /data/pytorch/bert_pretraining/packed_data/phase1/train_packed_new (phase2/…), packed or not
-#     OUTPUT      results    checkpoints and logs; on several servers a folder that they share
-#     PE          7; 6 with Open MPI 5: cores of its own for each rank, for its data reader and its runtime's threads
-#     MAPPING     mpirun's flags about cores and servers, in place of those made from PE
+#     PRECISION   bf16       or fp32, which needs more memory: raise --gradient_accumulation_steps
+#     INPUT_DIR   /data/pytorch/bert_pretraining/packed_data/phase1/train_packed_new (phase2/…): shards, packed or not
+#     OUTPUT      results    folder for checkpoints and logs; several servers must share it
+#     PE          7; 6 with Open MPI 5: cores for each rank, used by its data reader and its runtime's threads
+#     MAPPING     mpirun's flags for cores and servers, instead of those made from PE
 #     MASTER_ADDR, MASTER_PORT   where the ranks meet: localhost (several servers: the first of HOSTS) and 12345
 #
-# Steps, warm-up and rates are those published with the LAMB recipe of batches of 65,536 and 32,768 sequences.
+# Steps, warm-up and rates are those published for LAMB with batches of 65,536 and 32,768 sequences.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,15 +26,15 @@ case $PHASE in
                      --learning_rate=0.006) ;;
     2)  phase_flags=(--max_seq_length=512 --max_predictions_per_seq=80 --max_steps=1563 --warmup_proportion=0.128
                      --learning_rate=0.004 --phase2 --phase1_end_step=7038) ;;
-    *)  echo "usage: bash $0 PHASE [FLAG…], where PHASE is 1 or 2 (scripts/recipe.sh explains)" >&2; exit 2 ;;
+    *)  echo "usage: bash $0 PHASE [FLAG…], where PHASE is 1 or 2 (see scripts/recipe.sh)" >&2; exit 2 ;;
 esac
 shift
 
-one_of() {  # one_of NAME VALUE CHOICE…: a value that is none of the choices ends the recipe
+one_of() {  # one_of NAME VALUE CHOICE…: exit unless the value is one of the choices
     local name=$1 value=$2 choice
     shift 2
     for choice in "$@"; do [ "$value" = "$choice" ] && return; done
-    echo "error: $name is '$value', none of: $*" >&2
+    echo "error: $name is '$value', not one of: $*" >&2
     exit 2
 }
 
@@ -56,7 +56,7 @@ case $PRECISION in
     fp32) precision_flags=() ;;
 esac
 
-pretrain() {  # pretrain LAUNCHER… -- FLAG…: print the command, and become it
+pretrain() {  # pretrain LAUNCHER… -- FLAG…: print the command, and exec it
     local launcher=()
     while [ "$1" != -- ]; do launcher+=("$1"); shift; done
     shift
@@ -69,11 +69,11 @@ pretrain() {  # pretrain LAUNCHER… -- FLAG…: print the command, and become i
     exec "${command[@]}"
 }
 
-mpi_release() {  # the first number of Open MPI's version
+mpi_release() {  # Open MPI's major version
     mpirun --version | sed -n 's/.*(Open MPI[^)]*) \([0-9]*\).*/\1/p'
 }
 
-binding() {  # binding WHERE: mpirun's flags that give each rank PE cores of its own, counted as WHERE says
+binding() {  # binding UNIT: mpirun's flags that bind each rank to PE cores, mapped by UNIT (socket, ppr:4:socket)
     [ -n "${MAPPING:-}" ] && { echo "$MAPPING"; return; }
     case $(mpi_release) in
         4) echo "--bind-to core --map-by $1:PE=${PE:-7} --rank-by core --report-bindings" ;;
@@ -81,13 +81,13 @@ binding() {  # binding WHERE: mpirun's flags that give each rank PE cores of its
     esac
 }
 
-whole_number() {  # whole_number NAME VALUE: what is no number from 1 on ends the recipe
+whole_number() {  # whole_number NAME VALUE: exit unless the value is a whole number of at least 1
     [[ $2 =~ ^[1-9][0-9]*$ ]] && return
-    echo "error: $1 is '$2', not a number from 1 on" >&2
+    echo "error: $1 is '$2', not a whole number of at least 1" >&2
     exit 2
 }
 
-one_server() {  # one_server CARDS: the words before run_pretraining.py, in the array `launcher`
+one_server() {  # one_server CARDS: set the array `launcher` to the command line before run_pretraining.py
     whole_number CARDS "$1"
     case $LAUNCHER in
         mpirun)   launcher=(mpirun --allow-run-as-root -n "$1" $(binding socket) "$interpreter") ;;

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from checkpoint import file as checkpoint_file
-from checkpoint import optimizer_shards as optimizer_state
-from data import shards
+from checkpoint import optimizer_shards
+from checkpoint.file import write_file
 from data.masking import MaskingRule
+from data.shards import write_shard
 from tests.support import samples, synthetic
 
 LENGTH, PREDICTIONS, VOCABULARY = 24, 4, 99
@@ -79,13 +79,13 @@ def write_data(folder: Path) -> None:
         rng = np.random.default_rng(seed)
         rows = synthetic.unpacked_rows(np.array([24, 5, 11, 13, 8, 17]), rng, LENGTH, PREDICTIONS)
         rows |= {key: rows[key] % VOCABULARY for key in ("input_ids", "masked_lm_ids")}
-        shards.write(folder / f"data/{name}_training.hdf5", rows)
-        shards.write(folder / f"without_masks/{name}_training.hdf5", rows, RULE, PREDICTIONS)
+        write_shard(folder / f"data/{name}_training.hdf5", rows)
+        write_shard(folder / f"without_masks/{name}_training.hdf5", rows, RULE, PREDICTIONS)
     batch = samples.unpacked_batch([24, 5, 11, 13, 8, 10])
     packed = samples.packed_batch(batch, [[0], [1, 2], [3, 4], [5]], LENGTH)
     packed |= {key: packed[key] % VOCABULARY for key in ("input_ids", "masked_lm_ids")}
     for name in ("a", "b"):
-        shards.write(folder / f"packed/{name}.hdf5", {key: value.numpy() for key, value in packed.items()})
+        write_shard(folder / f"packed/{name}.hdf5", {key: value.numpy() for key, value in packed.items()})
     (folder / "packed_metadata.json").write_text(json.dumps({"avg_seq_per_sample": 1.5, "top_8_strategies": [[24]]}))
 
 
@@ -104,13 +104,13 @@ def write_checkpoints(folder: Path) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1, "phase": 1, "rows": 4,
              "config": vars(model.config), "data": {"shards": {"a_training.hdf5": 6, "b_training.hdf5": 6},
                                                     "left_out": {}}, "scaler": {}, "skipped": {"skipped_steps": 0}}
-    checkpoint_file.write(folder / "out/ckpt_1.pt", state)
-    groups, sharded = optimizer_state.numbered_groups(optimizer), folder / "sharded/ckpt_1.pt"
-    name, facts = optimizer_state.write_share(folder / "sharded/.tmp/rank_0_of_1.pt", optimizer, groups)
-    optimizer_state.complete(folder / "sharded/.tmp", {name: facts}, sharded)
-    checkpoint_file.write(sharded, {**state, "optimizer": {"folder": "ckpt_1.optim", "param_groups": groups}})
+    write_file(folder / "out/ckpt_1.pt", state)
+    groups, sharded = optimizer_shards.numbered_groups(optimizer), folder / "sharded/ckpt_1.pt"
+    name, facts = optimizer_shards.write_share(folder / "sharded/.tmp/rank_0_of_1.pt", optimizer, groups)
+    optimizer_shards.complete(folder / "sharded/.tmp", {name: facts}, sharded)
+    write_file(sharded, {**state, "optimizer": {"folder": "ckpt_1.optim", "param_groups": groups}})
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(VOCABULARY - 5))]
-    huggingface.save(folder / "theirs", model, tokens, True, "", variants=False)
+    huggingface.write_folder(folder / "theirs", model, tokens, True, "", variants=False)
 
 
 # --- bytes ---
@@ -355,5 +355,5 @@ def saved(value) -> bytes:
 
 
 def sealed_file(path: Path, state: dict) -> bytes:
-    checkpoint_file.write(path, state)
+    write_file(path, state)
     return path.read_bytes()

@@ -264,9 +264,9 @@ def last_words(folder: Path) -> str:
 
 def finished(output: Path, phase: int) -> bool:
     """Whether the last checkpoint of a phase is there."""
-    from checkpoint import folder as checkpoint
+    from checkpoint.folder import checkpoint_path
 
-    return checkpoint.path_of(output, sum(STEPS[number] for number in range(1, phase + 1))).exists()
+    return checkpoint_path(output, sum(STEPS[number] for number in range(1, phase + 1))).exists()
 
 
 def check_ending(codes: list[int], expected: int, where: str, words: str) -> None:
@@ -278,24 +278,24 @@ def check_ending(codes: list[int], expected: int, where: str, words: str) -> Non
 
 def check_saved(output: Path, phase: int, tally: Tally) -> None:
     """A run that was asked to stop has a checkpoint of the last step that it logged."""
-    from checkpoint import folder as checkpoint
+    from checkpoint.folder import checkpoint_path
 
     last = max((step for place, step in dict(log_lines(output)) if place == phase), default=0)
     number = last + (STEPS[1] if phase == 2 else 0)
-    if last and not checkpoint.path_of(output, number).exists():
+    if last and not checkpoint_path(output, number).exists():
         tally.checkpoints_lost += 1
         tally.problems.append(f"{output.name}: stopped after step {last} of phase {phase} without a checkpoint of it")
 
 
 def whole_checkpoints(output: Path) -> list[int]:
     """The steps of the checkpoints that can be read."""
-    from checkpoint import folder as checkpoint
+    from checkpoint.folder import checkpoint_path, read_complete, saved_steps
     from common.errors import UserError
 
     whole = []
-    for step in checkpoint.steps(output):
+    for step in saved_steps(output):
         try:
-            checkpoint.load_whole(checkpoint.path_of(output, step))
+            read_complete(checkpoint_path(output, step))
             whole.append(step)
         except UserError:
             continue
@@ -304,9 +304,9 @@ def whole_checkpoints(output: Path) -> list[int]:
 
 def check_checkpoints(output: Path, before: list[int], tally: Tally) -> None:
     """There must be as many checkpoints as before, up to three, none of them damaged, and the newest no older."""
-    from checkpoint import folder as checkpoint
+    from checkpoint.folder import saved_steps
 
-    now, named = whole_checkpoints(output), checkpoint.steps(output)
+    now, named = whole_checkpoints(output), saved_steps(output)
     fewer = len(now) < min(3, len(before)) or (STEPS[1] in before and STEPS[1] not in now)
     if now != named or fewer or max(now, default=0) < max(before, default=0):
         tally.checkpoints_lost += 1
@@ -336,7 +336,7 @@ def compare(peaceful: Path, output: Path, tally: Tally) -> None:
     """Every logged step against the undisturbed run's, and the weights at the end."""
     import torch
 
-    from checkpoint import folder as checkpoint
+    from checkpoint.folder import checkpoint_path, read_checkpoint
 
     expected, found = dict(log_lines(peaceful)), log_lines(output)
     for place, figures in found:
@@ -347,8 +347,8 @@ def compare(peaceful: Path, output: Path, tally: Tally) -> None:
     for phase, step in sorted(set(expected) - {place for place, _ in found}):
         tally.mismatches += 1
         tally.problems.append(f"{output.name}: no log line of phase {phase} step {step}")
-    last = checkpoint.path_of(output, sum(STEPS.values()))
-    ours, theirs = (checkpoint.load(path)["model"] for path in (last, peaceful / last.name))
+    last = checkpoint_path(output, sum(STEPS.values()))
+    ours, theirs = (read_checkpoint(path)["model"] for path in (last, peaceful / last.name))
     if any(not torch.equal(ours[name], theirs[name]) for name in theirs):
         tally.mismatches += 1
         tally.problems.append(f"{output.name}: other weights at the end")

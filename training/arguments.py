@@ -29,42 +29,43 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def add_files(parser) -> None:
-    group = parser.add_argument_group("what to train on what")
+    group = parser.add_argument_group("model and data")
     group.add_argument("--do_train", action="store_true", help="train; this or --dry_run must be given")
-    group.add_argument("--dry_run", action="store_true", help="instead of training, check everything and tell what the "
-                       "run will take: steps, memory, disk, and time after two timed steps; writes nothing")
+    group.add_argument("--dry_run", action="store_true", help="instead of training, check everything and report what "
+                       "the run will take: steps, memory, disk, and time from two timed steps; writes nothing")
     group.add_argument("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
     group.add_argument("--config_file", required=True, help="model config, JSON")
     group.add_argument("--output_dir", required=True, help="folder of the checkpoints")
-    group.add_argument("--bert_model", default="bert-large-uncased", help="a name for logs and export")
-    group.add_argument("--init_checkpoint", help="start from the weights in this checkpoint (path or URL) or folder of "
-                       "transformers, at step 0 (with --resume_from_checkpoint its optimizer moments too)")
-    group.add_argument("--seed", type=int, default=42, help="of the weights, the order of the rows, and dropout")
+    group.add_argument("--bert_model", default="bert-large-uncased", help="name in the log and the model card")
+    group.add_argument("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or "
+                       "URL) or Hugging Face model folder; with --resume_from_checkpoint also its optimizer moments")
+    group.add_argument("--seed", type=int, default=42, help="random seed for weights, row order and dropout")
 
 
 def add_batches(parser) -> None:
     group = parser.add_argument_group("batches")
-    group.add_argument("--max_seq_length", type=positive_int, default=512, help="tokens a row; the shards' length")
+    group.add_argument("--max_seq_length", type=positive_int, default=512, help="tokens in a row, as in the shards")
     group.add_argument("--max_predictions_per_seq", type=positive_int, default=80,
-                       help="most masked tokens in a sequence, at least the shards'")
+                       help="most masked tokens in a sequence, at least as many as in the shards")
     group.add_argument("--train_batch_size", type=positive_int, default=32,
                        help="sequences per card and optimizer step, over all accumulation steps")
     group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1,
-                       help="micro-batches per optimizer step, on packed data divided by the sequences of a row; "
-                       "must divide --train_batch_size")
+                       help="micro-batches per optimizer step; must divide --train_batch_size.  On packed data it is "
+                       "divided by the average number of sequences in a row")
 
 
 def add_schedule(parser) -> None:
     group = parser.add_argument_group("schedule")
-    group.add_argument("--learning_rate", type=float, default=5e-5, help="peak rate")
+    group.add_argument("--learning_rate", type=float, default=5e-5, help="peak learning rate")
     group.add_argument("--max_steps", type=positive_int, default=1000,
-                       help="optimizer steps of this phase, the length of its schedule")
+                       help="optimizer steps of this phase: the length of its learning rate schedule")
     group.add_argument("--steps_this_run", type=int, default=-1,
-                       help="end the run at this step of the phase (its number, not a count); -1 = --max_steps")
-    group.add_argument("--warmup_proportion", type=proportion, default=0.01, help="share of --max_steps to warm up in")
+                       help="end the run at this step of the phase (a step number, not a count); -1 = --max_steps")
+    group.add_argument("--warmup_proportion", type=proportion, default=0.01,
+                       help="share of --max_steps over which the learning rate warms up")
     group.add_argument("--phase2", action="store_true",
-                       help="second phase: goes on from phase 1's last checkpoint with a schedule of its own")
-    group.add_argument("--phase1_end_step", type=int, default=7038, help="the step phase 1 ended at")
+                       help="second phase: continues from phase 1's last checkpoint with its own schedule")
+    group.add_argument("--phase1_end_step", type=int, default=7038, help="last step of phase 1")
 
 
 def add_precision(parser) -> None:
@@ -75,43 +76,43 @@ def add_precision(parser) -> None:
     group.add_argument("--hmp_opt_level", choices=("O1", "O2"), default="O1", help="O2 ignores the lists")
     group.add_argument("--hmp_verbose", action="store_true", help="print the dtypes of each op once")
     group.add_argument("--fp16", "--amp", action="store_true", help="fp16 mixed precision with loss scaling (CUDA)")
-    group.add_argument("--loss_scale", type=float, default=0.0, help="of --fp16; 0.0 = dynamic")
+    group.add_argument("--loss_scale", type=float, default=0, help="loss scale for --fp16; 0 means dynamic")
     group.add_argument("--init_loss_scale", type=float, default=2.0**20, help="first value of a dynamic loss scale")
     group.add_argument("--checkpoint_activations", action="store_true",
-                       help="recompute the layers in the backward pass: less memory, more time")
+                       help="gradient checkpointing: recompute the layers in the backward pass; less memory, more time")
     group.add_argument("--mlm_loss_chunk", type=positive_int, default=0, metavar="SLOTS",
-                       help="compute the masked-LM loss for so many masked tokens at a time, and its scores again in "
-                       "the backward pass: less memory, slightly more time (default: for all at once)")
+                       help="compute the masked-LM loss in chunks of this many masked tokens, recomputing the logits "
+                       "in the backward pass: less memory, slightly more time (default: no chunks)")
 
 
 def add_device(parser) -> None:
     add_device_choice(parser)
-    group = parser.add_argument_group("what the device does")
+    group = parser.add_argument_group("how the device computes")
     group.add_argument("--use_torch_compile", action="store_true",
                        help="compile the model and the optimizer step (HPU: hpu_backend); where that does not work, "
-                       "the run says why and goes on without")
+                       "the run logs the reason and continues without")
     group.add_argument("--cuda_graphs", action="store_true",
-                       help="CUDA, with --use_torch_compile: record what is compiled and replay it without the host, "
-                       "which pays where micro-batches are small")
+                       help="CUDA, with --use_torch_compile: record the compiled parts as CUDA graphs and replay them; "
+                       "faster where micro-batches are small")
     group.add_argument("--attention", choices=("plain", "sdpa", "varlen"),
-                       help="elementary operations; fused kernels with a mask; fused kernels for sequences of many "
-                       "lengths (default: what is fastest on the device; CUDA measures the last two at the start)")
+                       help="elementary operations; fused kernels with a mask; fused kernels for variable-length "
+                       "sequences (default: the fastest on the device; CUDA measures the last two at the start)")
     group.add_argument("--use_cpu_kernels", type=boolean, default=True, metavar="BOOL",
-                       help="CPU, fp32: layers in kernels that a C++ compiler makes as the run starts (default: True; "
-                       "where that does not work, or does not pay, the run says why and uses PyTorch's own operations)")
+                       help="CPU, fp32: run the layers in kernels that are compiled (C++) when the run starts "
+                       "(default: True; where they cannot be used, the run logs why and uses PyTorch's operations)")
     group.add_argument("--use_fused_lamb", action="store_true",
                        help="the device's fused LAMB, where it has one; on a CPU one compiled kernel")
 
 
 def add_device_choice(parser) -> None:
-    group = parser.add_argument_group("device (without these: CUDA where there is one, else CPU)")
-    group.add_argument("--use_habana", action="store_true", help="run on HPU; an error where none can be used")
+    group = parser.add_argument_group("device (default: CUDA where there is a GPU, else CPU)")
+    group.add_argument("--use_habana", action="store_true", help="run on HPU; an error where no HPU can be used")
     group.add_argument("--use_lazy_mode", type=boolean, metavar="BOOL",
-                       help="HPU: lazy mode with mark_step, else eager or compiled (default: True, unless "
+                       help="HPU: lazy mode with mark_step; False = eager or compiled (default: True, unless "
                        "PT_HPU_LAZY_MODE or --use_torch_compile says otherwise)")
     group.add_argument("--no_cuda", action="store_true", help="CPU even where a GPU is present")
     group.add_argument("--use_torch_lazy", action="store_true",
-                       help="PyTorch's own lazy tensors: checks a change against lazy mode where there is no Gaudi")
+                       help="PyTorch's own lazy tensors, to check a change against lazy mode without Gaudi")
 
 
 def add_many_cards(parser) -> None:
@@ -122,24 +123,24 @@ def add_many_cards(parser) -> None:
     group.add_argument("--allreduce_post_accumulation_fp16", action="store_true",
                        help="that all-reduce in 16 bits on the wire")
     group.add_argument("--use_zero_optimizer", type=boolean, default=False, metavar="BOOL",
-                       help="shard the optimizer's state over the cards")
+                       help="ZeRO: shard the optimizer state over the cards")
     group.add_argument("--collective_timeout", type=positive_int, default=600, metavar="SECONDS",
-                       help="longest that a rank waits for another before the run ends with an error")
+                       help="how long a rank waits for another before the run ends with an error")
 
 
 def add_checkpoints(parser) -> None:
     group = parser.add_argument_group("checkpoints, faults and evaluation")
-    group.add_argument("--resume_from_checkpoint", action="store_true", help="go on from a checkpoint in --output_dir")
+    group.add_argument("--resume_from_checkpoint", action="store_true", help="resume from a checkpoint in --output_dir")
     group.add_argument("--resume_step", type=int, default=-1,
-                       help="which one, by the number in its name; -1 = the newest complete one")
+                       help="the checkpoint to resume from, by the number in its name; -1 = the newest complete one")
     group.add_argument("--num_steps_per_checkpoint", type=positive_int, default=100,
-                       help="steps between checkpoints; the last step always writes one")
-    group.add_argument("--skip_checkpoint", action="store_true", help="write none")
+                       help="steps between checkpoints; one is always written after the last step")
+    group.add_argument("--skip_checkpoint", action="store_true", help="write no checkpoint")
     group.add_argument("--max_skipped_steps", type=positive_int, default=10,
-                       help="steps in a row that may be skipped because loss or gradient norm are not finite, before "
-                       "the run ends")
+                       help="end the run after this many skipped steps in a row (a step is skipped when its loss or "
+                       "gradient norm is not finite)")
     group.add_argument("--skip_bad_shards", action="store_true",
-                       help="go on without a training shard that cannot be read or holds impossible values; without "
+                       help="continue without a training shard that cannot be read or holds impossible values; without "
                        "this flag it ends the run")
     group.add_argument("--eval_dir", help="folder of held-out shards (packed, or with 'test' in the name)")
     group.add_argument("--eval_freq", type=int, default=0, help="steps between evaluations; 0 = only at the end")
@@ -147,24 +148,24 @@ def add_checkpoints(parser) -> None:
 
 def add_log(parser) -> None:
     group = parser.add_argument_group("log")
-    group.add_argument("--log_freq", type=float, default=1.0, help="optimizer steps between log lines")
+    group.add_argument("--log_freq", type=float, default=1, help="optimizer steps between log lines")
     group.add_argument("--json_summary", default="results/dllogger.json", help="log file; its folder is created")
-    group.add_argument("--tensorboard_logdir", metavar="DIR", help="write the figures for TensorBoard there too; "
-                       "needs the package tensorboard")
+    group.add_argument("--tensorboard_logdir", metavar="DIR", help="also write the figures for TensorBoard to this "
+                       "folder; needs the package tensorboard")
     group.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
-    group.add_argument("--peak_tflops", type=float, default=0.0,
-                       help="TFLOP/s of one card that the logged utilization is a share of; 0.0 = measured at the "
-                       "start by a matrix product (CPU, CUDA), not logged on other devices")
+    group.add_argument("--peak_tflops", type=float, default=0,
+                       help="peak TFLOP/s of one card, for the logged utilization (MFU); 0 = measured at the start by "
+                       "a matrix product (CPU, CUDA), not logged on other devices")
     group.add_argument("--profile", action="store_true", help="write a torch.profiler trace beside the log file")
     group.add_argument("--profile_steps", type=step_range, default="4:6", metavar="A:B",
-                       help="of these steps of the phase, with --profile")
+                       help="the steps of the phase to trace with --profile")
 
 
 def add_accepted(parser) -> None:
     group = parser.add_argument_group("accepted for old command lines")
-    group.add_argument("--num_train_epochs", type=float, default=3.0, help="unused: a run ends by its step count")
+    group.add_argument("--num_train_epochs", type=float, default=3.0, help="unused: the run ends after --max_steps")
     group.add_argument("--enable_packed_data_mode", type=boolean, metavar="BOOL",
-                       help="deprecated: the shards decide; where given it must agree with them")
+                       help="deprecated: the shards decide; if given, it must agree with them")
     group.add_argument("--avg_seq_per_pack", type=float, help="deprecated, no effect: the data decides")
     group.add_argument("--use_env", action="store_true", help="no effect")
 
@@ -192,7 +193,7 @@ def step_range(text: str) -> tuple[int, int]:
 def contradiction(args) -> str | None:
     """What is wrong with the flags together, or None."""
     if not args.do_train and not args.dry_run:
-        return "nothing to do: --do_train is not given"
+        return "give --do_train or --dry_run"
     if args.train_batch_size % args.gradient_accumulation_steps:
         return (f"--train_batch_size {args.train_batch_size} is not divisible by "
                 f"--gradient_accumulation_steps {args.gradient_accumulation_steps}")
@@ -201,7 +202,7 @@ def contradiction(args) -> str | None:
     if args.fp16 and args.hmp:
         return "--fp16 and --hmp exclude each other"
     if args.allreduce_post_accumulation_fp16 and not args.allreduce_post_accumulation:
-        return "--allreduce_post_accumulation_fp16 is a form of --allreduce_post_accumulation, which is not given"
+        return "--allreduce_post_accumulation_fp16 needs --allreduce_post_accumulation"
     if args.use_lazy_mode and args.use_torch_compile:
         return "--use_lazy_mode True and --use_torch_compile exclude each other"
     if args.use_torch_lazy and (args.use_habana or args.use_torch_compile or args.checkpoint_activations):
@@ -214,7 +215,7 @@ def contradiction(args) -> str | None:
     if args.profile and args.profile_steps[1] > last_step:
         return f"--profile_steps {args.profile_steps[0]}:{args.profile_steps[1]}, but the run ends at step {last_step}"
     if args.phase2 and not args.resume_from_checkpoint:
-        return "--phase2 needs --resume_from_checkpoint: it goes on from phase 1's last checkpoint"
+        return "--phase2 needs --resume_from_checkpoint: it continues from phase 1's last checkpoint"
     if args.resume_step != -1 and not args.resume_from_checkpoint:
         return f"--resume_step {args.resume_step} needs --resume_from_checkpoint"
     if args.phase2 and args.phase1_end_step < 0:

@@ -13,23 +13,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import folder as checkpoint
+from checkpoint.folder import KEPT, saved_steps
 from common.errors import UserError
-from data import shards as shard_files
+from common.files import nearest_existing
+from common.units import format_bytes, format_duration
 from data.dataloader import batches_once
+from data.shard_checks import read_checked_rows
 from training import memory_estimate
-from training.evaluation import batch_sums
 
 MOMENTS = 2  # numbers that the optimizer keeps for each weight
 TIMED_STEPS = 2  # after one that is not
 
 
-def rehearse(trainer) -> dict[str, float]:
+def dry_run(trainer) -> dict[str, float]:
     """Check and measure the run of a Trainer; says what it finds, and returns the figures.
 
     Raises UserError at the first thing that would stop the run.
     """
-    steps = max(0, trainer.last_step - trainer.start.step)
+    steps = max(0, trainer.last_step - trainer.first_step)
     figures = {"steps": steps, "steps_per_epoch": steps_per_epoch(trainer, check_rows(trainer), steps),
                "checkpoint_bytes": check_disk(trainer, steps), "estimated_memory": check_memory(trainer)}
     try:
@@ -42,17 +43,18 @@ def rehearse(trainer) -> dict[str, float]:
 
 def check_rows(trainer) -> int:
     """Check every row of every shard, which a training run does when the shard's turn comes; how many it can use."""
-    hidden = trainer.args.disable_progress_bar or not trainer.process.first or None
-    held_out, usable, stream = trainer.held_out or [], 0, trainer.stream
-    training = [shard for number, shard in enumerate(stream.shards) if number not in stream.left_out]
+    hidden = trainer.args.disable_progress_bar or not trainer.ranks.first or None
+    held_out = trainer.evaluator.shards if trainer.evaluator else []
+    usable, stream = 0, trainer.stream
+    training = [shard for number, shard in enumerate(stream.shards) if number not in stream.skipped_shards]
     for shard in tqdm([*held_out, *training], unit="shard", desc="checking rows", disable=hidden, leave=False):
         try:
-            stream.reader.call(shard_files.read_checked, shard, trainer.model.config.vocab_size)
+            stream.reader.call(read_checked_rows, shard, trainer.model.config.vocab_size)
             usable += shard.rows if shard in training else 0
         except UserError as error:
             if not trainer.args.skip_bad_shards or shard in held_out:
                 raise
-            trainer.log.warn(f"would be left out: {error}")
+            trainer.log.warn(f"would be skipped: {error}")
     if not usable:
         raise UserError(f"--input_dir {trainer.args.input_dir}: no shard in it can be used")
     return usable
@@ -60,9 +62,10 @@ def check_rows(trainer) -> int:
 
 def steps_per_epoch(trainer, rows: int, steps: int) -> float:
     """How many optimizer steps use so many rows once."""
-    rows_per_step = trainer.plan.rows * trainer.process.world_size
-    trainer.log.say(f"epoch: {rows:,} rows / {rows_per_step:,} rows a step of all ranks = {rows / rows_per_step:,.1f} "
-                    f"steps; the {steps:,} steps of this run are {steps * rows_per_step / rows:,.2f} epochs")
+    rows_per_step = trainer.plan.rows * trainer.ranks.world_size
+    trainer.log.print(f"epoch: {rows:,} rows / {rows_per_step:,} rows a step of all ranks = "
+                      f"{rows / rows_per_step:,.1f} steps; the {steps:,} steps of this run are "
+                      f"{steps * rows_per_step / rows:,.2f} epochs")
     return rows / rows_per_step
 
 
@@ -74,18 +77,18 @@ def check_disk(trainer, steps: int) -> int:
     for flag, folder in (("--output_dir", args.output_dir), ("--json_summary", Path(args.json_summary).parent),
                          ("--tensorboard_logdir", args.tensorboard_logdir)):
         if folder:
-            check_writable(flag, existing_parent(folder))
+            check_writable(flag, nearest_existing(folder))
     log_file = Path(args.json_summary)
     if log_file.exists() and not (log_file.is_file() and os.access(log_file, os.W_OK)):
         raise UserError(f"--json_summary {log_file}: no file that can be written to")
     disk = checkpoint_bytes(args, steps, memory_estimate.bytes_of(trainer.model))
     older = sum(path.stat().st_size for pattern in ("ckpt_*.pt", "ckpt_*.optim/*")
                 for path in Path(args.output_dir).glob(pattern))
-    free = shutil.disk_usage(existing_parent(args.output_dir)).free
-    there = f"{size(free)} are free" + (f" and {size(older)} taken by older ones" if older else "")
-    trainer.log.say(f"disk: checkpoints take up to {size(disk)} in {args.output_dir}, where {there}")
+    free = shutil.disk_usage(nearest_existing(args.output_dir)).free
+    there = f"{format_bytes(free)} are free" + (f" and {format_bytes(older)} taken by older ones" if older else "")
+    trainer.log.print(f"disk: checkpoints take up to {format_bytes(disk)} in {args.output_dir}, where {there}")
     if disk > free + older:
-        raise UserError(f"--output_dir {args.output_dir}: its checkpoints take {size(disk)}, but {there}")
+        raise UserError(f"--output_dir {args.output_dir}: its checkpoints take {format_bytes(disk)}, but {there}")
     return disk
 
 
@@ -98,17 +101,11 @@ def checkpoint_bytes(args, steps: int, weights: int) -> int:
     """Weights and moments, for the checkpoints that are kept and the one being written."""
     if args.skip_checkpoint:
         return 0
-    present = checkpoint.steps(args.output_dir)
+    present = saved_steps(args.output_dir)
     protected = int(args.phase2 and args.phase1_end_step in present)  # phase 1's last one stays
     written = -(-steps // args.num_steps_per_checkpoint)
-    at_most = min(len(present) - protected + written, checkpoint.KEPT + 1) + protected
+    at_most = min(len(present) - protected + written, KEPT + 1) + protected
     return at_most * weights * (1 + MOMENTS)
-
-
-def existing_parent(path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
-    path = Path(path).absolute()
-    return path if path.exists() else existing_parent(path.parent)
 
 
 # --- memory ---
@@ -125,16 +122,17 @@ def check_memory(trainer) -> int | None:
     in_chunks = trainer.args.mlm_loss_chunk and not trainer.model.use_kernels
     if held is None or trainer.args.use_torch_compile or in_chunks:
         return None
-    moments = MOMENTS * weights // (trainer.process.world_size if trainer.args.use_zero_optimizer else 1)
-    exchange = weights if trainer.process.world_size > 1 else 0  # where gradients are collected for the other ranks
+    moments = MOMENTS * weights // (trainer.ranks.world_size if trainer.args.use_zero_optimizer else 1)
+    exchange = weights if trainer.ranks.world_size > 1 else 0  # where gradients are collected for the other ranks
     step = memory_estimate.step_peak(trainer.model, trainer.precision, batch, trainer.plan.micro_batch_size,
                                      trainer.plan.accumulation_steps > 1)
-    sharing = trainer.process.local_size if device.is_host else 1  # ranks that take of the same memory
+    sharing = trainer.ranks.local_size if device.is_host else 1  # ranks that take of the same memory
     needed, available = held + moments + exchange + step + copies(trainer), held + device.free_memory() // sharing
-    trainer.log.say(f"memory: about {size(needed)} by estimate, {size(available)} are available on {device.describe()}")
+    trainer.log.print(f"memory: about {format_bytes(needed)} by estimate, {format_bytes(available)} are available on "
+                    f"{device.describe()}")
     if needed > available:
-        raise UserError(f"a process needs about {size(needed)} of memory, but {size(available)} are available: "
-                        f"{less_memory(trainer.args)}")
+        raise UserError(f"a process needs about {format_bytes(needed)} of memory, but {format_bytes(available)} are "
+                        f"available: {less_memory(trainer.args)}")
     return needed
 
 
@@ -150,8 +148,8 @@ def peak_memory(trainer) -> int | None:
     peak = trainer.device.peak_memory()
     if peak is None:
         return None
-    trainer.log.say(f"memory: {size(peak + copies(trainer))} = {size(peak)} at the peak of the timed steps "
-                    f"+ {size(copies(trainer))} for the copy that a checkpoint is written from")
+    trainer.log.print(f"memory: {format_bytes(peak + copies(trainer))} = {format_bytes(peak)} at the peak of the timed "
+                    f"steps + {format_bytes(copies(trainer))} for the copy that a checkpoint is written from")
     return peak + copies(trainer)
 
 
@@ -167,7 +165,7 @@ def time_of(trainer, steps: int) -> dict[str, float]:
     timed = []
     for _ in range(1 + TIMED_STEPS):
         began = time.perf_counter()
-        trainer.train_step(min(trainer.start.step + 1, trainer.args.max_steps))
+        trainer.train_step(min(trainer.first_step + 1, trainer.args.max_steps))
         trainer.stop_vote.result()
         trainer.device.synchronize()
         timed.append(time.perf_counter() - began)
@@ -175,17 +173,17 @@ def time_of(trainer, steps: int) -> dict[str, float]:
     evaluations = evaluation_count(trainer, steps)
     evaluating = evaluations * evaluation_seconds(trainer) if evaluations else 0.0
     total = steps * step + evaluating
-    trainer.log.say(f"time: {duration(total)} = {steps:,} steps of {step:.3g} s"
-                    + (f" + {evaluations} evaluations in {duration(evaluating)}" if evaluations else "")
+    trainer.log.print(f"time: {format_duration(total)} = {steps:,} steps of {step:.3g} s"
+                    + (f" + {evaluations} evaluations in {format_duration(evaluating)}" if evaluations else "")
                     + "; checkpoints are written meanwhile")
     return {"seconds_per_step": step, "seconds": total}
 
 
 def evaluation_count(trainer, steps: int) -> int:
-    if not trainer.held_out or not steps:
+    if not trainer.evaluator or not steps:
         return 0
     every = trainer.args.eval_freq
-    return sum(trainer.is_due(step, every) for step in range(trainer.start.step + 1, trainer.last_step + 1))
+    return sum(trainer.is_due(step, every) for step in range(trainer.first_step + 1, trainer.last_step + 1))
 
 
 @torch.no_grad()
@@ -193,24 +191,11 @@ def evaluation_seconds(trainer) -> float:
     """The time of one evaluation, from its first batch, the second time that it is taken."""
     trainer.model.eval()
     rows = trainer.plan.micro_batch_size
-    with closing(batches_once(trainer.held_out, rows, trainer.model.config.vocab_size)) as batches:
+    with closing(batches_once(trainer.evaluator.shards, rows, trainer.model.config.vocab_size)) as batches:
         batch = trainer.device.put(next(batches))
     for _ in range(2):
         began = time.perf_counter()
-        batch_sums(trainer.model, batch, trainer.precision).tolist()
+        trainer.evaluator.batch_sums(trainer.model, batch).tolist()
         seconds = time.perf_counter() - began
     trainer.model.train()
     return seconds * -(-sum(shard.rows for shard in trainer.held_out) // (rows * trainer.process.world_size))
-
-
-# --- words ---
-
-def size(count: float) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
-
-
-def duration(seconds: float) -> str:
-    """93784 → 26 h 3 min, 75 → 1 min 15 s."""
-    if seconds >= 3600:
-        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
-    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.3g} s"

@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines in dllogger's format, lines on the console, and a progress bar.
+"""What a run reports: JSON lines in dllogger's format, lines on the console, a progress bar, TensorBoard.
 
 A line of the file is `DLLL {json}` with timestamp, datetime, elapsedtime, type, step and data; step is "PARAMETER",
 [epoch, step], or [] for the summary at the end.
@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -20,8 +21,39 @@ from common.errors import UserError
 WARM_UP_STEPS = 2  # left out of the throughput: compilation, caches, the first reading of data
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a step, and where it is shown beside the log file, which gets every figure."""
+
+    name: str  # its key in the log
+    console: str = ""  # how the console shows it
+    tag: str = ""  # its name in TensorBoard, the group before the slash
+    title: str = ""  # of its panel in plot_training.py
+    unit: str = ""  # of that panel's axis
+
+
+FIGURES = (
+    Figure("average_loss", "loss {:.4f}", "loss/total", "Training loss", "MLM + NSP, nats"),
+    Figure("average_mlm_loss", "mlm {:.4f}"),
+    Figure("average_nsp_loss", "nsp {:.4f}"),
+    Figure("mlm_loss", "", "loss/mlm", "MLM loss", "nats"),
+    Figure("nsp_loss", "", "loss/nsp", "NSP loss", "nats"),
+    Figure("learning_rate", "rate {:.3e}", "optimizer/learning_rate", "Learning rate", "rate"),
+    Figure("gradient_norm", "", "optimizer/gradient_norm"),
+    Figure("skipped_steps", "", "optimizer/skipped_steps"),
+    Figure("average_perf_per_step", "{:.1f} sequences/s", "speed/sequences_per_second", "Throughput", "sequences/s"),
+    Figure("average_training_time_step", "{:.3f} s/step", "speed/seconds_per_step"),
+    Figure("data_waiting_share", "data wait {:.1%}", "speed/data_waiting_share"),
+    Figure("model_flops_utilization", "MFU {:.1%}"),
+    Figure("eval_mlm_loss", "", "held_out/mlm_loss", "Held-out MLM loss", "nats"),
+    Figure("eval_mlm_accuracy", "", "held_out/mlm_accuracy", "Held-out MLM accuracy", "share"),
+    Figure("eval_nsp_loss", "", "held_out/nsp_loss"),
+    Figure("eval_nsp_accuracy", "", "held_out/nsp_accuracy", "Held-out NSP accuracy", "share"),
+)
+
+
 class TrainingLog:
-    """The log of one process; the processes other than the first log nothing.
+    """The log of one process; only the first of a run's processes is `active`.
 
     `path` None is a log on the console only; `tensorboard` is a TensorBoardLog that gets the figures of the steps too.
     """
@@ -31,7 +63,7 @@ class TrainingLog:
         self.active = active
         self.tensorboard = tensorboard
         self.bar = None
-        self.place = [0, 0]  # epoch and step of the last line about a step
+        self.last_line = [0, 0]  # epoch and step of the last line about a step
         self.file = PersistentFile(path, append) if active and path else None
 
     def write(self, step, data: dict) -> None:
@@ -43,13 +75,13 @@ class TrainingLog:
                 for key, value in data.items()}
         line = {"timestamp": f"{now:.6f}", "datetime": str(datetime.fromtimestamp(now)),
                 "elapsedtime": f"{now - self.started:.6f}", "type": "LOG", "step": step, "data": data}
-        outcome = self.file.append(f"DLLL {json.dumps(line)}\n".encode())
-        if outcome:
-            self.say(outcome)
+        problem = self.file.append(f"DLLL {json.dumps(line)}\n".encode())
+        if problem:
+            self.print(problem)
         if self.tensorboard and isinstance(step, list) and step:
             self.tensorboard.add(step[1], data)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line for people, at once also where the output is a file or a pipe."""
         if self.active:
             with suppress(OSError):  # the disk is full, or nobody reads any more: no reason to stop
@@ -57,9 +89,9 @@ class TrainingLog:
                 sys.stdout.flush()
 
     def warn(self, text: str) -> None:
-        """A line for people and programs about something that the run got over."""
-        self.say(f"warning: {text}")
-        self.write(self.place, {"warning": text})
+        """A line for people and programs about a problem that did not end the run."""
+        self.print(f"warning: {text}")
+        self.write(self.last_line, {"warning": text})
 
     def start_bar(self, first: int, last: int, disabled: bool) -> None:
         """A bar on a terminal; a file gets the lines alone."""
@@ -68,15 +100,13 @@ class TrainingLog:
 
     def step(self, epoch: int, step: int, data: dict) -> None:
         """The figures of a logged step, in the file, on the console, and beside the bar."""
-        self.place = [epoch, step]
-        self.write(self.place, data)
+        self.last_line = [epoch, step]
+        self.write(self.last_line, data)
         self.bar.set_postfix_str(f"loss {data['step_loss']:.3f}, {data['average_perf_per_step']:.1f} sequences/s",
                                  refresh=False)
-        self.say(f"epoch {epoch} step {step}  loss {data['average_loss']:.4f} (mlm {data['mlm_loss']:.4f} "
-                 f"nsp {data['nsp_loss']:.4f})  rate {data['learning_rate']:.3e}  "
-                 f"{data['average_perf_per_step']:.1f} sequences/s  {data['average_training_time_step']:.3f} s/step  "
-                 f"data wait {data['data_waiting_share']:.1%}"
-                 + (f"  MFU {data['model_flops_utilization']:.1%}" if "model_flops_utilization" in data else ""))
+        shown = [figure.console.format(data[figure.name]) for figure in FIGURES
+                 if figure.console and figure.name in data]
+        self.print("  ".join([f"epoch {epoch} step {step}", *shown]))
 
     def advance(self) -> None:
         self.bar.update()
@@ -126,6 +156,57 @@ class PersistentFile:
     def close(self) -> None:
         self.append(b"")
         self.file.close()
+
+
+def summary_writer():
+    """PyTorch's SummaryWriter; UserError where the package tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"--tensorboard_logdir needs the package tensorboard (pip install tensorboard): "
+                        f"{error}") from None
+    return SummaryWriter
+
+
+class TensorBoardLog:
+    """Writes to `folder`, in phase 2 with phase 1's last step as `offset` of the steps.
+
+    A run that resumes after a step hides what an interrupted one wrote of later steps.
+    """
+
+    def __init__(self, folder, offset: int, resumed_step: int):
+        self.offset = offset
+        try:
+            self.writer = summary_writer()(str(folder), purge_step=offset + resumed_step + 1)
+        except OSError as error:
+            raise UserError(f"--tensorboard_logdir {folder}: {error.strerror}") from None
+
+    def add(self, step: int, data: dict) -> None:
+        for figure in FIGURES:
+            if figure.tag and data.get(figure.name) is not None:
+                self.writer.add_scalar(figure.tag, data[figure.name], self.offset + step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def log_lines(path: str) -> list[dict]:
+    """The lines of a log that can be read: a last line cut in the middle is left out."""
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    lines = []
+    for line in text.splitlines():
+        try:
+            parsed = json.loads(line.removeprefix("DLLL "))
+            lines.append({"step": parsed["step"], "data": dict(parsed["data"])})
+        except (ValueError, KeyError, TypeError):
+            continue
+    if not lines:
+        raise UserError(f"{path}: not a log of run_pretraining.py")
+    return lines
 
 
 class Throughput:

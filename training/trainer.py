@@ -1,5 +1,6 @@
 """The training loop: one iteration is one optimizer step."""
 
+import argparse
 import math
 import time
 from contextlib import contextmanager
@@ -9,21 +10,26 @@ import numpy as np
 import torch
 
 import lamb
-from checkpoint import folder as checkpoint
-from checkpoint import optimizer_shards as optimizer_state
 from checkpoint.async_writer import CheckpointWriter
+from checkpoint.folder import checkpoint_path, saved_steps
+from checkpoint.resume import Phase
+from checkpoint.state import TrainingState
 from common.errors import UserError
 from data.dataloader import sequences_in
+from devices.device import Device
 from optim import build as optimizers
 from optim.lr_schedule import learning_rate
+from parallel.gradient_reduction import Reduction
+from parallel.ranks import SingleRank
 from parallel.stop_signal import StopSignals, StopVote
 from training.compilation import GraphWatch
-from training.evaluation import describe, evaluate
-from training.log import Throughput
+from training.evaluation import Evaluator, describe
+from training.log import Throughput, TrainingLog
 from training.metrics import NeededFlops, peak_flops
 from training.profiling import StepProfiler
 
-LOSSES = ("loss", "mlm_loss", "nsp_loss")
+LOSSES = ("loss", "mlm_loss", "nsp_loss")  # of the model's forward pass
+SUMS = ("sum_loss", "sum_mlm_loss", "sum_nsp_loss", "finite_steps")  # of them over the steps since the last log line
 
 
 @dataclass(frozen=True)
@@ -53,41 +59,42 @@ class BatchPlan:
                 f"({sequences / self.asked_sequences - 1:+.1%} against --train_batch_size {self.asked_sequences})")
 
 
+@dataclass(kw_only=True)
 class Trainer:
     """Everything a run consists of, put together by run_pretraining.py."""
 
-    def __init__(self, args, process, device, precision, model, reduction, optimizer, stream, plan, start, held_out,
-                 log):
-        self.args = args
-        self.process = process
-        self.device = device
-        self.precision = precision
-        self.model = model
-        self.reduction = reduction
-        self.optimizer = optimizer
-        self.stream = stream
-        self.plan = plan
-        self.start = start
-        self.held_out = held_out
-        self.log = log
+    args: argparse.Namespace
+    ranks: SingleRank
+    device: Device
+    state: TrainingState
+    reduction: Reduction
+    plan: BatchPlan
+    phase: Phase
+    first_step: int  # steps of the phase that are done already
+    evaluator: Evaluator | None
+    log: TrainingLog
+
+    def __post_init__(self):
+        args, device = self.args, self.device
+        self.model, self.optimizer = self.state.model, self.state.optimizer
+        self.stream, self.precision = self.state.stream, self.state.precision
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
         self.log_every = max(1, round(args.log_freq))
-        self.needed_flops = NeededFlops(model.config)
-        self.throughput = Throughput(peak_flops(args.peak_tflops, device, precision.dtype))
+        self.needed_flops = NeededFlops(self.model.config)
+        self.throughput = Throughput(peak_flops(args.peak_tflops, device, self.precision.dtype))
         self.graph_watch = GraphWatch(device)
-        self.profiler = StepProfiler(args, device, process.rank, log.say)
+        self.profiler = StepProfiler(args, device, self.ranks.rank, self.log.print)
         self.signals = StopSignals()
-        self.stop_vote = StopVote(process)
-        self.batch = None
+        self.stop_vote = StopVote(self.ranks)
+        self.batch = None  # the next micro-batch, on the device
         self.final_loss = None
-        self.loss_sums = self.zero_losses(1)  # over the steps since the last log line, and how many were added
-        self.phase1_end = args.phase1_end_step if args.phase2 else 0
-        self.checkpoints = CheckpointWriter(args.output_dir, device, log.say, log.warn, self.phase1_end)
+        self.loss_sums = self.zeros(len(SUMS))
+        self.checkpoints = CheckpointWriter(args.output_dir, device, self.log.print, self.log.warn, self.phase.first)
 
     def train(self) -> dict:
         """Run from the start to the last step of this run; the figures of its summary."""
         began = time.perf_counter()
-        self.log.start_bar(self.start.step, self.last_step, self.args.disable_progress_bar)
+        self.log.start_bar(self.first_step, self.last_step, self.args.disable_progress_bar)
         with self.signals.listening():
             try:
                 self.run_steps()
@@ -96,18 +103,18 @@ class Trainer:
         return self.summary(time.perf_counter() - began)
 
     def run_steps(self) -> None:
-        for step in range(self.start.step + 1, self.last_step + 1):
+        for step in range(self.first_step + 1, self.last_step + 1):
             with self.profiler.around(step):
                 losses = self.train_step(step)
             stopping = self.stop_vote.result()
             if stopping:
-                self.log.say(f"stopping after step {step}: {self.signals.name or 'a signal'} asked for it")
+                self.log.print(f"stopping after step {step}: {self.signals.name or 'a signal'} asked for it")
                 self.last_step = step
             if self.is_due(step, self.log_every):
                 self.log_step(step, losses)
             if self.is_due(step, self.args.num_steps_per_checkpoint) and not self.args.skip_checkpoint:
                 self.save(step)
-            if self.held_out and self.is_due(step, self.args.eval_freq) and not stopping:
+            if self.evaluator and self.is_due(step, self.args.eval_freq) and not stopping:
                 self.evaluate(step)
             self.checkpoints.report_when_written()
             self.log.advance()
@@ -120,10 +127,10 @@ class Trainer:
         Losses are added in place and before the graph ends.  In place, since hmp's casts reach the whole process but
         leave such an op in fp32; before it ends, since what is pending would make the next graph another one.
         """
-        self.device.seed(step_seed(self.args, step, self.process.rank))
+        self.device.seed(step_seed(self.args.seed, self.phase, step, self.ranks.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.args.learning_rate, self.args.warmup_proportion, self.args.max_steps)
-        losses = self.zero_losses()
+        losses = self.zeros(len(LOSSES))
         batch = self.first_batch()
         for micro_step in range(1, self.plan.accumulation_steps + 1):
             last = micro_step == self.plan.accumulation_steps
@@ -132,7 +139,7 @@ class Trainer:
             with self.reduction.micro_step(last):
                 with self.precision.autocast():
                     outputs = self.reduction.model(batch)
-                self.precision.backward(poisoned_unless_finite(outputs["loss"]) / self.plan.accumulation_steps)
+                self.precision.backward(nan_grads_if_loss_not_finite(outputs["loss"]) / self.plan.accumulation_steps)
             losses += torch.stack([outputs[name].detach() for name in LOSSES])
             self.device.mark_step()
             batch = self.next_batch()  # while the device works
@@ -146,8 +153,8 @@ class Trainer:
         self.throughput.add_step()
         return losses
 
-    def zero_losses(self, more: int = 0) -> torch.Tensor:
-        return torch.zeros(len(LOSSES) + more).to(self.device.torch_device, non_blocking=True)
+    def zeros(self, count: int) -> torch.Tensor:
+        return torch.zeros(count).to(self.device.torch_device, non_blocking=True)
 
     def first_batch(self) -> dict[str, torch.Tensor]:
         """The micro-batch that the next step starts with."""
@@ -159,7 +166,7 @@ class Trainer:
         began = time.perf_counter()
         batch = next(self.stream)
         waiting = time.perf_counter() - began
-        self.throughput.add_micro_batch(sequences_in(batch) * self.process.world_size, waiting,
+        self.throughput.add_micro_batch(sequences_in(batch) * self.ranks.world_size, waiting,
                                         self.needed_flops.of_batch(batch))
         return self.device.put(batch)
 
@@ -167,35 +174,42 @@ class Trainer:
         """Whether something done every so many steps (0 = only at the end) is done after this one."""
         return step == self.last_step or (every > 0 and step % every == 0)
 
-    def rows_used(self, step: int) -> int:
-        """Rows of the phase's endless sequence that all ranks have used after a step."""
-        return self.start.rows + (step - self.start.step) * self.plan.rows * self.process.world_size
+    @property
+    def batches_ahead(self) -> int:
+        """Micro-batches that were taken from the stream and are not used yet."""
+        return 0 if self.batch is None else 1
 
-    def epoch(self, step: int) -> int:
-        return self.stream.epoch(self.rows_used(step))
+    @property
+    def epoch(self) -> int:
+        return self.stream.epoch(self.stream.rows_used(self.batches_ahead))
 
     def log_step(self, step: int, losses: torch.Tensor) -> None:
         """Log the steps since the last time: the only place in the loop where values reach the host.
 
-        The average is over the steps whose loss is finite, and over all ranks.
+        The averages are over the steps whose loss is finite, and over all ranks.
         """
-        told = optimizers.figures(self.optimizer)
-        values = torch.cat([self.loss_sums, losses, *(value.reshape(1) for value in told.values())]).cpu()
-        values = self.process.mean(values).tolist()
-        told = dict(zip(told, values[7:], strict=True))
-        self.final_loss = values[0] / values[3] if values[3] else math.nan
-        self.loss_sums = self.zero_losses(1)
-        new_graphs = self.graph_watch.new_graphs(step - self.start.step)
-        self.log.step(self.epoch(step), step, {
-            "average_loss": self.final_loss, "step_loss": values[4], "mlm_loss": values[5], "nsp_loss": values[6],
-            "learning_rate": self.optimizer.param_groups[0]["lr"], **told, "skipped_shards": len(self.stream.left_out),
+        metrics = optimizers.figures(self.optimizer)
+        values = torch.cat([losses, self.loss_sums, *(value.reshape(1) for value in metrics.values())]).cpu()
+        fetched = dict(zip([*LOSSES, *SUMS, *metrics], self.ranks.mean(values).tolist(), strict=True))
+        sums, optimizer_metrics = ({name: fetched[name] for name in names} for names in (SUMS, metrics))
+        steps = sums.pop("finite_steps")
+        averages = {name.replace("sum", "average"): total / steps if steps else math.nan
+                    for name, total in sums.items()}
+        self.final_loss = averages["average_loss"]
+        self.loss_sums = self.zeros(len(SUMS))
+        new_graphs = self.graph_watch.new_graphs(step - self.first_step)
+        self.log.step(self.epoch, step, {
+            **averages, "step_loss": fetched["loss"], "mlm_loss": fetched["mlm_loss"], "nsp_loss": fetched["nsp_loss"],
+            "learning_rate": self.optimizer.param_groups[0]["lr"], **optimizer_metrics,
+            "skipped_shards": len(self.stream.skipped_shards),
             **self.throughput.read(), **self.device.memory(), **self.device.graphs()})
-        self.stop_where_lost(step, told)
-        if not optimizers.can_skip(self.optimizer) and not math.isfinite(values[4]):
-            raise self.lost(step, f"the loss is {values[4]}, and {type(self.optimizer).__name__} cannot skip a step")
+        self.stop_where_lost(step, optimizer_metrics)
+        if not optimizers.can_skip(self.optimizer) and not math.isfinite(fetched["loss"]):
+            raise self.lost(step, f"the loss is {fetched['loss']}, and {type(self.optimizer).__name__} "
+                                  f"cannot skip a step")
         if new_graphs:
-            self.log.say(f"warning: {new_graphs} graphs compiled since the last line, though the warm-up is over: "
-                         f"something changes shape or value from step to step (docs/graphs.md)")
+            self.log.print(f"warning: {new_graphs} graphs compiled since the last line, though the warm-up is over: "
+                           f"something changes shape or value from step to step (docs/graphs.md)")
 
     @contextmanager
     def paused(self):
@@ -207,47 +221,39 @@ class Trainer:
         """Begin to write a checkpoint of everything that the next step depends on: rank 0 does, and for sharded state,
         which is written at once, every rank."""
         with self.paused():
-            told = {name: value.item() for name, value in optimizers.figures(self.optimizer).items()}
-            self.stop_where_lost(step, told)
+            self.stop_where_lost(step, optimizers.skip_counts(self.optimizer))
             if not torch.isfinite(lamb.norm(list(self.model.parameters()))).item():
                 raise self.lost(step, "there are weights that are not finite")
-            number = self.phase1_end + step
-            path = checkpoint.path_of(self.args.output_dir, number)
+            number = self.phase.first + step
+            path = checkpoint_path(self.args.output_dir, number)
             try:
-                optimizer = optimizer_state.save(path, self.optimizer, self.process)
+                contents = self.state.state_dict(path, self.ranks, self.batches_ahead)
             except OSError as error:  # on all ranks alike
                 if step == self.last_step:
                     raise UserError(f"{path.name}, the last of this run, could not be written: {error}") from None
-                self.log.warn(f"{path.name} could not be written ({error}), and the training goes on")
+                self.log.warn(f"{path.name} could not be written ({error}), and the training continues")
                 return
-            # With keep_vars a tied weight is one tensor, not two that share their memory: it is copied once.
-            state = {"model": self.model.state_dict(keep_vars=True), "optimizer": optimizer,
-                     "step": step, "phase": 2 if self.args.phase2 else 1, "rows": self.rows_used(step),
-                     "config": vars(self.model.config), "data": self.stream.state(),
-                     "scaler": self.precision.state_dict(),
-                     "skipped": {name: int(told[name]) for name in optimizers.SKIP_COUNTS if name in told}}
-            if self.process.first:
-                self.checkpoints.save(number, state)
+            if self.ranks.first:
+                self.checkpoints.save(number, {**contents, "step": step, "phase": self.phase.number})
 
-    def stop_where_lost(self, step: int, told: dict[str, float]) -> None:
-        """UserError where so many steps in a row were skipped that there is no hope left."""
-        skipped = int(told.get("most_skipped_in_a_row", 0))
+    def stop_where_lost(self, step: int, optimizer_metrics: dict[str, float]) -> None:
+        """UserError where more steps in a row were skipped than --max_skipped_steps allows."""
+        skipped = int(optimizer_metrics.get("most_skipped_in_a_row", 0))
         if skipped >= self.args.max_skipped_steps:
             raise self.lost(step, f"{skipped} steps in a row were skipped, since the loss or the gradient norm was not "
                                   f"finite (--max_skipped_steps {self.args.max_skipped_steps})")
 
     def lost(self, step: int, reason: str) -> UserError:
-        kept = checkpoint.steps(self.args.output_dir)
-        newest = checkpoint.path_of(self.args.output_dir, kept[-1]) if kept else "none"
+        kept = saved_steps(self.args.output_dir)
+        newest = checkpoint_path(self.args.output_dir, kept[-1]) if kept else "none"
         return UserError(f"step {step}: {reason}; the last good checkpoint, {newest}, is as it was: "
-                         f"look at the data, or go on from there with a lower --learning_rate")
+                         f"look at the data, or continue from there with a lower --learning_rate")
 
     def evaluate(self, step: int) -> None:
         with self.paused():
-            figures = evaluate(self.model, self.held_out, self.device, self.plan.micro_batch_size, self.precision,
-                               process=self.process)
-        self.log.write([self.epoch(step), step], {f"eval_{name}": value for name, value in figures.items()})
-        self.log.say(f"held out after step {step}: {describe(figures)}")
+            figures = self.evaluator.evaluate(self.model)
+        self.log.write([self.epoch, step], {f"eval_{name}": value for name, value in figures.items()})
+        self.log.print(f"held out after step {step}: {describe(figures)}")
 
     def summary(self, seconds: float) -> dict:
         """The figures of the whole run, logged with an empty step."""
@@ -257,12 +263,13 @@ class Trainer:
         return data
 
 
-def step_seed(args, step: int, rank: int) -> int:
+def step_seed(seed: int, phase: Phase, step: int, rank: int) -> int:
     """The seed of the dropout of one step on one rank: a function of nothing else, so that resuming needs no state."""
-    return int(np.random.SeedSequence([args.seed, args.phase2, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+    sequence = np.random.SeedSequence([seed, phase.number - 1, step, rank])
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
-def poisoned_unless_finite(loss: torch.Tensor) -> torch.Tensor:
+def nan_grads_if_loss_not_finite(loss: torch.Tensor) -> torch.Tensor:
     """The same loss, but one that is not finite gives gradients that are not, on whatever path it came about.
 
     So a single test, that of the gradient norm, is enough, and where ranks add up their gradients, all find the same.

@@ -1,4 +1,4 @@
-"""What must hold for the rows of a packed shard, and a fingerprint of every sequence in packed or unpacked rows.
+"""What must hold for the rows of a packed shard.
 
 n rows, S tokens a row, N sequences at most in a row, P + N prediction slots a row.
 """
@@ -8,18 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.stats import binom
 
-from data.counter_rng import scrambled
+SHOWN_AS_EXPECTED = 0.9  # of the masked tokens are shown as [MASK] or as themselves, the others as a random word
+ACCIDENT = 1e-12  # a sequence is faulty where so few of its tokens are that this is less likely
 
-SHOWN_AS_EXPECTED = 0.9  # of the masked tokens show [MASK] or themselves, the others a random word
-ACCIDENT = 1e-12  # so rare must it be that so few of a sequence do, before the sequence is called faulty
-
-
-# --- the rows of a packed shard ---
 
 def faults(rows: dict[str, np.ndarray], cls_token: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Every fault that rows can have, in words, with the rows that have it, (n,) bool.
+    """Yield every possible fault in words, and which rows have it, (n,) bool.
 
-    Where the sequence numbers of a row are wrong, nothing else can be said about it.
+    Rows with wrong sequence numbers are not checked further.
     """
     mask = rows["input_mask"]
     misnumbered = misnumbered_rows(mask, rows["next_sentence_weights"].shape[1])
@@ -41,7 +37,7 @@ def misnumbered_rows(mask: np.ndarray, max_sequences: int) -> np.ndarray:
 
 
 def sequence_faults(rows: dict[str, np.ndarray], cls_token: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Faults of tokens, segments, positions and next-sentence columns, in rows that are numbered well."""
+    """Faults of tokens, segments, positions and next-sentence columns, in rows with correct sequence numbers."""
     mask, segments = rows["input_mask"], rows["segment_ids"]
     starts = sequence_starts(mask)
     offsets = np.arange(mask.shape[1])
@@ -68,26 +64,26 @@ def sequence_faults(rows: dict[str, np.ndarray], cls_token: int) -> Iterator[tup
 
 
 def prediction_faults(rows: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Faults of the masked tokens, in rows that are numbered well."""
+    """Faults of the masked tokens, in rows with correct sequence numbers."""
     mask, positions, labels = rows["input_mask"], rows["masked_lm_positions"], rows["masked_lm_ids"]
     used = positions != 0
     yield "a masked_lm_position is used after an empty slot", (used[:, 1:] & ~used[:, :-1]).any(axis=1)
     outside = (positions < 0) | (positions >= np.count_nonzero(mask, axis=1)[:, None])
     yield "a masked_lm_position is outside all sequences", (outside & used).any(axis=1)
     ordered = np.sort(positions, axis=1)
-    yield "a masked_lm_position stands there twice", (
+    yield "a masked_lm_position occurs twice", (
         (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != 0)).any(axis=1)
     yield "masked_lm_ids are not above 0 in the slots used and 0 in the others", (
         np.where(used, labels <= 0, labels != 0)).any(axis=1)
     inside = np.where(outside, 0, positions)
     yield "a masked_lm_position is that of a [CLS] or [SEP]", (
-        used & np.take_along_axis(special_places(mask, rows["segment_ids"]), inside, axis=1)).any(axis=1)
+        used & np.take_along_axis(special_tokens(mask, rows["segment_ids"]), inside, axis=1)).any(axis=1)
     yield "the masked_lm_positions of a sequence do not point at [MASK] or at their own labels", misplaced_rows(
         rows, used & ~outside, inside)
 
 
 def misplaced_rows(rows: dict[str, np.ndarray], used: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Which rows, (n,), hold a sequence whose masked tokens do not look masked, as when its offset is wrong."""
+    """Which rows, (n,), hold a sequence whose masked tokens do not look masked, as where its offset is wrong."""
     tokens = np.take_along_axis(rows["input_ids"], positions, axis=1)
     numbers = np.where(used, np.take_along_axis(rows["input_mask"], positions, axis=1), 0)
     bad = np.zeros(len(tokens), bool)
@@ -108,42 +104,10 @@ def sequence_starts(mask: np.ndarray) -> np.ndarray:
     return (mask != before) & (mask != 0)
 
 
-def special_places(mask: np.ndarray, segments: np.ndarray) -> np.ndarray:
+def special_tokens(mask: np.ndarray, segments: np.ndarray) -> np.ndarray:
     """Where [CLS] and [SEP] stand in sequences of the form [CLS] A [SEP] B [SEP], (n, S) bool."""
     after = np.concatenate([mask[:, 1:], np.zeros_like(mask[:, :1])], axis=1)
     segment_after = np.concatenate([segments[:, 1:], np.zeros_like(segments[:, :1])], axis=1)
     ends = (mask != after) & (mask != 0)
     ends_a = (mask == after) & (segments == 0) & (segment_after == 1)
     return sequence_starts(mask) | ends | ends_a
-
-
-# --- fingerprints of sequences ---
-
-def fingerprints(rows: dict[str, np.ndarray]) -> np.ndarray:
-    """A number for each sequence of sound rows of either form, row by row, (sequences,) uint64.
-
-    Equal sequences have equal numbers, wherever they stand.  It is made of the tokens with their segments and
-    positions, the masked tokens with their positions (in any order), and the label.
-    """
-    mask = rows["input_mask"].astype(np.int64)
-    starts, real = sequence_starts(mask), mask != 0
-    row, start = np.nonzero(starts)  # of each sequence
-    sequence = np.cumsum(starts[real]) - 1  # of each token
-    position = np.nonzero(real)[1] - start[sequence]
-    tokens = hashed(rows["input_ids"][real], position, 2 + rows["segment_ids"][real].astype(np.int64))
-    sums = np.add.reduceat(tokens, np.flatnonzero(starts[real]))
-
-    if "masked_lm_positions" in rows:
-        masked_row, slot = np.nonzero(rows["masked_lm_positions"])
-        place = rows["masked_lm_positions"][masked_row, slot].astype(np.int64)
-        counts = np.count_nonzero(starts, axis=1)
-        sequence = (np.cumsum(counts) - counts)[masked_row] + mask[masked_row, place] - 1
-        np.add.at(sums, sequence, hashed(rows["masked_lm_ids"][masked_row, slot], place - start[sequence], 1))
-    labels = rows["next_sentence_labels"]
-    labels = (labels if labels.ndim == 2 else labels[:, None])[row, mask[row, start] - 1]
-    return scrambled(sums + labels.astype(np.uint64))
-
-
-def hashed(ids: np.ndarray, positions: np.ndarray, kind) -> np.ndarray:
-    """A well-mixed number for each id at a position; `kind`, below 8, tells labels and the two segments apart."""
-    return scrambled((ids.astype(np.int64) << 32 | positions << 3 | kind).astype(np.uint64))

@@ -18,12 +18,13 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import csc_array, hstack
 
-from data.packing.recipe import Recipe, elementary_bound, fill_rows, knapsack, longest_pack_first
+from data.packing.lpfhp import fill_rows, longest_pack_first
+from data.packing.recipe import Recipe, elementary_bound, knapsack
 
 PRICE_UNIT = 2**40        # prices are whole numbers of 1 / PRICE_UNIT rows: sums of them are exact, and so are bounds
 SMALLEST_PROGRAM = 64     # row length from which on it pays to solve a coarser program first
 WORTH_KEEPING = 0.9       # a strategy priced below this many rows is dropped; it may come back
-NEAR_ENOUGH = 1e-6        # share of the rows that is not worth a further round; above the solver's own tolerances
+NEAR_ENOUGH = 1e-6        # a share of the rows too small for a further round; above the solver's own tolerances
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,18 @@ def cutting_stock(histogram: np.ndarray, depth: int) -> Recipe:
 def fewest_rows(histogram: np.ndarray, depth: int) -> Solution:
     """Solve the linear program; counts in `histogram` need not be whole."""
     strategies, prices = starting_point(histogram, depth)
-    fresh, bound = worthwhile_strategies(in_units(prices), histogram, depth)
+    fresh, bound = worthwhile_strategies(prices, histogram, depth)
     strategies, fewest = np.concatenate([strategies, fresh]), np.inf
     while True:
         counts, prices = solve_program(strategies, histogram)
-        fresh, new_bound = worthwhile_strategies(in_units(prices), histogram, depth)
+        fresh, new_bound = worthwhile_strategies(prices, histogram, depth)
         bound = max(bound, new_bound)
-        fresh = fresh[worth(fresh, prices) > 1 + NEAR_ENOUGH]
+        fresh = fresh[prices[fresh].sum(axis=1) > 1 + NEAR_ENOUGH]
         if not len(fresh) or bound > counts.sum() * (1 - NEAR_ENOUGH):
             return Solution(strategies, counts, prices, bound)
-        if counts.sum() < fewest * (1 - NEAR_ENOUGH):  # only then: what is dropped without progress comes back for ever
+        if counts.sum() < fewest * (1 - NEAR_ENOUGH):  # else dropped strategies could return endlessly
             fewest = counts.sum()
-            kept = (counts > 0) | (worth(strategies, prices) > WORTH_KEEPING)
+            kept = (counts > 0) | (prices[strategies].sum(axis=1) > WORTH_KEEPING)
             kept[:len(histogram) - 1] = True  # one for each length: with them the program always has a solution
             strategies = strategies[kept]
         strategies = np.concatenate([strategies, fresh])
@@ -107,21 +108,13 @@ def solve_program(strategies: np.ndarray, histogram: np.ndarray) -> tuple[np.nda
     return result.x[:len(strategies)] * scale, np.maximum.accumulate(np.maximum(prices, 0.0))
 
 
-def in_units(prices: np.ndarray) -> np.ndarray:
-    return np.rint(prices * PRICE_UNIT).astype(np.int64)
-
-
-def worth(strategies: np.ndarray, prices: np.ndarray) -> np.ndarray:
-    """What each strategy's sequences are worth in rows."""
-    return prices[strategies].sum(axis=1)
-
-
 def worthwhile_strategies(prices: np.ndarray, histogram: np.ndarray, depth: int) -> tuple[np.ndarray, int]:
     """For each length the most valuable strategy that has it, (strategies, depth), and a lower bound on the rows.
 
-    The bound: all sequences are worth so much, and no row can hold more than the best strategy is worth.  `prices` are
-    whole numbers, so it holds exactly.
+    The bound: all sequences are worth so much, and no row can hold more than the best strategy is worth.  In
+    whole PRICE_UNITs it holds exactly.
     """
+    prices = np.rint(prices * PRICE_UNIT).astype(np.int64)
     best, choices = knapsack(prices, depth)
     lengths = np.arange(1, len(histogram))
     strategies = np.zeros((len(lengths), depth), np.int64)

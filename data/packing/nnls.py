@@ -3,7 +3,7 @@
 The strategies are all multisets of at most three lengths that fill a row to the last token, 22,102 for rows of 512.  Of
 all the histograms that such rows can hold, NNLSHP takes the one nearest to the histogram of the data, in weighted least
 squares: the residuals of the lengths up to 8 count 0.09.  That histogram is unique; the mix of strategies that makes it
-is not, and any serves.
+is not, and any will do.
 """
 
 import numpy as np
@@ -12,7 +12,8 @@ from scipy.optimize import linprog
 from scipy.sparse import csc_array, diags_array
 from threadpoolctl import threadpool_limits
 
-from data.packing.recipe import Recipe, elementary_bound, fill_rows
+from data.packing.lpfhp import fill_rows
+from data.packing.recipe import Recipe, elementary_bound
 
 MAX_DEPTH = 3
 SHORT_LENGTHS, SHORT_WEIGHT = 8, 0.09
@@ -27,7 +28,7 @@ def nnls(histogram: np.ndarray, depth: int) -> Recipe:
     """
     weights = published_weights(len(histogram) - 1)
     strategies = full_strategies(len(histogram) - 1, depth)
-    with threadpool_limits(1, user_api="blas"):  # threads cost more than they bring here, far more on a busy machine
+    with threadpool_limits(1, user_api="blas"):  # more threads are slower here, far slower on a busy machine
         counts = nearest_counts(strategies, histogram, weights)
     strategies, counts = few_strategies(strategies, counts)
     rows = fill_rows(strategies, np.rint(counts), histogram, depth)

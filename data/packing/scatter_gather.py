@@ -1,11 +1,11 @@
-"""Packing files: from unpacked shards and a recipe to packed shards, in bounded memory and with bounded open files.
+"""From unpacked shards and a recipe to packed shards, with bounded memory and a bounded number of open files.
 
-Three passes, each over independent pieces of work that may run in processes of their own:
+Three passes, each of independent tasks that may run in parallel processes:
 
-1. survey:  block by block of input rows, check the rows and count the lengths.  The recipe is made from the counts.
+1. survey:  check the rows of each block of the input and count their lengths.  The counts give the recipe.
 2. scatter: read every block again; each sequence looks up its row and slot, and goes to the temporary files of its
             block, sorted by the part (output shard) that the row is in.
-3. gather:  part by part, collect the part's sequences from all blocks and write the packed shard.
+3. gather:  for each part, collect its sequences from all blocks and write the packed shard.
 
 Where a sequence goes is a pure function of its length, its rank among the sequences of that length (in the order of the
 input) and the seed, so the result does not depend on the number of processes.
@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from data import shards
-from data.masking import MaskingRule
-from data.packing.placement import Placement, ranks_within
+from data.masking import MaskingRule, ranges
+from data.packing.assignment import RowAssignment, ranks_within
+from data.packing.blocks import Block
+from data.shards import MASK_KEYS, write_shard
 
-TOKENS_PER_BLOCK = 2**22  # of the input; a process holds one block or part at a time, up to 100 bytes a token
-TOKENS_PER_PART = 2**23   # of the output, padding included: 16,384 rows of 512
+TOKENS_PER_PART = 2**23  # padding included: 16,384 rows of 512
 
 SEQUENCE = np.dtype([("row", "i4"), ("slot", "i4"), ("length", "i4"), ("predictions", "i4"), ("label", "i1")])
 TOKEN = np.dtype([("input_ids", "i4"), ("segment_ids", "i1")])
@@ -31,45 +31,21 @@ RECORDS = {"sequences": SEQUENCE, "tokens": TOKEN, "predictions": PREDICTION}
 INDEX_LINE = len(RECORDS) * 8  # bytes: where a part begins in each of the three files
 
 
-@dataclass(frozen=True)
-class Block:
-    """Some rows of an unpacked shard, few enough to be held in memory."""
-
-    number: int
-    shard: shards.Shard
-    start: int
-    stop: int
-
-    def row(self, index: int) -> str:
-        """How an error message names a row of this block."""
-        return f"{self.shard.path}: row {self.start + index}"
-
-
-def blocks_of(found: list[shards.Shard]) -> list[Block]:
-    """Cut the shards into blocks, in the order of the shards."""
-    blocks = []
-    for shard in found:
-        rows = max(1, TOKENS_PER_BLOCK // shard.sequence_length)
-        for start in range(0, shard.rows, rows):
-            blocks.append(Block(len(blocks), shard, start, min(start + rows, shard.rows)))
-    return blocks
-
-
 # --- survey ---
 
 @dataclass(frozen=True)
 class Survey:
-    """What the recipe needs to know of a block: both arrays are indexed by length, from 0 to the row length."""
+    """What the recipe needs from a block; the arrays are indexed by length, from 0 to the row length."""
 
     histogram: np.ndarray
     most_predictions: np.ndarray  # the most masked tokens in a sequence of that length
-    predictions: int              # all masked tokens that the block's rows hold: none where the training masks them
+    predictions: int              # masked tokens stored in the block: none with --dynamic_masking
 
 
 def survey(block: Block) -> Survey:
     """Count the lengths of a block's sequences.  Raises UserError naming file and row where a row cannot be packed."""
     keys = [key for key in block.shard.keys if key in ("input_mask", "masked_lm_positions")]
-    rows = shards.read(block.shard, keys, rows=slice(block.start, block.stop))
+    rows = block.read(keys)
     lengths = checked_lengths(block, rows["input_mask"])
     rule = block.shard.rule
     predictions = (rule.predictions(lengths) if rule else
@@ -100,7 +76,7 @@ def checked_predictions(block: Block, positions: np.ndarray, lengths: np.ndarray
 
 def refuse_rows(block: Block, bad: np.ndarray, fault: str) -> None:
     if bad.any():
-        raise UserError(f"{block.row(np.argmax(bad))} {fault}")
+        raise UserError(f"{block.row_name(np.argmax(bad))} {fault}")
 
 
 # --- scatter ---
@@ -110,7 +86,6 @@ class Layout:
     """The shape of the output, and the folder of the temporary files."""
 
     row_count: int
-    rows_per_part: int
     row_length: int
     max_sequences: int    # N
     max_predictions: int  # P
@@ -120,6 +95,10 @@ class Layout:
     @property
     def prediction_slots(self) -> int:
         return self.max_predictions + self.max_sequences
+
+    @property
+    def rows_per_part(self) -> int:
+        return max(1, TOKENS_PER_PART // self.row_length)
 
     @property
     def part_count(self) -> int:
@@ -132,12 +111,8 @@ class Layout:
         return self.folder / f"block_{block_number}.{records}"
 
 
-def rows_per_part(row_length: int) -> int:
-    return max(1, TOKENS_PER_PART // row_length)
-
-
 def temporary_bytes(surveys: list[Survey], part_count: int) -> int:
-    """What the temporary files of all blocks take on disk."""
+    """The size of the temporary files of all blocks."""
     histogram = sum(survey.histogram for survey in surveys)
     sequences, tokens = int(histogram.sum()), int(histogram @ np.arange(len(histogram)))
     predictions = sum(survey.predictions for survey in surveys)
@@ -145,20 +120,20 @@ def temporary_bytes(surveys: list[Survey], part_count: int) -> int:
             + len(surveys) * (part_count + 1) * INDEX_LINE)
 
 
-def scatter(block: Block, placement: Placement, ranks_before: np.ndarray, layout: Layout) -> None:
+def scatter(block: Block, assignment: RowAssignment, ranks_before: np.ndarray, layout: Layout) -> None:
     """Write the sequences of a block to its temporary files, sorted by the part that they go to.
 
     `ranks_before[length]` counts the sequences of that length in the blocks before this one.
     """
-    rows = shards.read(block.shard, rows=slice(block.start, block.stop))
+    rows = block.read()
     lengths = np.count_nonzero(rows["input_mask"], axis=1)
-    output_rows, slots = placement.rows_and_slots(lengths, ranks_before[lengths] + ranks_within(lengths))
+    output_rows, slots = assignment.rows_and_slots(lengths, ranks_before[lengths] + ranks_within(lengths))
     parts, rows_in_part = np.divmod(output_rows, layout.rows_per_part)
     order = np.argsort(parts, kind="stable")
     rows = {key: values[order] for key, values in rows.items()}
     sequences, tokens, predictions = records_of(rows, lengths[order], rows_in_part[order], slots[order])
 
-    # the index: in each of the three files, where every part begins, and at last where the last one ends
+    # the index: for each of the three files, where every part begins, and where the last one ends
     firsts = np.searchsorted(parts[order], np.arange(layout.part_count + 1))
     amounts = np.stack([np.ones(len(order), np.int64), sequences["length"], sequences["predictions"]], axis=1)
     begins = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(amounts, axis=0)])[firsts]
@@ -174,7 +149,7 @@ def records_of(rows: dict, lengths, output_rows, slots) -> tuple[np.ndarray, np.
     for key in TOKEN.names:
         tokens[key] = rows[key][is_token]
 
-    positions, ids = (rows.get(key, np.zeros((len(lengths), 0), np.int32)) for key in shards.MASK_KEYS)
+    positions, ids = (rows.get(key, np.zeros((len(lengths), 0), np.int32)) for key in MASK_KEYS)
     is_prediction = positions > 0
     predictions = np.empty(np.count_nonzero(is_prediction), PREDICTION)
     predictions["position"] = positions[is_prediction]
@@ -196,7 +171,7 @@ def gather(part: int, block_count: int, layout: Layout, path: Path) -> int:
     pieces = [read_piece(block_number, part, layout) for block_number in range(block_count)]
     sequences, tokens, predictions = (np.concatenate(records) for records in zip(*pieces, strict=True))
     rows = packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part))
-    shards.write(path, rows, layout.rule, layout.prediction_slots)
+    write_shard(path, rows, layout.rule, layout.prediction_slots)
     return len(sequences)
 
 
@@ -214,40 +189,32 @@ def packed_rows(sequences, tokens, predictions, layout: Layout, row_count: int) 
     Within a row the sequences stand in the order of their slots, which are 0, 1, … without a gap.
     """
     shape = (row_count, layout.max_sequences)
-    place = (sequences["row"], sequences["slot"])
+    row_and_slot = (sequences["row"], sequences["slot"])
     lengths, prediction_counts, labels = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int8)
-    lengths[place] = sequences["length"]
-    prediction_counts[place] = sequences["predictions"]
-    labels[place] = sequences["label"]
+    lengths[row_and_slot] = sequences["length"]
+    prediction_counts[row_and_slot] = sequences["predictions"]
+    labels[row_and_slot] = sequences["label"]
     starts = np.cumsum(lengths, axis=1) - lengths
     prediction_starts = np.cumsum(prediction_counts, axis=1) - prediction_counts
 
     rows = {"next_sentence_positions": np.where(lengths > 0, starts, 0), "next_sentence_labels": labels,
             "next_sentence_weights": (lengths > 0).astype(np.int32)}
 
-    positions = ramps(sequences["length"])
-    targets = np.repeat(sequences["row"] * layout.row_length + starts[place], sequences["length"]) + positions
+    zeros = np.zeros(len(sequences), np.int32)
+    positions = ranges(zeros, sequences["length"])
+    targets = np.repeat(sequences["row"] * layout.row_length + starts[row_and_slot], sequences["length"]) + positions
     token_values = {"input_ids": tokens["input_ids"], "segment_ids": tokens["segment_ids"], "positions": positions,
                     "input_mask": np.repeat(sequences["slot"] + 1, sequences["length"])}
     for key, values in token_values.items():
         rows[key] = spread(values, targets, (row_count, layout.row_length))
 
     width = layout.prediction_slots
-    targets = np.repeat(sequences["row"] * width + prediction_starts[place], sequences["predictions"])
-    targets += ramps(sequences["predictions"])
-    offsets = np.repeat(starts[place], sequences["predictions"])
+    targets = np.repeat(sequences["row"] * width + prediction_starts[row_and_slot], sequences["predictions"])
+    targets += ranges(zeros, sequences["predictions"])
+    offsets = np.repeat(starts[row_and_slot], sequences["predictions"])
     rows["masked_lm_positions"] = spread(predictions["position"] + offsets, targets, (row_count, width))
     rows["masked_lm_ids"] = spread(predictions["id"], targets, (row_count, width))
     return rows
-
-
-def ramps(counts: np.ndarray) -> np.ndarray:
-    """0, 1, … for every count, one after the other.
-
-    >>> ramps(np.array([3, 0, 2]))
-    array([0, 1, 2, 0, 1], dtype=int32)
-    """
-    return np.arange(counts.sum(), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32)
 
 
 def spread(values: np.ndarray, targets: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

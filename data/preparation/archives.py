@@ -1,4 +1,4 @@
-"""Archives, unpacked without ever leaving their folder."""
+"""Archives: unpacked into one folder, never outside it."""
 
 import io
 import stat
@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from common.download import is_remote
 from common.errors import UserError
 from common.files import replacing
-from common.remote_sources import Interrupted, source
+from common.remote_sources import Interrupted, remote_source
 
 BLOCK = 1 << 20
 ENDINGS = (".zip", ".whl", ".tar", ".gz", ".tgz", ".bz2", ".xz")
@@ -18,9 +18,9 @@ BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeErr
 
 
 def unpack(archive, folder, wanted: list[str] | None = None) -> list[Path]:
-    """Unpack the files of a .zip or .tar(.gz, .bz2, .xz), all or those wanted, below `folder`; returns their paths.
+    """Unpack a .zip or .tar(.gz, .bz2, .xz), all files or those wanted, below `folder`; returns their paths.
 
-    Raises UserError, before anything is written, where a member would leave the folder or is a link or a device.
+    Raises UserError, before anything is written, if a member would leave the folder or is a link or a device.
     """
     archive, folder = Path(archive), Path(folder)
     try:
@@ -37,32 +37,32 @@ def unpack(archive, folder, wanted: list[str] | None = None) -> list[Path]:
         raise UserError(f"{archive}: {error}") from None
 
 
-def unpack_remote(place: str, folder, wanted: list[str]) -> list[Path]:
-    """Unpack some files of a .zip that may be remote, reading little more than these files.
+def unpack_remote(archive: str, folder, wanted: list[str]) -> list[Path]:
+    """Unpack some files of a .zip that may be remote, downloading little more than these files.
 
-    Raises Interrupted where the server does not answer ranges or fails.
+    Raises Interrupted if the server does not support range requests, or fails.
     """
-    if not is_remote(place):
-        return unpack(place, folder, wanted)
+    if not is_remote(archive):
+        return unpack(archive, folder, wanted)
     try:
-        with zipfile.ZipFile(io.BufferedReader(RemoteFile(place), 1 << 16)) as file:
-            return unpack_zip(place, file, Path(folder), wanted)
+        with zipfile.ZipFile(io.BufferedReader(RemoteFile(archive), 1 << 16)) as file:
+            return unpack_zip(archive, file, Path(folder), wanted)
     except BROKEN as error:
-        raise UserError(f"{place}: no readable archive ({error})") from None
+        raise UserError(f"{archive}: no readable archive ({error})") from None
 
 
 class RemoteFile(io.RawIOBase):
-    """A remote file as a seekable stream: reading on uses the open answer, reading elsewhere asks for a range."""
+    """A remote file as a seekable stream: sequential reads use the open response, others request a range."""
 
     def __init__(self, url: str):
-        self.source, self.position, self.served = source(url), 0, -1
+        self.source, self.position, self.served = remote_source(url), 0, -1
         self.rest, self.blocks = b"", iter(())
         self.size = self.ask(0).size
 
     def ask(self, offset: int):
         reply = self.source.open(offset)
         if reply.start != offset or reply.size is None:
-            raise Interrupted(f"{self.source.url}: the server does not answer ranges")
+            raise Interrupted(f"{self.source.url}: the server does not support range requests")
         return reply
 
     def readable(self) -> bool:
@@ -97,22 +97,22 @@ def unpack_zip(archive, file: zipfile.ZipFile, folder: Path, wanted) -> list[Pat
     return write_members(archive, folder, members, wanted, file.open)
 
 
-def check_names(archive, members, odd: list[str]) -> None:
-    """No member leaves the folder, and none of those in `odd` (links and devices) is there."""
+def check_names(archive, members, special: list[str]) -> None:
+    """UserError if a member would leave the folder or is one of `special` (links and devices)."""
     for name in members:
         path = PurePosixPath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or name in odd:
+        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or name in special:
             raise UserError(f"{archive}: {name!r} would leave the folder, or is no regular file; nothing was unpacked")
 
 
-def write_members(archive, folder: Path, members: dict, wanted, opener) -> list[Path]:
-    """Write the members, or those wanted, to their places below `folder`."""
+def write_members(archive, folder: Path, members: dict, wanted, open_member) -> list[Path]:
+    """Write the members, or those wanted, below `folder`."""
     wanted = list(members) if wanted is None else wanted
     missing = [name for name in wanted if name not in members]
     if missing:
         raise UserError(f"{archive}: no {', '.join(missing)} in it")
     for name in wanted:
-        with replacing(folder / name) as temporary, opener(members[name]) as packed, open(temporary, "wb") as file:
+        with replacing(folder / name) as temporary, open_member(members[name]) as packed, open(temporary, "wb") as file:
             while block := packed.read(BLOCK):
                 file.write(block)
     return [folder / name for name in wanted]

@@ -1,26 +1,66 @@
-"""Books, one .txt file each, as one line of text."""
+"""Books, one .txt file each: downloaded from lists of URLs or archives, and read into one line of text each."""
 
 from collections import Counter
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
 
+from tqdm import tqdm
+
+from common.errors import UserError
+from data.preparation import archives, records
+from data.preparation.downloads import DownloadOptions, fetch_or_copy
+from data.preparation.formatting import TextFormat
 from data.preparation.wikipedia import one_line
 
 BATCH_BYTES = 1 << 20  # of books handed to a worker at a time
 
 
+def download(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[str]]:
+    """The books of archives and of files of URLs, one URL a line; returns them, and what failed and why."""
+    if not options.input_files:
+        raise UserError("--dataset bookscorpus: BookCorpus has no official source any more; name a file of URLs of "
+                        ".txt books, or an archive of them, with --input_files (give a folder of .txt books to "
+                        "--action text_formatting instead; it needs no download)")
+    found, failed, urls = [], [], []
+    for path in options.input_files:
+        if path.suffix in archives.ENDINGS:
+            found += [book for book in archives.unpack(path, folder) if book.suffix == ".txt"]
+        else:
+            urls += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with ThreadPoolExecutor(options.threads) as pool:
+        tasks = [pool.submit(download_book, folder, number, url, options) for number, url in enumerate(urls)]
+        for task in tqdm(tasks, unit="book", desc="download"):
+            try:
+                found.append(task.result())
+            except UserError as error:
+                failed.append(str(error))
+    if not found:
+        raise UserError(f"{options.input_files[0]}: none of its books could be downloaded"
+                        f"{': ' * bool(failed)}{''.join(failed[:1])}")
+    return found, failed
+
+
+def download_book(folder: Path, number: int, url: str, options: DownloadOptions) -> Path:
+    """Fetch one book; its number in the list makes its name unique."""
+    name = unquote(PurePosixPath(urlsplit(url).path).stem).replace("/", "_") or "book"
+    return fetch_or_copy(url, folder / f"{number:06d}_{name}.txt", replace(options, tries=3))
+
+
 def batches(books: list[Path], progress=lambda size: None):
-    """Yield lists of books that hold about 1 MB together."""
+    """Yield (books,): lists of books that hold about 1 MB together."""
     batch, size = [], 0
     for book in books:
         batch.append(book)
         size += book.stat().st_size
         if size >= BATCH_BYTES:
             progress(size)
-            yield batch
+            yield batch,
             batch, size = [], 0
     if batch:
         progress(size)
-        yield batch
+        yield batch,
 
 
 def read_books(books: list[Path]) -> tuple[list[str], dict, list[str]]:
@@ -48,3 +88,8 @@ def read_book(book: Path) -> tuple[str, str | None]:
         return "", "binary"
     text = one_line(text.replace("\r\n", "\n").split("\n\n"))
     return text, None if text else "empty"
+
+
+BOOKS = TextFormat(  # one fingerprint for all books, of which there can be thousands
+    batches=batches, read_batch=read_books, pattern="*.txt",
+    fingerprints=lambda books: {"books": records.combined_fingerprint(books)})

@@ -1,68 +1,51 @@
-"""What the stages will take, estimated from the size of what they read.
+"""Estimates of what the stages take, from the size of what they read.
 
-The rates are cautious: below what one core of a cloud machine reached, at the time that benchmarks/README.md tells of.
-They scale with the number of processes as long as the one process that reads and writes keeps up, which MAIN_RATES
-bounds.
+The rates are cautious: lower than what one core of a cloud machine reached when benchmarks/README.md was measured.
+They scale with the number of processes until the one process that reads and writes is the limit (MAIN_RATES).
 """
 
 import shutil
 from pathlib import Path
 
-# MB of input (XML, text, text) that one process gets through in a second, and what the stage writes for each MB of it
+from common.files import nearest_existing
+from common.units import format_bytes, format_duration
+from data.preparation.samples import SampleOptions
+
+# MB of input (XML, text, text) that one process gets through in a second
 RATES = {"text_formatting": 3.0, "sharding": 4.5, "create_hdf5_files": 4.0}
 MAIN_RATES = {"text_formatting": 400.0, "sharding": 150.0, "create_hdf5_files": float("inf")}
-WRITES = {"text_formatting": 0.16, "sharding": 1.0, "create_hdf5_files": 3.0}
 BZ2 = 4.0  # MB of XML in a MB of a compressed dump
-
-WIKIPEDIA_DUMP, SAMPLE_DUMP = 25e9, 1.7e6  # bytes
-
-
-def seconds(stage: str, size: float, workers: int) -> float:
-    """Estimated duration of a stage that reads `size` bytes."""
-    return size / 1e6 / min(RATES[stage] * workers, MAIN_RATES[stage])
+ROWS, MASKS = 0.45, 0.09  # bytes of compressed HDF5 for each byte of text and each pass over it: without masks, masks
 
 
-def announcement(stage: str, size: float, pool, folder: Path) -> str:
-    """One line: what the stage reads, how long that will take, what it writes and what is free there."""
-    free = shutil.disk_usage(existing(folder)).free
-    return (f"{stage}: {amount(size)} to read, {duration(seconds(stage, size, pool.workers))} with "
-            f"{pool.description}; writes about {amount(size * WRITES[stage])} ({amount(free)} free)")
+def hdf5_share(samples: SampleOptions) -> float:
+    """The bytes of HDF5 shards that a byte of text becomes.  Measured on the sample; the length matters little."""
+    return samples.dupe_factor * (ROWS if samples.dynamic_masking else ROWS + MASKS)
 
 
-def plan(dataset_size: float, workers: int) -> list[str]:
-    """The whole chain on a compressed dump of this many bytes, a line for each stage."""
-    xml = dataset_size * BZ2
-    text = xml * WRITES["text_formatting"]
-    lines = [f"download            {amount(dataset_size):>8}  as fast as the network is"]
-    for stage, size in (("text_formatting", xml), ("sharding", text), ("create_hdf5_files", text),
-                        ("create_hdf5_files", text)):
-        lines.append(f"{stage:<18}  {amount(size * WRITES[stage]):>8}  {duration(seconds(stage, size, workers))}")
+def seconds(stage: str, size: float, workers: int) -> int:
+    """Estimated duration of a stage that reads `size` bytes, in whole seconds."""
+    return max(1, round(size / 1e6 / min(RATES[stage] * workers, MAIN_RATES[stage])))
+
+
+def announcement(stage: str, size: float, written: float, pool, folder: Path) -> str:
+    """One line: the bytes that the stage reads, how long that takes, the bytes that it writes, and those free there."""
+    free = shutil.disk_usage(nearest_existing(folder)).free
+    return (f"{stage}: {format_bytes(size)} to read, about {format_duration(seconds(stage, size, pool.workers))} with "
+            f"{pool.description}; writes about {format_bytes(written)} ({format_bytes(free)} free)")
+
+
+def whole_chain(parts, samples: SampleOptions, workers: int) -> list[str]:
+    """A line for each stage of the chain, for a data set of these parts, in two lengths of samples."""
+    compressed = sum(part.download_bytes for part in parts)
+    text = sum(part.download_bytes * BZ2 * part.text_share for part in parts)
+    hdf5 = ("create_hdf5_files", text, text * hdf5_share(samples))
+    lines = [f"download            {format_bytes(compressed):>8}  as fast as the network is"]
+    for stage, size, written in (("text_formatting", compressed * BZ2, text), ("sharding", text, text), hdf5, hdf5):
+        lines.append(f"{stage:<18}  {format_bytes(written):>8}  about {format_duration(seconds(stage, size, workers))}")
     return lines
 
 
-def existing(folder: Path) -> Path:
-    """The folder, or the first above it that exists."""
-    return next(place for place in (folder, *folder.parents) if place.exists())
-
-
 def input_size(paths) -> float:
-    """The bytes in files, those of compressed dumps as if unpacked."""
+    """The bytes in files; compressed dumps count as if unpacked."""
     return sum(path.stat().st_size * (BZ2 if path.suffix in (".bz2", ".xz") else 1) for path in paths)
-
-
-def amount(size: float) -> str:
-    """1234567 as '1.2 MB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def duration(time: float) -> str:
-    """4000 as "about 67 minutes"."""
-    if time < 10:
-        return "a few seconds"
-    if time < 90:
-        return f"about {time:.0f} seconds"
-    return f"about {time / 60:.0f} minutes" if time < 5400 else f"about {time / 3600:.1f} hours"

@@ -1,10 +1,12 @@
 """text_formatting: from dumps and books to text files of one document a line.
 
-The input is cut into batches that the workers turn into lines.  A fixed number of batches makes a part file, which has
-a record of its own: after an interruption the parts that are there are kept, and the stream is only read past them.
+The input is cut into batches, which the workers turn into lines.  A fixed number of batches makes a part file with a
+record of its own: after an interruption the finished parts are kept, and their input is only read past.
 """
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import groupby
 
 from common.errors import UserError
@@ -12,39 +14,51 @@ from common.files import replacing
 from data.preparation import records
 from data.workers import ordered_map
 
-BATCHES_PER_PART = 512  # about 500 MB of XML: a quarter of a minute on 16 cores, which an interruption can cost
+BATCHES_PER_PART = 512  # about 500 MB of XML; an interruption loses at most so much, 15 seconds on 16 cores
+COUNT_WORDS = {"random_next": "pairs with a random second segment"}  # where the name in a record says too little
 
 
-def options(extracted: bool) -> dict:
-    """What decides the text besides the input; `extracted`: it was read from wikiextractor's output."""
-    return {"batches_per_part": BATCHES_PER_PART, "extracted": extracted}
+@dataclass(frozen=True, kw_only=True)
+class TextFormat:
+    """A kind of files, and how they become documents of one line each."""
+
+    batches: Callable  # (paths, progress): yields tasks for the workers; progress takes the bytes read
+    read_batch: Callable  # what a worker does: (*task) gives (lines, counts, what was skipped and why)
+    pattern: str = ""  # the names of such files in a folder; "": only single files are taken
+    extracted: bool = False  # wikiextractor has written them already
+    fingerprints: Callable = records.fingerprints  # of the files, for the record
+
+    def options(self) -> dict:
+        """What decides the text besides the input, for the record."""
+        return {"batches_per_part": BATCHES_PER_PART, "extracted": self.extracted}
 
 
-def format_documents(folder, dataset: str, batches, work, inputs: dict, options: dict, pool) -> dict:
+def format_documents(folder, dataset: str, text_format: TextFormat, batches, inputs: dict, pool) -> dict:
     """Write the documents of all batches to folder/DATASET/part_N.txt and return the record.
 
-    batches: an iterable of tasks; work(*task) gives (lines, counts, what was skipped and why).  inputs: fingerprints of
-    what they come from.  Parts that are recorded as made from the same inputs are not made again.
+    inputs: fingerprints of what the batches come from.  Parts that a record says were made from the same inputs are
+    not made again.
     """
-    records.forget(folder, dataset)
+    options = text_format.options()
+    records.delete_record(folder, dataset)
     (folder / dataset).mkdir(parents=True, exist_ok=True)
-    outputs, left_out = {}, []
+    outputs, skipped = {}, []
     for part, tasks in grouped(batches, BATCHES_PER_PART):
         name = f"{dataset}/part_{part:05d}.txt"
-        record = records.done(folder, name, inputs, options)
+        record = records.finished_record(folder, name, inputs, options)
         if record:
             for _ in tasks:  # read past
                 pass
         else:
-            counts, skipped = write_part(folder / name, ordered_map(pool, work, tasks))
-            record = records.write(folder, name, inputs, options, {name: {}}, counts, skipped)
+            record = records.write_record(folder, name, inputs, options, {name: {}},
+                                          *write_part(folder / name, ordered_map(pool, text_format.read_batch, tasks)))
         outputs[name] = record["counts"]
-        left_out += record["skipped"]
+        skipped += record["skipped"]
     totals = sum((Counter(counts) for counts in outputs.values()), Counter())
     if not totals["documents"]:
-        raise UserError(f"{', '.join(inputs)}: no document with text in it ({describe(totals)})")
-    records.prune(folder, f"{dataset}/part_*.txt", outputs)
-    return records.write(folder, dataset, inputs, options, outputs, dict(totals), left_out)
+        raise UserError(f"{', '.join(inputs)}: no document with text in it ({describe_counts(totals)})")
+    records.delete_outdated(folder, f"{dataset}/part_*.txt", outputs)
+    return records.write_record(folder, dataset, inputs, options, outputs, dict(totals), skipped)
 
 
 def grouped(items, size: int):
@@ -54,17 +68,18 @@ def grouped(items, size: int):
 
 
 def write_part(path, results) -> tuple[dict, list[str]]:
-    """Write the lines of the results to one file, whole or not at all; returns their counts and what was skipped."""
+    """Write the lines of the results to one file, atomically; returns their counts and what was skipped."""
     totals, skipped = Counter(), []
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        for lines, counts, left_out in results:
+        for lines, counts, skipped_here in results:
             file.writelines(line + "\n" for line in lines)
             totals.update(counts)
-            skipped += left_out
+            skipped += skipped_here
     return dict(totals), skipped
 
 
-def describe(counts: dict) -> str:
+def describe_counts(counts: dict) -> str:
     """{"documents": 106, "redirects": 100} as "106 documents, 100 redirects"."""
-    parts = [f"{count:,} {name.replace('_', ' ')}" for name, count in sorted(counts.items()) if count]
+    parts = [f"{count:,} {COUNT_WORDS.get(name, name.replace('_', ' '))}"
+             for name, count in sorted(counts.items()) if count]
     return ", ".join(parts) or "nothing"

@@ -1,11 +1,12 @@
-"""Where each stage of data preparation keeps its files, all below one working folder.
+"""The folders of data preparation, all below one working folder.
 
-    download/DATASET/                      what was fetched, and what was unpacked from it
-    formatted_one_article_per_line/DATASET/part_N.txt
+    download/DATASET/                      what was downloaded, and what was unpacked from it
+    extracted/DATASET/…/wiki_N             what wikiextractor's own command wrote, for --skip_wikiextractor 1
+    formatted_one_article_per_line/DATASET/part_N.txt   a document a line, tabs between its paragraphs
     sharded_…/DATASET/DATASET_training_N.txt, DATASET_test_N.txt
     hdf5_…/DATASET/DATASET_training_N.hdf5, DATASET_test_N.hdf5
     vocab/DATASET/vocab.txt                a vocabulary trained on a data set (DATASET_cased with --do_lower_case 0)
-    records/ in each of them               what was made from what (records.py)
+    records/ in each of them               what each file was made from (records.py)
 """
 
 import os
@@ -37,7 +38,7 @@ def sharded_folder(training_shards: int, test_shards: int, fraction_test_set: fl
 
 
 def hdf5_folder(options) -> Path:
-    """The folder of HDF5 shards made with these SampleOptions (create_pretraining_data.py)."""
+    """The folder of HDF5 shards made with these SampleOptions (samples.py)."""
     return working_folder() / (
         f"hdf5_lower_case_{int(options.do_lower_case)}_seq_len_{options.max_seq_length}"
         f"_max_pred_{options.max_predictions_per_seq}_masked_lm_prob_{options.masked_lm_prob}"
@@ -46,6 +47,6 @@ def hdf5_folder(options) -> Path:
 
 
 def shard_names(dataset: str, training_shards: int, test_shards: int) -> list[str]:
-    """DATASET_training_0 … DATASET_test_0 …, without an ending."""
+    """DATASET_training_0 … DATASET_test_0 …, without a suffix."""
     return [f"{dataset}_{split}_{number}" for split, count in zip(SPLITS, (training_shards, test_shards), strict=True)
             for number in range(count)]

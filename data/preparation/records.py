@@ -1,9 +1,9 @@
-"""What a stage made from what, in a small JSON beside its files: that is how work already done is recognised.
+"""Records of finished work: a small JSON file beside the files of a stage says what they were made from.
 
 A record holds the inputs (size and SHA-256 of each), the options, the outputs (name, size and counts), the totals, and
-what was skipped for what reason.
-Files and options decide, never dates, so a folder that was copied elsewhere is still recognised, and records of equal
-runs are equal.  A record is written last: a stage without one starts over.
+what was skipped and why.  A stage whose record matches its inputs and options has nothing to do.  Dates play no part: a
+folder that was copied elsewhere still matches, and equal runs write equal records.  A record is written last: work
+without one starts over.
 """
 
 import hashlib
@@ -23,69 +23,68 @@ def combined_fingerprint(paths) -> dict:
     """One fingerprint of many files, names included, in their order."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{key(path)} {fingerprint(path)}\n".encode())
+        digest.update(f"{file_key(path)} {fingerprint(path)}\n".encode())
     return {"files": len(paths), "sha256": digest.hexdigest()}
 
 
 def fingerprints(paths) -> dict:
     """The fingerprint of each file, under its key."""
-    return {key(path): fingerprint(path) for path in paths}
+    return {file_key(path): fingerprint(path) for path in paths}
 
 
-def key(path) -> str:
-    """FOLDER/NAME: tells the parts of two data sets apart, and stays the same where all was copied elsewhere."""
+def file_key(path) -> str:
+    """FOLDER/NAME: differs for the parts of two data sets, and does not change when everything is copied elsewhere."""
     path = Path(path).absolute()
     return f"{path.parent.name}/{path.name}"
 
 
-def path_for(folder, name: str) -> Path:
-    """The record of `name` among the files of a stage's folder."""
+def record_path(folder, name: str) -> Path:
+    """Where the record of `name` lies among the files of a stage's folder."""
     return Path(folder) / "records" / f"{name}.json"
 
 
-def read(folder, name: str) -> dict | None:
-    """The record, or None where there is none or it cannot be read (then the work is done again)."""
+def read_record(folder, name: str) -> dict | None:
+    """The record, or None if there is none or it cannot be read (then the work is done again)."""
     try:
-        return json.loads(path_for(folder, name).read_text())
+        return json.loads(record_path(folder, name).read_text())
     except (FileNotFoundError, ValueError):
         return None
 
 
-def done(folder, name: str, inputs: dict, options: dict) -> dict | None:
-    """The record, where it tells of the same inputs and options and every output is still there with its size."""
-    record = read(folder, name)
+def finished_record(folder, name: str, inputs: dict, options: dict) -> dict | None:
+    """The record, if it has these inputs and options and every output still exists with its size; else None."""
+    record = read_record(folder, name)
     if record is None or record["inputs"] != inputs or record["options"] != options:
         return None
-    for output, facts in record["outputs"].items():
+    for output, properties in record["outputs"].items():
         path = Path(folder) / output
-        if not path.is_file() or path.stat().st_size != facts["size"]:
+        if not path.is_file() or path.stat().st_size != properties["size"]:
             return None
     return record
 
 
-def write(folder, name: str, inputs: dict, options: dict, outputs: dict[str, dict], counts: dict, skipped=()) -> dict:
-    """Record a finished piece of work.
-
-    outputs: for each file, relative to the folder, what is worth knowing.  skipped: what was left out, and why.
-    """
-    sized = {output: {"size": (Path(folder) / output).stat().st_size, **facts} for output, facts in outputs.items()}
+def write_record(folder, name: str, inputs: dict, options: dict, outputs: dict[str, dict], counts: dict,
+                 skipped=()) -> dict:
+    """Record finished work.  outputs: the properties of each file, by its path in `folder`; skipped: what, and why."""
+    sized = {output: {"size": (Path(folder) / output).stat().st_size, **properties}
+             for output, properties in outputs.items()}
     record = {"inputs": inputs, "options": options, "counts": counts, "skipped": list(skipped), "outputs": sized}
-    write_json(path_for(folder, name), record)
+    write_json(record_path(folder, name), record)
     return record
 
 
-def forget(folder, name: str) -> None:
-    """Remove a record before its files are made anew."""
-    path_for(folder, name).unlink(missing_ok=True)
+def delete_record(folder, name: str) -> None:
+    """Delete a record, before its files are made again."""
+    record_path(folder, name).unlink(missing_ok=True)
 
 
-def prune(folder, pattern: str, keep) -> None:
-    """Delete what earlier runs made and this one did not: files that match the pattern but are not in `keep`.
+def delete_outdated(folder, pattern: str, keep) -> None:
+    """Delete files of earlier runs: those that match the pattern but are not in `keep`, and their records.
 
-    Names are relative to the folder.  Without this, fewer parts than last time would leave old ones among the new.
+    Names are relative to the folder.  Without this, a run that makes fewer parts would leave old ones among the new.
     """
     for path in Path(folder).glob(pattern):
         name = path.relative_to(folder).as_posix()
         if name not in keep:
             path.unlink()
-            forget(folder, name)
+            delete_record(folder, name)

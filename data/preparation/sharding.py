@@ -1,9 +1,9 @@
 """sharding: documents, one a line, into text shards of equal numbers of sentences.
 
-Documents stream through in windows.  Within a window the longest are placed first, each in the shard that has the
-fewest sentences so far, of the split (training or test) that is furthest behind its share.  Placing by the numbers of
-sentences alone makes the shards level without knowing the corpus in advance, and the same for any number of processes.
-A window is written out before the next is placed, so memory does not grow with the corpus.
+Documents are read in windows.  Within a window the longest are assigned first, each to the shard with the fewest
+sentences so far, of the split (training or test) that is furthest behind its proportion.  Since only the numbers of
+sentences count, shards become equal without knowing the corpus in advance, and the same for any number of processes.
+A window is written before the next is assigned, so memory does not grow with the corpus.
 """
 
 from collections import Counter, deque
@@ -15,17 +15,17 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.files import replacing_files
 from data.preparation import records
-from data.preparation.formatting import describe
+from data.preparation.formatting import describe_counts
 from data.preparation.layout import shard_names
 from data.preparation.sentences import split_lines
 from data.workers import ordered_map
 
 CHUNK_BYTES = 1 << 20  # lines handed to a worker at a time
-WINDOW_BYTES = 1 << 23  # text placed at a time; the last window evens out what the others left
+WINDOW_BYTES = 1 << 23  # text assigned at a time; the last window evens out what the others left
 
 
-class Placement:
-    """Which shard each document goes to: documents are placed window by window, by their numbers of sentences."""
+class ShardAssignment:
+    """Which shard each document goes to, decided window by window from the documents' numbers of sentences."""
 
     def __init__(self, training_shards: int, test_shards: int, fraction_test_set: float):
         self.fraction_test_set = fraction_test_set
@@ -37,28 +37,28 @@ class Placement:
         for split in self.splits:
             heapify(split)
 
-    def place(self, sizes: list[int], last: bool) -> list[int]:
+    def assign(self, sizes: list[int], last: bool) -> list[int]:
         """The shard of each document of a window, given the documents' numbers of sentences.
 
-        In the last window the smallest documents are kept for shards that are still empty, where there are any.
+        In the last window the smallest documents go to shards that are still empty.
         """
         shards = [0] * len(sizes)
         order = sorted(range(len(sizes)), key=lambda document: (-sizes[document], document))
-        for placed, document in enumerate(order):
-            if last and sum(self.empty) >= len(sizes) - placed:
+        for assigned, document in enumerate(order):
+            if last and sum(self.empty) >= len(sizes) - assigned:
                 split = 0 if self.empty[0] else 1
             else:
                 split = self.furthest_behind(sizes[document])
-            shards[document] = self.place_in(split, sizes[document])
+            shards[document] = self.add_to(split, sizes[document])
         return shards
 
     def furthest_behind(self, size: int) -> int:
-        """The split (0 training, 1 test) that a document of this size brings nearer to its share."""
+        """The split (0 training, 1 test) that a document of this size brings closer to its proportion."""
         behind = self.fraction_test_set * (sum(self.totals) + size) - self.totals[1]
         return 1 if 2 * behind >= size else 0
 
-    def place_in(self, split: int, size: int) -> int:
-        """Put a document into the shard of a split that has the fewest sentences."""
+    def add_to(self, split: int, size: int) -> int:
+        """Add a document of this size to the shard of a split with the fewest sentences; returns the shard."""
         filled, shard = heappop(self.splits[split])
         self.empty[split] -= not filled
         heappush(self.splits[split], (filled + size, shard))
@@ -74,29 +74,24 @@ def shard_documents(folder, dataset: str, texts: list[Path], inputs: dict, optio
     the last document.  Returns the record.
     """
     names = shard_names(dataset, options["training_shards"], options["test_shards"])
-    placement = Placement(options["training_shards"], options["test_shards"], options["fraction_test_set"])
+    assignment = ShardAssignment(options["training_shards"], options["test_shards"], options["fraction_test_set"])
     counts = Counter()
-    records.forget(folder, dataset)
+    records.delete_record(folder, dataset)
     with replacing_files(folder / dataset, [f"{name}.txt" for name in names]) as temporary:
         documents = [0] * len(names)
         for window, last in windows(split_all(texts, options["segmentation_method"], pool, counts)):
-            shards = placement.place([sentences for _, sentences in window], last)
+            shards = assignment.assign([sentences for _, sentences in window], last)
             append(temporary, window, shards)
             for shard in shards:
                 documents[shard] += 1
-        check_filled(dataset, documents, options)
-    outputs = {f"{dataset}/{name}.txt": {"documents": documents[shard], "sentences": placement.sentences[shard]}
+        if not all(documents):
+            raise UserError(f"{dataset}: {sum(documents)} documents are too few for {options['training_shards']} "
+                            f"training and {options['test_shards']} test shards (--n_training_shards, --n_test_shards)")
+    outputs = {f"{dataset}/{name}.txt": {"documents": documents[shard], "sentences": assignment.sentences[shard]}
                for shard, name in enumerate(names)}
-    counts["sentences"] = sum(placement.sentences)
-    counts["test_sentences"] = placement.totals[1]
-    return records.write(folder, dataset, inputs, options, outputs, dict(counts))
-
-
-def check_filled(dataset: str, documents: list[int], options: dict) -> None:
-    """Every shard holds a document, or there were too few of them."""
-    if not all(documents):
-        raise UserError(f"{dataset}: {sum(documents)} documents are too few for {options['training_shards']} training "
-                        f"and {options['test_shards']} test shards (--n_training_shards, --n_test_shards)")
+    counts["sentences"] = sum(assignment.sentences)
+    counts["test_sentences"] = assignment.totals[1]
+    return records.write_record(folder, dataset, inputs, options, outputs, dict(counts))
 
 
 def split_all(texts, method: str, pool, counts: Counter):
@@ -106,7 +101,7 @@ def split_all(texts, method: str, pool, counts: Counter):
         chunks = ((chunk, method) for chunk in line_chunks(texts, bar.update))
         for documents, found in ordered_map(pool, split_lines, chunks):
             counts.update(found)
-            bar.set_postfix_str(describe(counts), refresh=False)
+            bar.set_postfix_str(describe_counts(counts), refresh=False)
             yield from documents
 
 
@@ -124,7 +119,7 @@ def line_chunks(paths, progress=lambda size: None):
 def windows(documents):
     """Yield (documents, whether these are the last), in order.
 
-    All windows hold about WINDOW_BYTES of text, the last one up to twice that: it is never a small rest.
+    All windows hold about WINDOW_BYTES of text, the last one up to twice as much, so that it is never small.
     """
     waiting, size = deque(), 0
     for document in documents:

@@ -6,209 +6,214 @@ download → text_formatting → sharding → (create_vocabulary) → create_hdf
 import errno
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common.download import local_file
+from common.download import TRIES, local_file
 from common.errors import UserError
 from common.files import remove_leftovers
-from create_pretraining_data import create_shard
-from data import vocabulary
-from data.preparation import books, downloads, estimates, formatting, inputs, layout, records, sharding, wikipedia
-from data.preparation.formatting import describe
-from data.preparation.inputs import BOOKS, BOTH, GOOGLE, SAMPLE, SOURCES, WIKIPEDIA
+from data.preparation import estimates, formatting, inputs, layout, records, sharding, wikipedia
+from data.preparation.datasets import GOOGLE_VOCABULARY, Dataset
+from data.preparation.downloads import DownloadOptions, mirror_pairs
+from data.preparation.formatting import describe_counts
+from data.preparation.samples import SampleOptions, create_shard
+from data.tokenizer import load_vocabulary, save_vocabulary, train_vocabulary
 from data.workers import open_pool, ordered_map
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DUMP_SIZES = {WIKIPEDIA: estimates.WIKIPEDIA_DUMP, BOTH: estimates.WIKIPEDIA_DUMP, SAMPLE: estimates.SAMPLE_DUMP}
 
 
-def run(args, options) -> None:
-    """Run the stage that --action names.  `options`: the SampleOptions of create_hdf5_files."""
+@dataclass(frozen=True, kw_only=True)
+class StageOptions:
+    """What the stages are given: the data set, how samples are made, and the values of bertPrep.py's flags."""
+
+    dataset: Dataset
+    samples: SampleOptions
+    input_files: list[str]
+    n_processes: int
+    dump_date: str
+    mirror: list
+    n_training_shards: int
+    n_test_shards: int
+    fraction_test_set: float
+    segmentation_method: str
+    vocab_file: str | None
+    vocab_size: int
+    skip_wikiextractor: bool
+
+    def sharded_folder(self) -> Path:
+        return layout.sharded_folder(self.n_training_shards, self.n_test_shards, self.fraction_test_set)
+
+    def text_shards(self) -> list[Path]:
+        """The text shards of --input_files, or those of the data set."""
+        return (inputs.named_files(self.input_files)
+                or inputs.recorded_files("sharding", self.sharded_folder(), self.dataset.name))
+
+    def trained_vocabulary(self) -> Path:
+        """Where create_vocabulary writes the vocabulary."""
+        return layout.vocabulary_file(self.dataset.name, self.samples.do_lower_case)
+
+
+def run_stage(action: str, options: StageOptions) -> None:
+    """Run the stage that --action names."""
     try:
-        ACTIONS[args.action](args, options)
+        ACTIONS[action](options)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
         raise UserError(f"{error.filename or layout.working_folder()}: {error.strerror}; what is finished is whole and "
-                        f"kept: make room, and the same command goes on from there") from None
+                        f"kept: make room, and the same command continues from there") from None
 
 
-def estimate(args, _) -> None:
+def estimate(options: StageOptions) -> None:
     """Print what the whole chain will take."""
-    if args.dataset not in DUMP_SIZES:
-        raise UserError(f"--dataset {args.dataset}: no estimate; its size is not known in advance")
-    print(f"{args.dataset}, {args.n_processes} processes{', books not counted' * (args.dataset == BOTH)}:")
-    print("\n".join(f"  {line}" for line in estimates.plan(DUMP_SIZES[args.dataset], args.n_processes)))
+    dataset, parts = options.dataset, options.dataset.parts or (options.dataset,)
+    if not any(part.download_bytes for part in parts):
+        raise UserError(f"--dataset {dataset.name}: no estimate; its size is not known in advance")
+    unknown = "".join(f", {part.name} not counted" for part in parts if not part.download_bytes)
+    print(f"{dataset.name}, {options.n_processes} processes{unknown}:")
+    print("\n".join(f"  {line}" for line in estimates.whole_chain(parts, options.samples, options.n_processes)))
 
 
-def download(args, _) -> None:
-    if args.dataset in SOURCES:
-        raise UserError(f"--dataset {args.dataset}: download {' and '.join(SOURCES[args.dataset])} one by one")
-    folder, lists = layout.download_folder(), inputs.named(args)
-    made_from, options = records.fingerprints(lists), {"dump_date": args.dump_date}
-    record = records.done(folder, args.dataset, made_from, options)
+def download(options: StageOptions) -> None:
+    dataset, folder = options.dataset, layout.download_folder()
+    if not dataset.download:
+        raise UserError(f"--dataset {dataset.name}: download {' and '.join(part.name for part in dataset.parts)} one "
+                        f"by one")
+    paths = inputs.named_files(options.input_files)
+    made_from, recorded_options = records.fingerprints(paths), {"dump_date": options.dump_date}
+    record = records.finished_record(folder, dataset.name, made_from, recorded_options)
     if not record or record["skipped"]:
-        remove_leftovers(folder / args.dataset, folder / "records")
-        found, skipped = DOWNLOADS[args.dataset](args, folder / args.dataset, lists, downloads.mirrors(args.mirror))
+        remove_leftovers(folder / dataset.name, folder / "records")
+        found, skipped = dataset.download(folder / dataset.name, DownloadOptions(
+            mirrors=mirror_pairs(options.mirror), input_files=tuple(paths), dump_date=options.dump_date,
+            threads=options.n_processes))
         outputs = {path.relative_to(folder).as_posix(): {} for path in found}
         counts = {"files": len(found), "skipped": len(skipped)}
-        record = records.write(folder, args.dataset, made_from, options, outputs, counts, skipped)
-    report("download", record, folder / args.dataset)
+        record = records.write_record(folder, dataset.name, made_from, recorded_options, outputs, counts, skipped)
+    print_result("download", record, folder / dataset.name)
 
 
-def download_books(args, folder: Path, lists: list[Path], replacements) -> tuple[list[Path], list[str]]:
-    """The books that the user lists, and those that could not be had."""
-    if not lists:
-        raise UserError("--dataset bookscorpus: BookCorpus has no official source any more; name a file of URLs of "
-                        ".txt books, or an archive of them, with --input_files (for a folder of .txt books, give it "
-                        "to --action text_formatting and skip this)")
-    found, failed = downloads.books(folder, lists, args.n_processes, replacements)
-    if not found:
-        raise UserError(f"{lists[0]}: none of its books could be had{': ' * bool(failed)}{''.join(failed[:1])}")
-    return found, failed
-
-
-DOWNLOADS = {  # each gives the files, and what was skipped
-    WIKIPEDIA: lambda args, folder, _, replacements: (
-        [downloads.wikipedia_dump(folder, args.dump_date, replacements)], []),
-    GOOGLE: lambda args, folder, _, replacements: ([downloads.google_weights(folder, replacements)], []),
-    SAMPLE: lambda args, folder, _, replacements: ([downloads.sample(folder, replacements)], []),
-    BOOKS: download_books,
-}
-
-
-def text_formatting(args, _) -> None:
-    folder, dataset = layout.formatted_folder(), args.dataset
-    paths = inputs.for_text_formatting(args)
-    made_from = ({"books": records.combined_fingerprint(paths)} if dataset == BOOKS else records.fingerprints(paths))
-    options = formatting.options(args.skip_wikiextractor)
-    record = records.done(folder, dataset, made_from, options)
+def format_text(options: StageOptions) -> None:
+    dataset, folder = options.dataset, layout.formatted_folder()
+    text_format = dataset.text_format
+    if text_format is None:
+        raise UserError(f"--dataset {dataset.name}: nothing to format; its parts are formatted one by one")
+    if options.skip_wikiextractor and text_format is wikipedia.DUMP:
+        text_format = wikipedia.EXTRACTED
+    text_share = 1.0 if text_format.extracted else dataset.text_share
+    paths = inputs.for_text_formatting(dataset, text_format, options.input_files)
+    made_from = text_format.fingerprints(paths)
+    record = records.finished_record(folder, dataset.name, made_from, text_format.options())
     if not record:
-        with (opened_pool("text_formatting", paths, args, folder) as pool,
-              position_bar(paths, "text_formatting") as advance):
-            batches, work = formatting_work(args, paths, advance)
-            record = formatting.format_documents(folder, dataset, batches, work, made_from, options, pool)
-    report("text_formatting", record, folder / dataset)
+        with (stage_pool("text_formatting", paths, text_share, options, folder) as pool,
+              tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True,
+                   desc="text_formatting") as bar):
+            batches = text_format.batches(paths, bar.update)
+            record = formatting.format_documents(folder, dataset.name, text_format, batches, made_from, pool)
+    print_result("text_formatting", record, folder / dataset.name)
 
 
-def formatting_work(args, paths, advance):
-    """The tasks of text_formatting, and the function that the workers apply to them."""
-    if args.dataset == BOOKS:
-        return ((batch,) for batch in books.batches(paths, advance)), books.read_books
-    end, work = ((wikipedia.DOC_END, wikipedia.read_extracted) if args.skip_wikiextractor
-                 else (wikipedia.PAGE_END, wikipedia.extract_articles))
-    return (batch for path in paths for batch in wikipedia.batches(path, advance, end)), work
-
-
-def shard_text(args, _) -> None:
-    folder, dataset = inputs.sharded_folder(args), args.dataset
-    texts = inputs.for_sharding(args)
-    training_shards, test_shards = inputs.shard_counts(args)
-    options = {"training_shards": training_shards, "test_shards": test_shards,
-               "fraction_test_set": args.fraction_test_set, "segmentation_method": args.segmentation_method}
+def shard_text(options: StageOptions) -> None:
+    folder, dataset = options.sharded_folder(), options.dataset.name
+    texts = inputs.for_sharding(options.dataset, options.input_files)
     made_from = records.fingerprints(texts)
-    record = records.done(folder, dataset, made_from, options)
+    recorded_options = {"training_shards": options.n_training_shards, "test_shards": options.n_test_shards,
+                        "fraction_test_set": options.fraction_test_set,
+                        "segmentation_method": options.segmentation_method}
+    record = records.finished_record(folder, dataset, made_from, recorded_options)
     if not record:
-        with opened_pool("sharding", texts, args, folder) as pool:
-            record = sharding.shard_documents(folder, dataset, texts, made_from, options, pool)
-    report("sharding", record, folder / dataset)
+        with stage_pool("sharding", texts, 1.0, options, folder) as pool:
+            record = sharding.shard_documents(folder, dataset, texts, made_from, recorded_options, pool)
+    print_result("sharding", record, folder / dataset)
 
 
-def create_vocabulary(args, options) -> Path:
+def create_vocabulary(options: StageOptions) -> Path:
     """Train a vocabulary on the training shards of a data set.  Returns its file."""
-    path = layout.vocabulary_file(args.dataset, options.do_lower_case)
+    path, lower_case = options.trained_vocabulary(), options.samples.do_lower_case
     folder, name = path.parent.parent, f"{path.parent.name}/{path.name}"
-    texts = [text for text in inputs.text_shards(args) if "_training_" in text.name]
+    texts = [text for text in options.text_shards() if "_training_" in text.name]
     made_from = records.fingerprints(texts)
-    wanted = {"vocab_size": args.vocab_size, "do_lower_case": options.do_lower_case}
-    record = records.done(folder, name, made_from, wanted)
+    recorded_options = {"vocab_size": options.vocab_size, "do_lower_case": lower_case}
+    record = records.finished_record(folder, name, made_from, recorded_options)
     if not record:
         remove_leftovers(path.parent, folder / "records")
-        tokens = vocabulary.train(texts, args.vocab_size, options.do_lower_case)
-        vocabulary.write(path, tokens)
-        record = records.write(folder, name, made_from, wanted, {name: {}}, {"tokens": len(tokens)})
-    report("create_vocabulary", record, path)
+        tokens = train_vocabulary(texts, options.vocab_size, lower_case)
+        save_vocabulary(path, tokens)
+        record = records.write_record(folder, name, made_from, recorded_options, {name: {}}, {"tokens": len(tokens)})
+    print_result("create_vocabulary", record, path)
     return path
 
 
-def create_hdf5_files(args, options) -> None:
-    folder, dataset = layout.hdf5_folder(options), args.dataset
-    texts = inputs.text_shards(args)
-    vocab_file = find_vocabulary(args, options)
-    tokens = vocabulary.read(vocab_file)
-    words = {"vocabulary": records.fingerprint(vocab_file)}
-    made_from = {text: records.fingerprints([text]) | words for text in texts}
+def create_hdf5_files(options: StageOptions) -> None:
+    folder, dataset = layout.hdf5_folder(options.samples), options.dataset.name
+    texts, recorded_options = options.text_shards(), asdict(options.samples)
+    vocab_file = find_vocabulary(options)
+    tokens = load_vocabulary(vocab_file)
+    vocabulary = {"vocabulary": records.fingerprint(vocab_file)}
+    made_from = {text: records.fingerprints([text]) | vocabulary for text in texts}
     names = {text: f"{dataset}/{text.stem}.hdf5" for text in texts}
-    finished = {text: records.done(folder, names[text], made_from[text], asdict(options)) for text in texts}
+    finished = {text: records.finished_record(folder, names[text], made_from[text], recorded_options)
+                for text in texts}
     todo = [text for text in texts if not finished[text]]
     if todo:
-        with (opened_pool("create_hdf5_files", todo, args, folder) as pool,
+        hdf5_share = estimates.hdf5_share(options.samples)
+        with (stage_pool("create_hdf5_files", todo, hdf5_share, options, folder) as pool,
               tqdm(total=len(todo), unit="shard", desc="create_hdf5_files") as bar):
-            tasks = ((text, folder / names[text], tokens, options) for text in todo)
+            tasks = ((text, folder / names[text], tokens, options.samples) for text in todo)
             for text, counts in zip(todo, ordered_map(pool, create_shard, tasks), strict=True):
-                outputs = {names[text]: {}}
-                finished[text] = records.write(folder, names[text], made_from[text], asdict(options), outputs, counts)
+                finished[text] = records.write_record(folder, names[text], made_from[text], recorded_options,
+                                                      {names[text]: {}}, counts)
                 bar.update()
-    if not args.input_files:
-        records.prune(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
+    if not options.input_files:
+        records.delete_outdated(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
     totals = sum((Counter(record["counts"]) for record in finished.values()), Counter(shards=len(texts)))
-    print(f"create_hdf5_files: {describe(totals)} in {folder / dataset}")
+    print(f"create_hdf5_files: {describe_counts(totals)} in {folder / dataset}")
     print(f"vocabulary: {vocab_file} ({len(tokens):,} tokens)")
 
 
-def find_vocabulary(args, options) -> Path:
-    """--vocab_file, else one trained by create_vocabulary, else Google's, else, for the sample, one trained on it."""
-    if args.vocab_file:
-        return local_file(args.vocab_file)
-    if layout.vocabulary_file(args.dataset, options.do_lower_case).is_file():
-        if args.dataset == SAMPLE:  # made without being asked for, and so kept up to date in the same way
-            return create_vocabulary(args, options)
-        return layout.vocabulary_file(args.dataset, options.do_lower_case)
-    if not options.do_lower_case:
+def find_vocabulary(options: StageOptions) -> Path:
+    """--vocab_file, else one that create_vocabulary trained, else Google's, else, if it may, one trained here."""
+    trained, may_train = options.trained_vocabulary(), options.dataset.may_train_vocabulary
+    if options.vocab_file:
+        return local_file(options.vocab_file)
+    if trained.is_file():  # one that was made without being asked for is kept up to date in the same way
+        return create_vocabulary(options) if may_train else trained
+    if not options.samples.do_lower_case:
         raise UserError("--do_lower_case 0: Google's vocabulary is of lower case; give --vocab_file, or train one with "
                         "--action create_vocabulary --do_lower_case 0")
-    folder, replacements = layout.download_folder() / GOOGLE, downloads.mirrors(args.mirror)
-    if args.dataset != SAMPLE:
-        return downloads.google_weights(folder, replacements)
+    download_options = DownloadOptions(mirrors=mirror_pairs(options.mirror), tries=1 if may_train else TRIES)
     try:
-        return downloads.google_weights(folder, replacements, tries=1)
+        found, _ = GOOGLE_VOCABULARY.download(layout.download_folder() / GOOGLE_VOCABULARY.name, download_options)
+        return found[0]
     except UserError as error:
-        print(f"Google's vocabulary cannot be had ({error}); training one on the sample", flush=True)
-        return create_vocabulary(args, options)
+        if not may_train:
+            raise
+        print(f"Google's vocabulary cannot be downloaded ({error}); training one on the data set", flush=True)
+        return create_vocabulary(options)
 
 
 @contextmanager
-def opened_pool(stage: str, paths, args, folder: Path):
-    """The pool for a stage that has work to do: clean up after a run that was killed, and say what this one takes."""
-    remove_leftovers(folder / args.dataset, folder / "records")
-    with open_pool(args.n_processes) as pool:
-        print(estimates.announcement(stage, estimates.input_size(paths), pool, folder), flush=True)
+def stage_pool(stage: str, paths, share: float, options: StageOptions, folder: Path):
+    """The worker pool of a stage that has work to do.  Leftovers of a killed run are deleted, the estimate printed.
+
+    share: the bytes that the stage writes for each byte that it reads.
+    """
+    remove_leftovers(folder / options.dataset.name, folder / "records")
+    with open_pool(options.n_processes) as pool:
+        size = estimates.input_size(paths)
+        print(estimates.announcement(stage, size, size * share, pool, folder), flush=True)
         yield pool
 
 
-@contextmanager
-def position_bar(paths, name: str):
-    """A progress bar over the bytes of files; yields a function that takes the position in the file being read."""
-    with tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, desc=name) as bar:
-        before = 0
-
-        def advance(position: int) -> None:
-            nonlocal before
-            bar.update(position - before if position >= before else position)
-            before = position
-
-        yield advance
-
-
-def report(stage: str, record: dict, where: Path) -> None:
-    """Say what a stage made, and what it left out."""
-    print(f"{stage}: {describe(record['counts'])} in {where}", flush=True)
+def print_result(stage: str, record: dict, where: Path) -> None:
+    """Print what a stage made, and what it skipped."""
+    print(f"{stage}: {describe_counts(record['counts'])} in {where}", flush=True)
     for line in record["skipped"]:
         print(f"  skipped {line}")
 
 
-ACTIONS = {"estimate": estimate, "download": download, "text_formatting": text_formatting, "sharding": shard_text,
+ACTIONS = {"estimate": estimate, "download": download, "text_formatting": format_text, "sharding": shard_text,
            "create_vocabulary": create_vocabulary, "create_hdf5_files": create_hdf5_files}

@@ -1,28 +1,42 @@
-"""Articles out of a MediaWiki XML dump, read as a stream: the .bz2 is never unpacked to disk.
+"""Wikipedia: its dumps, downloaded, and their articles, read as a stream (the .bz2 is never unpacked to disk).
 
-Wikimedia's multistream dumps are cut between their bzip2 streams, and the workers decompress them; of any other dump,
-the main process decompresses the XML and cuts it between pages.  The workers extract the articles with `wikiextractor`,
-whose functions are called directly (its command line decompresses in one process and knows no resuming).
+Wikimedia's multistream dumps are cut between their bzip2 streams, and the workers decompress them.  Any other dump is
+decompressed by the main process and cut between pages.  The workers extract the articles with functions of
+`wikiextractor` (its own command decompresses in one process and cannot resume).
 
-Templates are dropped, not expanded: expanding needs all 900,000 template pages of a dump in memory, which the pages do
-not repay in running text.  Nothing in the output depends on today's date, as it would through {{CURRENTYEAR}}.
+Templates are dropped, not expanded: expanding needs all 900,000 template pages of a dump in memory, and they add little
+running text.  So nothing in the output depends on today's date, as {{CURRENTYEAR}} would.
 """
 
 import bz2
 import html
 import lzma
 import re
+import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from wikiextractor.extract import Extractor, clean, compact
 
+from common.download import checksum
 from common.errors import UserError
+from data.preparation import archives
+from data.preparation.downloads import DownloadOptions, fetch_or_copy, mirrored, pip_download
+from data.preparation.formatting import TextFormat
+
+DUMPS = "https://dumps.wikimedia.org/enwiki"
+DUMP_ENDING = "-pages-articles-multistream.xml.bz2"  # many bzip2 streams, which workers decompress in parallel
+
+SAMPLE_WHEEL = "pip:gensim==4.4.0"
+SAMPLE_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+SAMPLE_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
+SAMPLE_FILE = "enwiki-sample-pages-articles.xml.bz2"
 
 BATCH_BYTES = 1 << 20  # XML handed to a worker at a time
-LONGEST_PAGE = 1 << 28  # more than this without the end of a page is no dump
+LONGEST_PAGE = 1 << 28  # bytes; a file without the end of a page in so many is no dump
 STREAM_BYTES = 1 << 18  # compressed streams handed to a worker at a time
-LOOKAHEAD = 1 << 24  # a second stream starts within this, or the file is one stream
+LOOKAHEAD = 1 << 24  # bytes; a multistream dump has a second stream within this
 
 STREAM_START = re.compile(rb"BZh[1-9]1AY&SY")
 
@@ -34,14 +48,46 @@ NAMESPACE = re.compile(r"<ns>(-?\d+)</ns>")
 TEXT = re.compile(r"<text\b[^>]*?(?:/>|>(.*?)</text>)", re.DOTALL)
 
 
-def batches(path, progress=lambda position: None, end: bytes = PAGE_END):
-    """Yield a dump as (bytes of whole pages, whether they are still compressed), each about 1 MB of XML.
+def download_dump(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[str]]:
+    """English Wikipedia's dump of a date (YYYYMMDD), or the newest.
 
-    `progress` is called with the position in the file.  Raises UserError for a damaged file, or one without pages.
+    Wikimedia's list of checksums says which dump is the newest.  The list is kept, so that an interrupted download
+    continues with the same dump when a newer one appears.  Delete the list, or name a date, for another dump.
     """
-    compressed = is_multistream(path)
-    for batch in stream_batches(path, progress) if compressed else page_batches(path, progress, end):
-        yield batch, compressed
+    sums = folder / f"enwiki-{options.dump_date}-sha1sums.txt"
+    if not sums.is_file():
+        fetch_or_copy(f"{DUMPS}/{options.dump_date}/{sums.name}", sums, options)
+    for line in sums.read_text().splitlines():
+        sha1, _, name = line.partition("  ")
+        if name.startswith("enwiki-") and name.endswith(DUMP_ENDING):
+            source = f"{DUMPS}/{name.split('-')[1]}/{name}"
+            return [fetch_or_copy(source, folder / name, options, sha1=sha1)], []
+    raise UserError(f"{sums}: no …{DUMP_ENDING} in it; that dump is not finished (--dump_date names another)")
+
+
+def download_sample(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[str]]:
+    """106 articles of English Wikipedia, out of the test data in the wheel of gensim; only that file is kept."""
+    target = folder / SAMPLE_FILE
+    if target.is_file() and checksum(target) == SAMPLE_SHA256:
+        return [target], []
+    origin = mirrored(SAMPLE_WHEEL, options.mirrors)
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = pip_download(origin.removeprefix("pip:"), scratch) if origin.startswith("pip:") \
+            else fetch_or_copy(SAMPLE_WHEEL, Path(scratch) / "gensim.whl", options)
+        file, = archives.unpack(wheel, scratch, [SAMPLE_MEMBER])
+        return [fetch_or_copy(str(file), target, options, sha256=SAMPLE_SHA256)], []
+
+
+def batches(paths, progress=lambda size: None, end: bytes = PAGE_END):
+    """Yield dumps as (bytes of whole pages, whether they are still compressed), each about 1 MB of XML.
+
+    `progress` is called with the number of bytes read since its last call.  Raises UserError for a damaged file, or one
+    without pages.
+    """
+    for path in paths:
+        compressed = is_multistream(path)
+        for batch in stream_batches(path, progress) if compressed else page_batches(path, progress, end):
+            yield batch, compressed
 
 
 def is_multistream(path) -> bool:
@@ -55,7 +101,7 @@ def stream_batches(path, progress):
     waiting = b""
     with open(path, "rb") as file:
         while block := file.read(STREAM_BYTES):
-            progress(file.tell())
+            progress(len(block))
             waiting += block
             starts = [found.start() for found in STREAM_START.finditer(waiting)]
             if len(starts) > 1:
@@ -65,12 +111,13 @@ def stream_batches(path, progress):
 
 
 def page_batches(path, progress, end: bytes):
-    """Yield the XML of a dump in pieces of about 1 MB that end where a page ends; this process decompresses it."""
-    rest, found = b"", False
+    """Yield the XML of a dump in pieces of about 1 MB that end with a page; this process decompresses it."""
+    rest, found, position = b"", False, 0
     try:
         with open(path, "rb") as raw, decompressed(path, raw) as stream:
             while block := stream.read(BATCH_BYTES):
-                progress(raw.tell())
+                progress(raw.tell() - position)
+                position = raw.tell()
                 rest += block
                 cut = rest.rfind(end) + len(end)
                 if cut >= len(end):
@@ -95,10 +142,10 @@ def decompressed(path, raw):
 
 
 def extract_articles(xml: bytes, compressed: bool) -> tuple[list[str], dict, list[str]]:
-    """The articles of a batch of pages, each as one line; how many pages were kept and left out for what reason; and
-    the titles of those that should have been readable but were not.
+    """The articles of a batch of pages, each as one line; counts of the pages that were kept, and of those skipped by
+    reason; and the titles of the pages that could not be read.
 
-    Redirects and pages of other namespaces (talk, templates, files) are left out, and so is a page that is not UTF-8 or
+    Redirects and pages of other namespaces (talk, templates, files) are skipped, and so are pages that are not UTF-8 or
     that the extractor cannot read.
     """
     articles, counts, skipped = [], Counter(), []
@@ -125,8 +172,8 @@ def decompress(streams: bytes) -> bytes:
         raise UserError(f"the dump is damaged or cut short ({error})") from None
 
 
-def read_extracted(docs: bytes, _) -> tuple[list[str], dict, list[str]]:
-    """The same of a batch of <doc …> elements, which wikiextractor's own command line writes."""
+def read_extracted(docs: bytes, compressed: bool) -> tuple[list[str], dict, list[str]]:
+    """The same for a batch of <doc …> elements, as wikiextractor's own command writes them."""
     articles, counts = [], Counter()
     for doc in DOC.findall(docs.decode("utf-8", errors="replace")):
         text = one_line(html.unescape(doc).split("\n")[1:])  # without the title
@@ -160,3 +207,8 @@ def plain_text(title: str, wikitext: str) -> str:
 def one_line(paragraphs) -> str:
     """Paragraphs on one line: single spaces inside, tabs between."""
     return "\t".join(filter(None, (" ".join(paragraph.split()) for paragraph in paragraphs)))
+
+
+DUMP = TextFormat(batches=batches, read_batch=extract_articles)
+EXTRACTED = TextFormat(batches=partial(batches, end=DOC_END), read_batch=read_extracted, pattern="wiki_*",
+                       extracted=True)

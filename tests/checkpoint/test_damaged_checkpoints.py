@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import folder as checkpoint
-from checkpoint import optimizer_shards as optimizer_state
+from checkpoint import optimizer_shards
+from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint, saved_steps, write_checkpoint
 from common.errors import UserError
 from lamb import NVLAMB
 from modeling import BertForPreTraining
@@ -36,7 +36,7 @@ def workspace(trained, tmp_path, monkeypatch):
 def newest(folder) -> tuple[int, list[str]]:
     """The step of the checkpoint that a run would go on from, and what it would say."""
     reports = []
-    return checkpoint.newest(folder, reports.append)[0], reports
+    return newest_readable(folder, reports.append)[0], reports
 
 
 def test_a_checkpoint_cut_at_any_tenth_is_passed_over_and_named(workspace):
@@ -72,10 +72,10 @@ def write_sharded(folder, step: int) -> None:
     optimizer = NVLAMB([parameter])
     parameter.grad = torch.full_like(parameter, float(step))
     optimizer.step()
-    path, groups = checkpoint.path_of(folder, step), optimizer_state.numbered_groups(optimizer)
-    name, facts = optimizer_state.write_share(folder / ".new/rank_0_of_1.pt", optimizer, groups)
-    optimizer_state.complete(folder / ".new", {name: facts}, path)
-    checkpoint.save(folder, step, {"model": {"weight": parameter.detach()},
+    path, groups = checkpoint_path(folder, step), optimizer_shards.numbered_groups(optimizer)
+    name, facts = optimizer_shards.write_share(folder / ".new/rank_0_of_1.pt", optimizer, groups)
+    optimizer_shards.complete(folder / ".new", {name: facts}, path)
+    write_checkpoint(folder, step, {"model": {"weight": parameter.detach()},
                                    "optimizer": {"folder": f"ckpt_{step}.optim", "param_groups": groups}})
 
 
@@ -114,12 +114,12 @@ def test_where_no_checkpoint_can_be_read_nothing_is_started_anew(workspace):
 def test_no_checkpoint_goes_before_the_new_one_is_safe(tmp_path):
     state = {"model": {"weight": torch.zeros(10_000)}}
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, state)
+        write_checkpoint(tmp_path, step, state)
     with files_of_at_most(20_000), pytest.raises(OSError, match="too large"):
-        checkpoint.save(tmp_path, 4, state)
+        write_checkpoint(tmp_path, 4, state)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt_1.pt", "ckpt_2.pt", "ckpt_3.pt"]
-    checkpoint.save(tmp_path, 4, state)
-    assert checkpoint.steps(tmp_path) == [2, 3, 4]
+    write_checkpoint(tmp_path, 4, state)
+    assert saved_steps(tmp_path) == [2, 3, 4]
 
 
 class Payload:
@@ -157,7 +157,7 @@ def test_a_malicious_checkpoint_runs_nothing(workspace, write):
 
 def foreign(path) -> dict:
     """Our checkpoint as the code that NVLAMB comes from would have saved it."""
-    ours = checkpoint.load(path)
+    ours = read_checkpoint(path)
     groups = [{**group, "lr": 0.006, "bias_correction": True, "grad_averaging": True, "max_grad_norm": 1.0,
                "step": 7038} for group in ours["optimizer"]["param_groups"]]
     weights = {f"module.{name}": value for name, value in ours["model"].items()}

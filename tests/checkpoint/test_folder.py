@@ -1,11 +1,11 @@
 """Checkpoint files: whole or not there, the newest three, and where a run starts from."""
 
-import argparse
-
 import pytest
 import torch
 
-from checkpoint import folder as checkpoint
+from checkpoint.folder import read_checkpoint, saved_steps, write_checkpoint
+from checkpoint.load import load_model
+from checkpoint.resume import Phase, find_resume_point
 from common.errors import UserError
 from modeling import BertForPreTraining
 from tests.support import samples
@@ -14,35 +14,34 @@ STATE = {"model": {"weight": torch.arange(6.0)}, "phase": 1, "rows": 77,
          "optimizer": {"state": {}, "param_groups": [{"step": 5, "params": [0]}]}}
 
 
-def flags(folder, **changes):
-    values = {"output_dir": folder, "resume_from_checkpoint": True, "resume_step": -1, "phase2": False,
-              "phase1_end_step": 12, "init_checkpoint": None}
-    return argparse.Namespace(**{**values, **changes})
+def start(folder, phase2=False, **changes):
+    warnings = []
+    values = {"resume": True, "resume_step": -1, "init_checkpoint": None, **changes}
+    return find_resume_point(folder, Phase(2, 12) if phase2 else Phase(), **values, warn=warnings.append), warnings
 
 
-def start(folder, **changes):
-    reports = []
-    return checkpoint.find_start(flags(folder, **changes), reports.append), reports
+def rows(found) -> int:
+    return found.contents["data"]["rows"]
 
 
 def test_newest_three_are_kept_and_the_protected_one(tmp_path):
     for step in (3, 6, 9, 12, 15, 100):
-        checkpoint.save(tmp_path, step, STATE, protected=6)
-    assert checkpoint.steps(tmp_path) == [6, 12, 15, 100]
+        write_checkpoint(tmp_path, step, STATE, protected=6)
+    assert saved_steps(tmp_path) == [6, 12, 15, 100]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt_100.pt", "ckpt_12.pt", "ckpt_15.pt", "ckpt_6.pt"]
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path):
-    checkpoint.save(tmp_path, 3, STATE)
+    write_checkpoint(tmp_path, 3, STATE)
     before = (tmp_path / "ckpt_3.pt").read_bytes()
     with pytest.raises(Exception, match="pickle"):
-        checkpoint.save(tmp_path, 3, {"model": lambda: 0})
+        write_checkpoint(tmp_path, 3, {"model": lambda: 0})
     assert (tmp_path / "ckpt_3.pt").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_damaged_checkpoint_is_reported_and_passed_over(tmp_path):
-    checkpoint.save(tmp_path, 3, STATE)
+    write_checkpoint(tmp_path, 3, STATE)
     (tmp_path / "ckpt_6.pt").write_bytes((tmp_path / "ckpt_3.pt").read_bytes()[:-200])
     found, reports = start(tmp_path)
     assert found.step == 3
@@ -51,40 +50,40 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(tmp_path):
 
 def test_resuming_takes_the_newest_or_the_named_one(tmp_path):
     for step in (3, 6, 10):
-        checkpoint.save(tmp_path, step, {**STATE, "rows": step * 8})
-    assert (start(tmp_path)[0].step, start(tmp_path)[0].rows) == (10, 80)
-    assert (start(tmp_path, resume_step=6)[0].step, start(tmp_path, resume_step=6)[0].rows) == (6, 48)
+        write_checkpoint(tmp_path, step, {**STATE, "rows": step * 8})
+    assert (start(tmp_path)[0].step, rows(start(tmp_path)[0])) == (10, 80)
+    assert (start(tmp_path, resume_step=6)[0].step, rows(start(tmp_path, resume_step=6)[0])) == (6, 48)
     with pytest.raises(UserError, match="ckpt_7.pt: no such checkpoint"):
         start(tmp_path, resume_step=7)
 
 
 def test_existing_checkpoints_are_not_written_over(tmp_path):
-    checkpoint.save(tmp_path, 3, STATE)
+    write_checkpoint(tmp_path, 3, STATE)
     with pytest.raises(UserError, match="ckpt_3.pt already"):
-        start(tmp_path, resume_from_checkpoint=False)
+        start(tmp_path, resume=False)
 
 
 def test_phase_two_starts_from_phase_one_and_resumes_itself(tmp_path):
-    checkpoint.save(tmp_path, 12, STATE)
+    write_checkpoint(tmp_path, 12, STATE)
     found, _ = start(tmp_path, phase2=True)
-    assert (found.step, found.rows) == (0, 0)
-    assert found.state["optimizer"]["param_groups"][0]["step"] == 0
-    checkpoint.save(tmp_path, 16, {**STATE, "phase": 2, "rows": 30})
+    assert found.step == 0 and "data" not in found.contents
+    assert found.contents["optimizer"]["param_groups"][0]["step"] == 0
+    write_checkpoint(tmp_path, 16, {**STATE, "phase": 2, "rows": 30})
     found, _ = start(tmp_path, phase2=True)
-    assert (found.step, found.rows) == (4, 30)
-    assert found.state["optimizer"]["param_groups"][0]["step"] == 5
+    assert (found.step, rows(found)) == (4, 30)
+    assert found.contents["optimizer"]["param_groups"][0]["step"] == 5
 
 
 def test_phase_two_needs_a_finished_phase_one(tmp_path):
     with pytest.raises(UserError, match="no checkpoint in it"):
         start(tmp_path, phase2=True)
-    checkpoint.save(tmp_path, 11, STATE)
+    write_checkpoint(tmp_path, 11, STATE)
     with pytest.raises(UserError, match="below --phase1_end_step 12"):
         start(tmp_path, phase2=True)
 
 
 def test_phase_one_does_not_resume_phase_two(tmp_path):
-    checkpoint.save(tmp_path, 16, {**STATE, "phase": 2})
+    write_checkpoint(tmp_path, 16, {**STATE, "phase": 2})
     with pytest.raises(UserError, match="written in phase 2"):
         start(tmp_path)
 
@@ -92,10 +91,10 @@ def test_phase_one_does_not_resume_phase_two(tmp_path):
 def test_init_checkpoint_gives_weights_at_step_zero(tmp_path):
     path = tmp_path / "elsewhere.pt"
     torch.save(STATE, path)
-    found, _ = start(tmp_path / "output", init_checkpoint=path, resume_from_checkpoint=False)
-    assert (found.step, found.rows, found.state["optimizer"]) == (0, 0, None)
+    found, _ = start(tmp_path / "output", init_checkpoint=path, resume=False)
+    assert found.step == 0 and set(found.contents) == {"model", "optimizer"} and found.contents["optimizer"] is None
     found, _ = start(tmp_path / "output", init_checkpoint=path)
-    assert found.state["optimizer"]["param_groups"][0]["step"] == 0
+    assert found.contents["optimizer"]["param_groups"][0]["step"] == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04"])
@@ -103,7 +102,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path, content):
     path = tmp_path / "ckpt_1.pt"
     path.write_bytes(content)
     with pytest.raises(UserError, match="ckpt_1.pt: not a readable checkpoint"):
-        checkpoint.load(path)
+        read_checkpoint(path)
 
 
 class Malicious:
@@ -114,7 +113,7 @@ class Malicious:
 def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys):
     torch.save({"model": Malicious()}, tmp_path / "ckpt_1.pt")
     with pytest.raises(UserError, match="not a readable checkpoint"):
-        checkpoint.load(tmp_path / "ckpt_1.pt")
+        read_checkpoint(tmp_path / "ckpt_1.pt")
     assert "executed" not in capsys.readouterr().out
 
 
@@ -122,7 +121,7 @@ def test_weights_of_an_unpadded_vocabulary_and_of_wrappers_load():
     model = BertForPreTraining(samples.config(vocab_size=99))
     unpadded = {f"module.{name}": value[:99] if value.shape[:1] == (104,) else value
                 for name, value in BertForPreTraining(samples.config(vocab_size=99)).state_dict().items()}
-    checkpoint.load_model(model, unpadded, "file")
+    load_model(model, {"model": unpadded}, "file")
     weight = model.bert.embeddings.word_embeddings.weight
     assert torch.equal(weight[:99], unpadded["module.bert.embeddings.word_embeddings.weight"])
     assert not weight[99:].any()
@@ -132,7 +131,7 @@ def test_weights_that_do_not_fit_are_named():
     model = BertForPreTraining(samples.config(vocab_size=99))
     other = BertForPreTraining(samples.config(vocab_size=99, intermediate_size=48)).state_dict()
     with pytest.raises(UserError, match=r"file: bert.encoder.*intermediate.dense_act.weight has shape \(48, 24\)"):
-        checkpoint.load_model(model, other, "file")
+        load_model(model, {"model": other}, "file")
     other = {name: value for name, value in model.state_dict().items() if "pooler" not in name}
     with pytest.raises(UserError, match="no weight bert.pooler.dense_act.bias in it"):
-        checkpoint.load_model(model, other, "file")
+        load_model(model, {"model": other}, "file")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import folder as checkpoint
+from checkpoint.folder import newest_readable, saved_steps
 from common.errors import UserError
 from tests.support import ranks, samples, small_run
 from tests.support.small_run import files_of_at_most, flags, train
@@ -86,22 +86,22 @@ def test_a_full_disk_stops_no_training_and_loses_no_checkpoint_and_no_line_of_th
         disk.fill(job)
         job.wait_for("could not be written")
         disk.fill(job)  # what was written of that checkpoint is gone, and made room
-        kept = checkpoint.steps(output)
+        kept = saved_steps(output)
         assert kept
         if disk.holds_log:
             job.wait_for("its lines are kept for later")
         job.wait_for(f"step {kept[-1] + 20} ")
-        assert checkpoint.steps(output) == kept
+        assert saved_steps(output) == kept
         disk.make_room(job)
         job.wait_for(f"ckpt_{kept[-1] + 50}.pt")
         job.process.send_signal(signal.SIGTERM)
         done = job.finish(seconds=60)
     assert done.returncode == 0, done.stdout
-    assert "those before it are kept, and the training goes on" in done.stdout
+    assert "those before it are kept, and the training continues" in done.stdout
     assert not disk.holds_log or "written to again, no line is missing" in done.stdout
     logged = list(samples.losses(log))
     assert logged == list(range(1, len(logged) + 1))
-    assert checkpoint.newest(output, print)[0] == logged[-1]
+    assert newest_readable(output, print)[0] == logged[-1]
     warnings = [line["data"]["warning"] for line in samples.log_lines(log) if "warning" in line["data"]]
     assert warnings and "could not be written" in warnings[0]
 
@@ -111,7 +111,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_names_the_new
     with files_of_at_most(1 << 20), pytest.raises(UserError, match="ckpt_6.pt, the last of this run, could not "
                                                   "be written: .*; the newest is out/ckpt_4.pt"):
         train(resume_from_checkpoint=True)
-    assert checkpoint.newest("out", print)[0] == 4
+    assert newest_readable("out", print)[0] == 4
     assert set(samples.losses(workspace / "out/log.json")) == set(range(1, 7))
 
 

@@ -8,10 +8,11 @@ import transformers
 from torch.testing import assert_close
 
 import run_pretraining
-from checkpoint import folder as checkpoint
 from checkpoint import huggingface
+from checkpoint.folder import read_checkpoint
+from checkpoint.load import load_weights
 from common.errors import UserError
-from data import vocabulary
+from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
 from modeling import BertConfig, BertForPreTraining
 from tests.support import samples, saved_model, synthetic
 from tests.support.saved_model import LOADED, VOCAB_SIZE, WORDS, export, loaded, varied_model
@@ -67,7 +68,7 @@ def test_loading_warns_of_nothing(workspace, caplog, class_name, variant):
 
 def test_round_trip_is_exact(workspace):
     export()
-    state = checkpoint.load("out")
+    state = read_checkpoint("out")
     expected = varied_model().state_dict()
     assert set(state["model"]) == set(expected)
     for name, value in expected.items():
@@ -80,7 +81,7 @@ def test_their_model_starts_our_training_and_predicts_no_padding(workspace):
     theirs = transformers.BertForPreTraining(transformers.BertConfig(**vars(config), attn_implementation="eager"))
     theirs.eval().save_pretrained("theirs")
     model = BertForPreTraining(config).eval()
-    checkpoint.load_into(model, "theirs")
+    load_weights(model, "theirs")
     batch = batch_of(config)
     labels = torch.full(batch["input_ids"].shape, -100)
     for row, positions in enumerate(batch["masked_lm_positions"]):
@@ -100,7 +101,7 @@ def test_init_checkpoint_takes_a_folder(workspace):
     own = torch.load("out/ckpt_1.pt", weights_only=True)
     assert own["config"]["vocab_size"] == synthetic.VOCAB_SIZE
     name = "bert.embeddings.position_embeddings.weight"
-    theirs = huggingface.load("theirs")["model"][name]
+    theirs = huggingface.read_folder("theirs")["model"][name]
     assert torch.nn.functional.cosine_similarity(own["model"][name], theirs).min() > 0.99
 
 
@@ -114,11 +115,11 @@ def test_old_files_of_theirs_are_read(workspace):
                 for name, value in varied_model().state_dict().items()}
     (workspace / "out" / "model.safetensors").unlink()
     torch.save(old, "out/pytorch_model.bin")
-    for name, value in checkpoint.load("out")["model"].items():
+    for name, value in read_checkpoint("out")["model"].items():
         assert torch.equal(value[:len(expected[name])], expected[name]), name
     loaded("BertForMaskedLM", "masked_lm").save_pretrained("split", max_shard_size="20KB")
     assert len(list((workspace / "split").glob("*.safetensors"))) > 1
-    spread = checkpoint.load("split")["model"]
+    spread = read_checkpoint("split")["model"]
     assert torch.equal(spread["cls.predictions.bias"][:VOCAB_SIZE], expected["cls.predictions.bias"])
 
 
@@ -139,6 +140,11 @@ def test_the_card_tells_the_facts_of_the_training(workspace):
     card = (workspace / "out/README.md").read_text()
     assert "# Small sea" in card and "| Phase | 2 |" in card
     assert "| train_batch_size | 8 |" in card and "| learning_rate | 0.01 |" in card and "| final_loss | " in card
+    assert "starting from" not in card and "padded to 1008 entries.  The 5 added" in card
+    continued = (workspace / "log.json").read_text().replace('"init_checkpoint": null', '"init_checkpoint": "base.pt"')
+    (workspace / "log.json").write_text(continued)
+    export(log="log.json", output_dir="other")
+    assert "starting from the weights of base.pt" in (workspace / "other/README.md").read_text()
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -151,7 +157,7 @@ def test_the_card_tells_the_facts_of_the_training(workspace):
     ({"checkpoint": "used"}, "used: a folder without config.json"),
 ])
 def test_what_cannot_be_exported_is_refused_and_nothing_written(workspace, changes, said):
-    vocabulary.write(workspace / "short.txt", [*vocabulary.SPECIAL_TOKENS, *WORDS])
+    save_vocabulary(workspace / "short.txt", [*SPECIAL_TOKENS, *WORDS])
     samples.write_config(workspace / "wide.json", vocab_size=VOCAB_SIZE, num_attention_heads=2, intermediate_size=48)
     (workspace / "used").mkdir()
     (workspace / "used" / "mine.txt").write_text("mine")
@@ -165,13 +171,13 @@ def test_an_architecture_that_shapes_do_not_tell_is_refused(workspace):
     export()
     samples.write_config(workspace / "config.json", vocab_size=VOCAB_SIZE, num_attention_heads=3)
     with pytest.raises(UserError, match="out: num_attention_heads is 2 in it, 3 in the config"):
-        checkpoint.load_into(varied_model(), "out")
+        load_weights(varied_model(), "out")
     for key, value in {"model_type": "roberta", "layer_norm_eps": 1e-5, "is_decoder": True}.items():
         theirs = json.loads((workspace / "out/config.json").read_text())
         (workspace / "changed").mkdir(exist_ok=True)
         (workspace / "changed/config.json").write_text(json.dumps(theirs | {key: value}))
         with pytest.raises(UserError, match=f"changed/config.json: {key} is {value!r}"):
-            checkpoint.load("changed")
+            read_checkpoint("changed")
 
 
 def test_damaged_folders_are_named(workspace):
@@ -179,10 +185,10 @@ def test_damaged_folders_are_named(workspace):
     weights = workspace / "out/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="model.safetensors: not a readable safetensors file"):
-        checkpoint.load("out")
+        read_checkpoint("out")
     weights.unlink()
     with pytest.raises(UserError, match="out: neither model.safetensors nor pytorch_model.bin in it"):
-        checkpoint.load("out")
+        read_checkpoint("out")
     (workspace / "out/config.json").write_text("{")
     with pytest.raises(UserError, match="config.json: not readable"):
-        checkpoint.load("out")
+        read_checkpoint("out")

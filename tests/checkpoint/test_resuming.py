@@ -9,13 +9,11 @@ from hypothesis import strategies as st
 
 import pack_pretraining_data_pytorch as packer
 import run_pretraining
-from checkpoint import folder as checkpoint
-from data import shards
-from data.dataloader import BatchStream
+from checkpoint.folder import checkpoint_path, read_checkpoint, saved_steps
 from data.shard_reader import ShardReader
+from data.shards import find_shards, read_rows
 from tests.support import ranks, samples
 from tests.support.small_run import logged_steps, train
-from tests.support.synthetic import VOCAB_SIZE
 
 LENGTHS = {1: 24, 2: 32}  # tokens, by phase
 STEPS = {1: 6, 2: 5}  # of 8 rows; an epoch has 25 in shards of 7, 13 and 5, and packed about 13
@@ -42,9 +40,9 @@ def train_phase(data, output, form: str, phase: int, **changes) -> None:
 
 def assert_same(path, other) -> None:
     """Two checkpoints hold the same weights, moments and counts."""
-    one, two = checkpoint.load(path), checkpoint.load(other)
-    assert {key: one[key] for key in ("step", "phase", "rows", "skipped", "data")} == \
-           {key: two[key] for key in ("step", "phase", "rows", "skipped", "data")}
+    one, two = read_checkpoint(path), read_checkpoint(other)
+    assert {key: one[key] for key in ("step", "phase", "skipped", "data")} == \
+           {key: two[key] for key in ("step", "phase", "skipped", "data")}
     assert one["optimizer"]["param_groups"] == two["optimizer"]["param_groups"]
     for name, weight in one["model"].items():
         assert torch.equal(weight, two["model"][name]), name
@@ -69,10 +67,10 @@ def test_stopping_after_every_step_of_both_phases_changes_no_bit(data, tmp_path,
         train_phase(data, whole, form, phase)
         for step in range(1, steps + 1):
             train_phase(data, pieces, form, phase, steps_this_run=step)
-            assert checkpoint.steps(pieces) == newest_three(phase, step)
+            assert saved_steps(pieces) == newest_three(phase, step)
         assert logged_steps(pieces / f"log_{phase}.json") == logged_steps(whole / f"log_{phase}.json")
         assert set(logged_steps(pieces / f"log_{phase}.json")) == set(range(1, steps + 1))
-    assert_same(checkpoint.path_of(whole, sum(STEPS.values())), checkpoint.path_of(pieces, sum(STEPS.values())))
+    assert_same(checkpoint_path(whole, sum(STEPS.values())), checkpoint_path(pieces, sum(STEPS.values())))
 
 
 def test_going_on_from_an_older_checkpoint_repeats_the_steps_behind_it(data, tmp_path):
@@ -81,7 +79,7 @@ def test_going_on_from_an_older_checkpoint_repeats_the_steps_behind_it(data, tmp
     train_phase(data, output, "unpacked", 1, num_steps_per_checkpoint=2)
     last = (output / "ckpt_6.pt").read_bytes()
     train_phase(data, output, "unpacked", 1, resume_step=2, steps_this_run=3)
-    assert checkpoint.steps(output) == [2, 3]
+    assert saved_steps(output) == [2, 3]
     assert (output / "ckpt_6.pt.set_aside").read_bytes() == last
     train_phase(data, output, "unpacked", 1)
     assert (output / "ckpt_6.pt").read_bytes() == last
@@ -103,13 +101,13 @@ def test_two_ranks_go_on_bit_for_bit_and_one_rank_with_the_same_rows(tmp_path, m
     for more in ({}, {"json_summary": "again.json", "resume_from_checkpoint": True, "resume_step": 5}):
         done = ranks.run(launcher(2, *ranks.TRAIN, *ranks.flags(2, "out", **flags, **more)), tmp_path)
         assert done.returncode == 0, done.stdout
-        weights.append(checkpoint.load("out/ckpt_9.pt")["model"])
+        weights.append(read_checkpoint("out/ckpt_9.pt")["model"])
     whole, again = logged_steps(tmp_path / "out.json"), logged_steps(tmp_path / "again.json")
     assert again == {step: whole[step] for step in (6, 7, 8, 9)}
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
     run_pretraining.main(ranks.flags(1, "out", **flags, **more | {"json_summary": "alone.json"}))
-    assert checkpoint.load("out/ckpt_9.pt")["rows"] == 9 * ranks.GLOBAL_BATCH
+    assert read_checkpoint("out/ckpt_9.pt")["data"]["rows"] == 9 * ranks.GLOBAL_BATCH
     if not dropout:
         expected, found = (ranks.figures(tmp_path / name, "step_loss") for name in ("again.json", "alone.json"))
         assert found == pytest.approx(expected, abs=1e-4)
@@ -117,7 +115,7 @@ def test_two_ranks_go_on_bit_for_bit_and_one_rank_with_the_same_rows(tmp_path, m
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return shards.find(samples.write_dataset(tmp_path_factory.mktemp("rows")))
+    return find_shards(samples.write_dataset(tmp_path_factory.mktemp("rows")))
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +130,14 @@ def test_no_row_is_lost_or_repeated_where_the_number_of_ranks_changes(found, rea
     """Runs one after the other, each (ranks, rows of a micro-batch, rounds): together a beginning of the sequence."""
     used, row = [], 0
     for world_size, size, rounds in runs:
-        streams = [BatchStream(found, size, 3, VOCAB_SIZE, rank, world_size, row, reader=reader)
+        streams = [samples.batch_stream(found, size, 3, rank, world_size, row, reader)
                    for rank in range(world_size)]
         for _ in range(rounds):
             used += [tuple(ids) for stream in streams for ids in next(stream)["input_ids"].tolist()]
         row += rounds * world_size * size
         for stream in streams:
             stream.close()
-    stored = [tuple(ids) for shard in found for ids in shards.read(shard)["input_ids"].tolist()]
+    stored = [tuple(ids) for shard in found for ids in read_rows(shard)["input_ids"].tolist()]
     for epoch in range(0, len(used), len(stored)):
         counts = Counter(used[epoch:epoch + len(stored)])
         assert counts <= Counter(stored) and (counts == Counter(stored) or epoch + len(stored) > len(used))

@@ -223,7 +223,7 @@ def test_an_s3_prefix_becomes_a_folder_that_follows_it(moto):
     for name, body in (("p/wiki/a.hdf5", b"1"), ("p/wiki/b.hdf5", b"2"), ("p/wiki/deeper/c.hdf5", b"3"),
                        ("p/wiki2/d.hdf5", b"4"), ("p/wiki_metadata.json", b"{}")):
         bucket().put_object(Key=name, Body=body)
-    folder = local_folder("s3://data/p/wiki")
+    folder = local_folder("s3://data/p/wiki", beside="_metadata.json")
     assert {path.name: path.read_bytes() for path in folder.glob("*.hdf5")} == {"a.hdf5": b"1", "b.hdf5": b"2"}
     assert json.loads((folder.parent / "wiki_metadata.json").read_text()) == {}
     bucket().put_object(Key="p/wiki/a.hdf5", Body=b"new")

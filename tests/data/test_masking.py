@@ -16,8 +16,11 @@ import pack_pretraining_data_pytorch
 import pytorch_packed_data_checker
 import run_pretraining
 from common.errors import UserError
-from data import dataloader as dataset
-from data import masking, shards, vocabulary
+from data import masking, shards
+from data.dataloader import BatchStream, as_batch
+from data.shard_checks import read_checked_rows
+from data.shards import MASK_KEYS, columns, find_shards, read_header, read_rows
+from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
 from tests.support import ranks, samples, synthetic
 
 LENGTH, PREDICTIONS = samples.SEQUENCE_LENGTH, samples.PREDICTIONS
@@ -79,7 +82,7 @@ def test_every_word_of_a_row_is_as_likely_to_be_predicted():
 def test_each_sequence_of_a_packed_row_is_masked_by_the_rule(lengths, predictions, epoch):
     """Sequence by sequence: as many tokens as its own length asks for, none of them [CLS] or [SEP]; the rest stays."""
     flat = [length for row in lengths for length in row]
-    unpacked = dataset.as_batch(shown_rows(flat, sequence_length=12) | masks(shown_rows(flat, sequence_length=12)))
+    unpacked = as_batch(shown_rows(flat, sequence_length=12) | masks(shown_rows(flat, sequence_length=12)))
     members = np.split(np.arange(len(flat)), np.cumsum([len(row) for row in lengths])[:-1])
     batch = samples.packed_batch(unpacked, [list(row) for row in members], 36)
     rows = {key: batch[key].numpy() for key in ("input_mask", "input_ids")}
@@ -121,8 +124,8 @@ def workspace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def stream(rank=0, world_size=1, first_row=0, size=3) -> dataset.BatchStream:
-    return dataset.BatchStream(shards.find("data"), size, 1, synthetic.VOCAB_SIZE, rank, world_size, first_row)
+def stream(rank=0, world_size=1, first_row=0, size=3) -> BatchStream:
+    return samples.batch_stream(find_shards("data"), size, 1, rank, world_size, first_row)
 
 
 def rows_of(*batches) -> list[tuple]:
@@ -199,9 +202,9 @@ def check() -> int:
 def test_packing_keeps_every_sequence_and_the_rule(workspace, capsys):
     pack()
     assert check() == 0 and "49 sequences, the same as in data: no fault" in capsys.readouterr().out
-    unpacked, packed = shards.find("data")[0], shards.find("packed")[0]
+    unpacked, packed = find_shards("data")[0], find_shards("packed")[0]
     assert packed.rule == unpacked.rule and packed.prediction_slots == PREDICTIONS + 3
-    assert not set(shards.MASK_KEYS) & set(shards.read(packed))
+    assert not set(MASK_KEYS) & set(read_rows(packed))
     with h5py.File(packed.path, "a") as file:
         file.attrs["masked_lm_prob"] = 0.2
     assert check() == 1 and "without masks (20% of the tokens" in capsys.readouterr().out
@@ -231,7 +234,7 @@ def damage(change) -> None:
 
 @pytest.mark.parametrize("change, said", [
     (lambda file: file.attrs.pop("special_ids"), "sample_training_1.hdf5: not a readable HDF5 file"),
-    (lambda file: file.attrs.create("special_ids", [1, 2]), "sample_training_1.hdf5: .*not a rule to mask by"),
+    (lambda file: file.attrs.create("special_ids", [1, 2]), "sample_training_1.hdf5: .*not a valid masking rule"),
     (lambda file: file.attrs.pop("prediction_slots"), "sample_training_1.hdf5: no data set masked_lm_positions"),
     (lambda file: file.attrs.modify("masked_lm_prob", 0.5), r"sample_training_1.hdf5 is .* \(50% of the tokens"),
     (lambda file: file.attrs.modify("vocab_size", 40_000), "in a vocabulary of 40000")])
@@ -254,10 +257,10 @@ WORDS = ["the", "sea", "is", "deep", "and", "old", "ships", "sail", "far", "out"
 
 
 def create(text, output, *flags) -> shards.Shard:
-    vocabulary.write("vocab.txt", [*vocabulary.SPECIAL_TOKENS, *WORDS])
+    save_vocabulary("vocab.txt", [*SPECIAL_TOKENS, *WORDS])
     create_pretraining_data.main([f"--input_file={text}", f"--output_file={output}", "--vocab_file=vocab.txt",
                                   "--max_seq_length=128", *flags])
-    return shards.inspect(output)
+    return read_header(output)
 
 
 def test_samples_are_stored_once_in_a_fifth_of_the_space(tmp_path, monkeypatch):
@@ -270,8 +273,8 @@ def test_samples_are_stored_once_in_a_fifth_of_the_space(tmp_path, monkeypatch):
     assert fixed.rule is None and abs(fixed.rows / dynamic.rows - 5) < 0.3
     assert dynamic.path.stat().st_size < 0.2 * fixed.path.stat().st_size
     assert dynamic.rule == masking.MaskingRule(0.15, 20, 15, (0, 1, 2, 3, 4))
-    rows = shards.read_checked(dynamic, 15)
-    assert set(rows) == set(shards.UNPACKED_KEYS) - set(shards.MASK_KEYS)
+    rows = read_checked_rows(dynamic, 15)
+    assert set(rows) == set(columns(packed=False)) - set(MASK_KEYS)
     assert not (rows["input_ids"] == 4).any()
     twice = create("text.txt", tmp_path / "twice_training.hdf5", "--dynamic_masking", "--dupe_factor=2")
     assert abs(twice.rows / dynamic.rows - 2) < 0.2

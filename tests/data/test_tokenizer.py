@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer
 
 from common.errors import UserError
-from data import vocabulary
-from data.wordpiece import PROBE, Encoder
+from data.tokenizer import PROBE, SPECIAL_TOKENS, Encoder, load_vocabulary
 from tests.support.preparation import ROOT, SAMPLE, sentences, text_shards, write_vocabulary
 
 ODD = [
@@ -31,7 +30,7 @@ ODD = [
 
 @pytest.fixture(scope="module")
 def tokens(sample):
-    return vocabulary.read(sample / "vocab" / SAMPLE / "vocab.txt")
+    return load_vocabulary(sample / "vocab" / SAMPLE / "vocab.txt")
 
 
 def reference(tokens, lower_case: bool):
@@ -50,7 +49,7 @@ def test_tokens_of_every_sentence_of_the_sample_are_berttokenizers(sample, token
     lines = [line for path in text_shards(sample) for line in path.read_text().split("\n") if line]
     lines = lines if fast else lines[::20]
     encoder = Encoder(tokens, True, fast)
-    assert encoder.choice.split()[0] == ("nanotoken" if fast else "tokenizers")
+    assert encoder.description.split()[0] == ("nanotoken" if fast else "tokenizers")
     assert rows(encoder.encode(lines)) == reference(tokens, True)(lines)
 
 
@@ -64,7 +63,7 @@ def test_tokens_of_odd_text_are_berttokenizers(tokens, fast, lower_case):
 @given(st.lists(st.text(max_size=30), max_size=5))
 @settings(max_examples=300, deadline=None)
 def test_nanotoken_gives_the_ids_of_tokenizers(texts):
-    tokens = [*vocabulary.SPECIAL_TOKENS, *"abcdeé漢", *(f"##{letter}" for letter in "abcde")]
+    tokens = [*SPECIAL_TOKENS, *"abcdeé漢", *(f"##{letter}" for letter in "abcde")]
     assert rows(Encoder(tokens, True).encode(texts)) == rows(Encoder(tokens, True, fast=False).encode(texts))
 
 
@@ -83,39 +82,39 @@ def test_an_encoder_whose_fast_library_errs_goes_on_with_the_reference(tokens):
 
 def test_training_gives_the_same_vocabulary_in_every_process(tmp_path):
     (tmp_path / "x_training_0.txt").write_text("\n".join(sentences(300)) + "\nÉtude 漢字\n")
-    script = ("from data import vocabulary; import sys; "
-              "vocabulary.write(sys.argv[2], vocabulary.train([sys.argv[1]], 70, True))")
+    script = ("from data import tokenizer; import sys; "
+              "tokenizer.save_vocabulary(sys.argv[2], tokenizer.train_vocabulary([sys.argv[1]], 70, True))")
     for name in ("one", "two"):
         subprocess.run([sys.executable, "-c", script, tmp_path / "x_training_0.txt", tmp_path / name], cwd=ROOT,
                        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
     first = (tmp_path / "one").read_text().split("\n")
     assert first == (tmp_path / "two").read_text().split("\n")
-    assert first[:5] == list(vocabulary.SPECIAL_TOKENS) and len(first) == 71
+    assert first[:5] == list(SPECIAL_TOKENS) and len(first) == 71
     assert "e" in first and "漢" in first and "É" not in first
 
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda text: text.replace("[MASK]\n", ""), r"no \[MASK\] among its"),
-    (lambda text: text + "sea\n", "stand there twice, 'sea' first"),
+    (lambda text: text + "sea\n", "tokens are in it twice, the first is 'sea'"),
     (lambda text: "", "no .PAD., "),
 ])
 def test_a_spoilt_vocabulary_is_refused(tmp_path, spoil, message):
     path = write_vocabulary(tmp_path / "vocab.txt")
     path.write_text(spoil(path.read_text()))
     with pytest.raises(UserError, match=message):
-        vocabulary.read(path)
+        load_vocabulary(path)
 
 
 def test_a_vocabulary_of_other_line_ends_or_missing_is_read_or_named(tmp_path):
     path = write_vocabulary(tmp_path / "vocab.txt")
-    tokens = vocabulary.read(path)
+    tokens = load_vocabulary(path)
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert vocabulary.read(path) == tokens
+    assert load_vocabulary(path) == tokens
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="vocab.txt: cannot be read"):
-        vocabulary.read(path)
+        load_vocabulary(path)
     with pytest.raises(UserError, match="nowhere.txt: cannot be read"):
-        vocabulary.read(tmp_path / "nowhere.txt")
+        load_vocabulary(tmp_path / "nowhere.txt")
 
 
 def test_encoding_nothing_gives_nothing(tokens):

@@ -9,7 +9,7 @@ import torch
 
 import run_pretraining
 from common.errors import UserError
-from data import shards
+from data.shards import find_shards, read_rows
 from parallel import gradient_reduction, rendezvous, stop_signal
 from parallel.rendezvous import RankInfo
 from tests.support import ranks, samples
@@ -72,7 +72,7 @@ def test_the_rank_comes_from_mpi_where_the_launcher_is_not_known(workspace):
 @needs_mpirun
 def test_three_ranks_use_every_row_once_an_epoch(tmp_path):
     data = samples.write_dataset(tmp_path / "data", (7, 3, 14))  # 24 rows: 4 micro-batches of 2 rows on each of 3 ranks
-    rows = [str(row) for shard in shards.find(data) for row in shards.read(shard)["input_ids"].tolist()]
+    rows = [str(row) for shard in find_shards(data) for row in read_rows(shard)["input_ids"].tolist()]
     program = ROOT / "tests/support/rank_programs/stream_rows.py"
     done = ranks.run(mpirun(3, TRAIN[0], program, data, 4, tmp_path), tmp_path)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,5 @@
-"""The commands that scripts/ and the documents show: every flag in them exists, and the recipes' numbers are right."""
+"""The commands of scripts/ and of the documents: every flag exists, and the recipes' numbers are right.  The documents'
+links lead somewhere."""
 
 import os
 import re
@@ -14,9 +15,13 @@ from training.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STANDIN = ROOT / "tests" / "launcher_standin"
-DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+             *(ROOT / folder / "README.md" for folder in ("benchmarks", "examples/fine_tuning", "tests/gaudi_standin"))]
+FEWEST_COMMANDS = {"README.md": 7, "docs/data.md": 10, "docs/training.md": 8}  # found in them, or the search is broken
 RECIPES = sorted(path.name for path in (ROOT / "scripts").glob("bert_*.sh"))
+FOLDERS = "data/|benchmarks/|tools/|scripts/|examples/fine_tuning/"  # of scripts, beside the root
 ELISION = re.compile("…")  # words left out
+LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")  # to a file, to a heading, or both
 
 
 def recorded(recipe: str, phase, folder: Path, *flags, **variables) -> list[str]:
@@ -84,8 +89,8 @@ def test_recipes_start_torchrun_on_each_server(tmp_path):
 
 @pytest.mark.parametrize("phase, variables, message", [
     ("3", {}, "usage: bash scripts/bert_large_32_cards.sh PHASE"),
-    ("1", {"LAUNCHER": "slurm"}, "LAUNCHER is 'slurm', none of: mpirun torchrun"),
-    ("1", {"DEVICE": "tpu"}, "DEVICE is 'tpu', none of: hpu cuda cpu"),
+    ("1", {"LAUNCHER": "slurm"}, "LAUNCHER is 'slurm', not one of: mpirun torchrun"),
+    ("1", {"DEVICE": "tpu"}, "DEVICE is 'tpu', not one of: hpu cuda cpu"),
     ("1", {"CARDS_PER_SERVER": "0"}, "CARDS_PER_SERVER is '0'"),
     ("1", {"PYTHON": "no-such-python"}, "PYTHON is 'no-such-python'"),
     ("1", {"LAUNCHER": "torchrun", "NODE_RANK": ""}, "error: NODE_RANK is not set"),
@@ -104,7 +109,7 @@ def commands(text: str) -> list[tuple[str, list[str], bool]]:
     spans = [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", re.sub(r"^    .*$", "", text, flags=re.M))]
     found = []
     for command in lines + spans:
-        match = re.search(r"(?:^|[\s/])((?:data/|benchmarks/|tools/|scripts/)?(\w+\.(?:py|sh)))(?: (.*)|$)", command)
+        match = re.search(rf"(?:^|[\s/])((?:{FOLDERS})?(\w+\.(?:py|sh)))(?: (.*)|$)", command)
         if match and len(command.split()) > 1 and (ROOT / match[1]).exists():
             words = shlex.split(re.sub(r"[\[\]]", "", match[3] or ""), comments=True)
             mentioned = command.startswith(match[1])  # without an interpreter in front
@@ -146,12 +151,26 @@ def problem(script: str, words: list[str], whole: bool, monkeypatch) -> str | No
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_of_the_documents_parses(document, monkeypatch, tmp_path):
     found = commands(document.read_text(encoding="utf-8"))
-    assert len(found) >= {"README.md": 15}.get(str(document.relative_to(ROOT)), 0)
+    assert len(found) >= FEWEST_COMMANDS.get(str(document.relative_to(ROOT)), 0)
     for script, words, whole in found:
         if script.endswith(".py"):
             assert problem(script, words, whole, monkeypatch) is None
         elif Path(script).name in RECIPES:
             assert parse_arguments(launcher_and_flags(recorded(Path(script).name, *words[:1], tmp_path, *words[1:]))[1])
+
+
+def anchors(text: str) -> set[str]:
+    """The names that the headings of a document have in links to them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_the_documents_leads_somewhere(document):
+    for path, anchor in LINK.findall(document.read_text(encoding="utf-8")):
+        target = document.parent / path if path else document
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{path}#{anchor}"
 
 
 @pytest.mark.parametrize("text", [

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from xml.sax.saxutils import escape
 
-from data import vocabulary
+from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SAMPLE = "wikicorpus_en_sample"
@@ -44,7 +44,7 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 
 def write_vocabulary(path) -> Path:
-    vocabulary.write(path, [*vocabulary.SPECIAL_TOKENS, ".", *LETTERS, *(f"##{letter}" for letter in LETTERS), *WORDS])
+    save_vocabulary(path, [*SPECIAL_TOKENS, ".", *LETTERS, *(f"##{letter}" for letter in LETTERS), *WORDS])
     return Path(path)
 
 

@@ -5,8 +5,11 @@ import json
 import numpy as np
 import torch
 
-from data import dataloader as dataset
+from data.dataloader import BatchStream, as_batch
+from data.shard_reader import ShardReader
 from modeling import BertConfig
+from parallel.ranks import SingleRank
+from parallel.rendezvous import RankInfo
 from tests.support import synthetic
 
 SEQUENCE_LENGTH, PREDICTIONS = 24, 4
@@ -21,7 +24,7 @@ def config(**changes) -> BertConfig:
 
 def unpacked_batch(lengths, seed: int = 0, sequence_length: int = SEQUENCE_LENGTH) -> dict[str, torch.Tensor]:
     rows = synthetic.unpacked_rows(np.asarray(lengths), np.random.default_rng(seed), sequence_length, PREDICTIONS)
-    return dataset.as_batch(rows)
+    return as_batch(rows)
 
 
 def packed_batch(batch: dict, rows: list[list[int]], sequence_length: int) -> dict[str, torch.Tensor]:
@@ -35,18 +38,18 @@ def packed_batch(batch: dict, rows: list[list[int]], sequence_length: int) -> di
                for key in ("next_sentence_positions", "next_sentence_labels", "next_sentence_weights")}
     for row, members in enumerate(rows):
         start = 0
-        for place, member in enumerate(members):
+        for number, member in enumerate(members):
             length = int(batch["input_mask"][member].sum())
             here = slice(start, start + length)
             for key in ("input_ids", "segment_ids", "positions"):
                 packed[key][row, here] = batch[key][member, :length]
-            packed["input_mask"][row, here] = place + 1
-            masked, own_slots = batch["masked_lm_positions"][member], slice(place * slots, (place + 1) * slots)
+            packed["input_mask"][row, here] = number + 1
+            masked, own_slots = batch["masked_lm_positions"][member], slice(number * slots, (number + 1) * slots)
             packed["masked_lm_positions"][row, own_slots] = torch.where(masked > 0, masked + start, 0)
             packed["masked_lm_ids"][row, own_slots] = batch["masked_lm_ids"][member]
-            packed["next_sentence_positions"][row, place] = start
-            packed["next_sentence_labels"][row, place] = batch["next_sentence_labels"][member, 0]
-            packed["next_sentence_weights"][row, place] = 1
+            packed["next_sentence_positions"][row, number] = start
+            packed["next_sentence_labels"][row, number] = batch["next_sentence_labels"][member, 0]
+            packed["next_sentence_weights"][row, number] = 1
             start += length
     return packed
 
@@ -60,6 +63,15 @@ def write_dataset(folder, rows_per_shard=(7, 13, 5), split="training", seed=0, s
         path = folder / f"sample_{split}_{number}.hdf5"
         write(path, lengths, seed + number, sequence_length, PREDICTIONS)
     return folder
+
+
+def batch_stream(found, size: int, seed: int = 1, rank: int = 0, world_size: int = 1, first_row: int = 0,
+                 reader: ShardReader | None = None, vocab_size: int = synthetic.VOCAB_SIZE) -> BatchStream:
+    """The micro-batches of one of several ranks, without the others, from some row of the endless sequence on."""
+    stream = BatchStream(found, size, seed, vocab_size, ranks=SingleRank(RankInfo(rank, world_size)),
+                         reader=reader or ShardReader())
+    stream.next_row = first_row
+    return stream
 
 
 def write_config(path, **changes):

@@ -4,8 +4,8 @@ import torch
 import transformers
 
 import export_to_huggingface
-from checkpoint import folder as checkpoint
-from data import vocabulary
+from checkpoint.folder import write_checkpoint
+from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
 from modeling import BertConfig, BertForPreTraining
 from tests.support import samples
 
@@ -18,10 +18,10 @@ FLAGS = {"checkpoint": "ckpt_7.pt", "config_file": "config.json", "vocab_file": 
 def write(folder) -> None:
     """config.json, vocab.txt and ckpt_7.pt of varied_model()."""
     samples.write_config(folder / "config.json", vocab_size=VOCAB_SIZE, num_attention_heads=2)
-    tokens = [*vocabulary.SPECIAL_TOKENS, *WORDS]
-    vocabulary.write(folder / "vocab.txt", tokens + [f"[unused{n}]" for n in range(VOCAB_SIZE - len(tokens))])
+    tokens = [*SPECIAL_TOKENS, *WORDS]
+    save_vocabulary(folder / "vocab.txt", tokens + [f"[unused{n}]" for n in range(VOCAB_SIZE - len(tokens))])
     model = varied_model(folder / "config.json")
-    checkpoint.save(folder, 7, {"model": model.state_dict(), "optimizer": None, "phase": 2, "step": 7})
+    write_checkpoint(folder, 7, {"model": model.state_dict(), "optimizer": None, "phase": 2, "step": 7})
 
 
 def varied_model(config_file="config.json") -> BertForPreTraining:

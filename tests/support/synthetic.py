@@ -4,8 +4,8 @@ import functools
 
 import numpy as np
 
-from data import shards
 from data.masking import MaskingRule
+from data.shards import MASK_KEYS, write_shard
 
 CLS, SEP, MASK, FIRST_WORD = 101, 102, 103, 1000  # as in BERT's uncased vocabulary
 VOCAB_SIZE = 30522
@@ -14,7 +14,7 @@ VOCAB_SIZE = 30522
 def write_unpacked_shard(path, lengths, seed=0, sequence_length=128, predictions=20, masked_lm_prob=0.15) -> dict:
     """Write an unpacked shard with one row for each of `lengths` (tokens, 5 or more), and return its rows."""
     rows = unpacked_rows(np.asarray(lengths), np.random.default_rng(seed), sequence_length, predictions, masked_lm_prob)
-    shards.write(path, rows)
+    write_shard(path, rows)
     return rows
 
 
@@ -27,7 +27,7 @@ def rule(predictions=20) -> MaskingRule:
 def write_shard_without_masks(path, lengths, seed=0, sequence_length=128, predictions=20) -> dict:
     """The same for --dynamic_masking."""
     rows = without_masks(unpacked_rows(np.asarray(lengths), np.random.default_rng(seed), sequence_length, predictions))
-    shards.write(path, rows, rule(predictions), predictions)
+    write_shard(path, rows, rule(predictions), predictions)
     return rows
 
 
@@ -36,11 +36,11 @@ def without_masks(rows: dict) -> dict:
     input_ids = rows["input_ids"].copy()
     row, slot = np.nonzero(rows["masked_lm_positions"])
     input_ids[row, rows["masked_lm_positions"][row, slot]] = rows["masked_lm_ids"][row, slot]
-    return {key: values for key, values in rows.items() if key not in shards.MASK_KEYS} | {"input_ids": input_ids}
+    return {key: values for key, values in rows.items() if key not in MASK_KEYS} | {"input_ids": input_ids}
 
 
 def unpacked_rows(lengths, rng, sequence_length=128, predictions=20, masked_lm_prob=0.15) -> dict[str, np.ndarray]:
-    """Rows of [CLS] A [SEP] B [SEP] with random words, masked as Devlin et al. do; the labels are coins.
+    """Rows of [CLS] A [SEP] B [SEP] with random words, masked as Devlin et al. do, with random labels.
 
     Like real text, a row has the masked tokens that its length asks for, but at most `predictions`.
     """
@@ -78,7 +78,7 @@ def unpacked_rows(lengths, rng, sequence_length=128, predictions=20, masked_lm_p
 
 
 def replacements(words, rng):
-    """What the model sees in place of the chosen words: 80 % [MASK], 10 % a random word, 10 % the word itself."""
+    """What the model sees instead of the chosen words: 80 % [MASK], 10 % a random word, 10 % the word itself."""
     dice = rng.random(len(words))
     random_words = rng.integers(FIRST_WORD, VOCAB_SIZE, len(words), dtype=np.int32)
     return np.where(dice < 0.8, MASK, np.where(dice < 0.9, random_words, words))

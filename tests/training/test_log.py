@@ -8,7 +8,7 @@ import torch
 from common.errors import UserError
 from tests.support import samples, small_run
 from tests.support.small_run import train
-from training.tensorboard_log import TAGS
+from training.log import FIGURES
 
 
 @pytest.fixture
@@ -29,12 +29,13 @@ def test_tensorboard_shows_what_the_log_says(workspace):
     train(tensorboard_logdir="curves", eval_dir="held_out", eval_freq=3)
     train(tensorboard_logdir="curves", phase2=True, resume_from_checkpoint=True, max_steps=2, json_summary="two.json")
     found = curves("curves")
-    expected = {tag: {} for tag in TAGS.values()}
+    tags = {figure.name: figure.tag for figure in FIGURES if figure.tag}
+    expected = {tag: {} for tag in tags.values()}
     for path, offset in (("out/log.json", 0), ("two.json", 6)):
         for line in samples.log_lines(workspace / path):
             for key, value in line["data"].items():
-                if key in TAGS and len(line["step"]) == 2:
-                    expected[TAGS[key]][line["step"][1] + offset] = value
+                if key in tags and len(line["step"]) == 2:
+                    expected[tags[key]][line["step"][1] + offset] = value
     assert list(found["loss/total"]) == list(range(1, 9)) and list(found["held_out/mlm_accuracy"]) == [3, 6]
     for tag, values in expected.items():
         assert found[tag] == pytest.approx(values, rel=1e-6), tag

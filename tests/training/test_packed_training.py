@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from data import dataloader as dataset
-from data import shards
+from data.dataloader import average_sequences_per_row, batches_once, sequences_in
 from data.shard_reader import ShardReader
+from data.shards import find_shards
 from modeling import BertForPreTraining
 from pack_pretraining_data_pytorch import main as pack
 from tests.support import samples
@@ -34,8 +34,8 @@ def model():
 
 def whole_set(folder):
     """All rows of a folder in one batch."""
-    found = shards.find(folder)
-    (batch,) = dataset.batches_once(found, sum(shard.rows for shard in found), VOCAB_SIZE)
+    found = find_shards(folder)
+    (batch,) = batches_once(found, sum(shard.rows for shard in found), VOCAB_SIZE)
     return batch
 
 
@@ -53,7 +53,7 @@ def test_packed_set_has_the_losses_and_gradients_of_the_unpacked_set(unpacked, m
           "--packing_method", "lpfhp", "--n_processes", "1", "--disable_progress_bar"])
     batch, packed = whole_set(unpacked), whole_set(tmp_path / "packed")
     assert packed["next_sentence_weights"].sum(axis=1).max() == depth
-    assert dataset.sequences_in(packed) == dataset.sequences_in(batch) == 53
+    assert sequences_in(packed) == sequences_in(batch) == 53
     assert len(packed["input_ids"]) <= 53 / min(depth, 2)
     losses, gradients = losses_and_gradients(model, batch)
     packed_losses, packed_gradients = losses_and_gradients(model, packed)
@@ -69,8 +69,8 @@ def test_metadata_and_shards_agree_on_the_sequences_a_row(unpacked, tmp_path, de
     pack(["--input_dir", str(unpacked), "--output_dir", str(tmp_path / "packed"), "--max_sequence_length", str(LENGTH),
           "--max_predictions_per_sequence", str(PREDICTIONS), "--max_sequences_per_pack", str(depth),
           "--n_processes", "1", "--disable_progress_bar"])
-    found = shards.find(tmp_path / "packed")
+    found = find_shards(tmp_path / "packed")
     with ShardReader() as reader:
-        named = dataset.average_sequences_per_row(found, reader)
+        named = average_sequences_per_row(found, reader)
         (tmp_path / "packed_metadata.json").unlink()
-        assert dataset.average_sequences_per_row(found, reader) == pytest.approx(named)
+        assert average_sequences_per_row(found, reader) == pytest.approx(named)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import modeling
-from checkpoint import folder as checkpoint
+from checkpoint.folder import read_checkpoint, saved_steps
 from common.errors import UserError
 from data import dataloader as dataset
 from tests.support import gaudi, ranks, samples, small_run
@@ -36,7 +36,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_zero(workspace
     assert done.returncode == 0, done.stdout
     last = max(samples.losses(workspace / "out/log.json"))
     assert f"stopping after step {last}: {number.name} asked for it" in done.stdout
-    assert checkpoint.steps("out") == [last]
+    assert saved_steps("out") == [last]
     assert samples.log_lines(workspace / "out/log.json")[-1]["step"] == []
     train(**LONG | {"max_steps": 100_000, "steps_this_run": last + 2, "resume_from_checkpoint": True})
     assert set(samples.losses(workspace / "out/log.json")) == set(range(1, last + 3))
@@ -53,7 +53,7 @@ def test_a_second_signal_ends_a_run_at_once(workspace):
         assert job.process.poll() is None
         job.process.terminate()
         assert job.finish(seconds=20).returncode == -signal.SIGTERM
-    assert checkpoint.steps("out") == []
+    assert saved_steps("out") == []
 
 
 # --- numbers ---
@@ -75,12 +75,12 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(workspace, monk
     train(output_dir="sound", json_summary="sound.json", use_fused_lamb=fused)
     poison(monkeypatch, {10})
     train(num_steps_per_checkpoint=1, use_fused_lamb=fused)
-    before, skipped = (checkpoint.load(f"out/ckpt_{step}.pt") for step in (4, 5))
+    before, skipped = (read_checkpoint(f"out/ckpt_{step}.pt") for step in (4, 5))
     assert all(torch.equal(before["model"][name], skipped["model"][name]) for name in before["model"])
     for number, moments in before["optimizer"]["state"].items():
         assert all(torch.equal(moments[key], skipped["optimizer"]["state"][number][key]) for key in moments)
     assert [group["step"] for group in skipped["optimizer"]["param_groups"]] == [5, 5]
-    assert (skipped["step"], skipped["rows"]) == (5, 5 * 8)
+    assert (skipped["step"], skipped["data"]["rows"]) == (5, 5 * 8)
     sound, found = logged_steps(workspace / "sound.json"), logged_steps(workspace / "out/log.json")
     assert [found[step] for step in range(1, 5)] == [sound[step] for step in range(1, 5)]
     assert found[5]["step_loss"] is None and found[5]["gradient_norm"] is None
@@ -92,8 +92,8 @@ def test_too_many_skipped_steps_end_the_run_and_leave_the_last_good_checkpoint(w
     poison(monkeypatch, set(range(9, 100)))  # from step 5 on
     with pytest.raises(UserError, match=r"step 7: 3 steps in a row were skipped.*--max_skipped_steps 3.*out/ckpt_4.pt"):
         train(max_steps=20, max_skipped_steps=3)
-    assert checkpoint.steps("out") == [4]
-    assert all(torch.isfinite(weight).all() for weight in checkpoint.load("out/ckpt_4.pt")["model"].values())
+    assert saved_steps("out") == [4]
+    assert all(torch.isfinite(weight).all() for weight in read_checkpoint("out/ckpt_4.pt")["model"].values())
 
 
 def test_skipped_steps_in_a_row_are_counted_across_a_restart(workspace, monkeypatch):
@@ -114,7 +114,7 @@ def test_with_gaudis_fused_lamb_a_loss_that_is_not_finite_ends_the_run(workspace
     done = gaudi.run([ranks.ROOT / "run_pretraining.py", *command], cwd=workspace)
     assert done.returncode == 2, done.stderr
     assert "step 2: the loss is nan, and FusedLamb cannot skip a step" in done.stderr.splitlines()[-1]
-    assert checkpoint.steps("hpu") == []
+    assert saved_steps("hpu") == []
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_bad_shards_are_skipped_where_the_user_says_so(workspace, capsys, damage
     train(max_steps=9, skip_bad_shards=True, output_dir="whole", json_summary="whole.json")
     figures = logged_steps(workspace / "whole.json")
     output = capsys.readouterr()
-    assert "sample_training_1.hdf5" in output.out + output.err and "left out from" in output.out + output.err
+    assert "sample_training_1.hdf5" in output.out + output.err and "skipped from row" in output.out + output.err
     assert set(figures) == set(range(1, 10))
     for step in range(1, 10):  # and a run that stops after every step meets the fault in the same place
         train(max_steps=9, steps_this_run=step, skip_bad_shards=True, resume_from_checkpoint=True)

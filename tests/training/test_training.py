@@ -13,7 +13,7 @@ import torch
 import evaluate
 import run_pretraining
 from common.errors import UserError
-from data import shards
+from data.shards import find_shards, read_rows
 from ops import cpu_kernels
 from optim.lr_schedule import learning_rate
 from tests.support import samples, small_run
@@ -141,7 +141,7 @@ def test_evaluation_command_gives_the_figures_of_the_log(workspace, capsys):
                    "--batch_size", "5", "--no_cuda"])
     figures = json.loads(capsys.readouterr().out)
     assert figures == pytest.approx({name.removeprefix("eval_"): value for name, value in logged.items()}, rel=1e-5)
-    stored = shards.read(shards.find("held_out", "test")[0])
+    stored = read_rows(find_shards("held_out", "test")[0])
     assert figures["sequences"] == 6 and figures["masked_tokens"] == (stored["masked_lm_positions"] > 0).sum()
 
 
@@ -247,8 +247,8 @@ def refused(workspace, capsys, **changes) -> str:
     ({"fp16": True, "hmp": True}, "--fp16 and --hmp exclude each other"),
     ({"fp16": True}, "--fp16 needs CUDA, but the device is cpu"),
     ({"phase2": True}, "--phase2 needs --resume_from_checkpoint"),
-    ({"phase2": True, "resume_from_checkpoint": True}, "no checkpoint in it; --phase2 goes on from ckpt_6.pt"),
-    ({"do_train": None}, "--do_train is not given"),
+    ({"phase2": True, "resume_from_checkpoint": True}, "no checkpoint in it; --phase2 continues from ckpt_6.pt"),
+    ({"do_train": None}, "give --do_train or --dry_run"),
     ({"train_batch_sise": 8}, "unrecognized arguments: --train_batch_sise=8"),
     ({"train_batch_size": "eight"}, "'eight' is not a whole number"),
     ({"use_zero_optimizer": "perhaps"}, "'perhaps' is neither true nor false"),

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data import shards
-from data.packing import scatter_gather as packing_shards
+from data.packing import blocks, scatter_gather
+from data.packing.methods import METHODS
+from data.shards import find_shards, read_rows
 from data.workers import open_pool, ordered_map
 from pack_pretraining_data_pytorch import main
 from tests.support.synthetic import write_unpacked_shard
@@ -89,8 +90,8 @@ def unpacked(tmp_path):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Blocks of 9 rows and parts of 7."""
-    monkeypatch.setattr(packing_shards, "TOKENS_PER_BLOCK", 9 * 128)
-    monkeypatch.setattr(packing_shards, "TOKENS_PER_PART", 7 * 128)
+    monkeypatch.setattr(blocks, "TOKENS_PER_BLOCK", 9 * 128)
+    monkeypatch.setattr(scatter_gather, "TOKENS_PER_PART", 7 * 128)
 
 
 # --- what comes out ---
@@ -100,21 +101,21 @@ def small_pieces(monkeypatch):
 def test_packing_keeps_every_sequence_at_any_depth_also_in_the_last_file(unpacked, tmp_path, depth):
     pack(unpacked, tmp_path / "packed", depth=depth)
     assert packed_sequences(tmp_path / "packed") == unpacked_sequences(unpacked)
-    rows = [shard.rows for shard in shards.find(tmp_path / "packed")]
+    rows = [shard.rows for shard in find_shards(tmp_path / "packed")]
     metadata = json.loads((tmp_path / "packed_metadata.json").read_text())
     assert sum(rows) == metadata["new_number_of_samples"] and max(rows) == 7
     assert len(rows) == -(-sum(rows) // 7)
 
 
 @given(lengths=st.lists(st.lists(st.integers(5, 40), max_size=12), min_size=1, max_size=3).filter(any),
-       depth=st.integers(1, 9), method=st.sampled_from(["cutting_stock", "nnls", "lpfhp"]), seed=st.integers(0, 9))
+       depth=st.integers(1, 9), method=st.sampled_from(list(METHODS.values())), seed=st.integers(0, 9))
 @settings(max_examples=25, deadline=None)
 def test_packing_keeps_any_multiset_of_sequences(tmp_path_factory, lengths, depth, method, seed):
     folder = tmp_path_factory.mktemp("any")
     for number, in_shard in enumerate(lengths):
         write_unpacked_shard(folder / "unpacked" / f"a_training_{number}.hdf5", np.array(in_shard, int), seed, 40, 6)
-    depth = min(depth, 3) if method == "nnls" else depth
-    pack(folder / "unpacked", folder / "packed", "--packing_method", method, "--seed", str(seed),
+    depth = min(depth, method.max_depth or depth)
+    pack(folder / "unpacked", folder / "packed", "--packing_method", method.name, "--seed", str(seed),
          length=40, predictions=6, depth=depth)
     assert packed_sequences(folder / "packed") == unpacked_sequences(folder / "unpacked")
 
@@ -180,11 +181,11 @@ def test_result_does_not_depend_on_the_number_of_processes(unpacked, tmp_path):
 
 
 def test_rows_are_shuffled_over_the_whole_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(packing_shards, "TOKENS_PER_PART", 50 * 128)
+    monkeypatch.setattr(scatter_gather, "TOKENS_PER_PART", 50 * 128)
     for number, length in enumerate((128, 64, 30)):  # three kinds of row, one a shard
         write_unpacked_shard(tmp_path / "unpacked" / f"a_training_{number}.hdf5", np.full(200, length), seed=number)
     pack(tmp_path / "unpacked", tmp_path / "packed", depth=4)
-    kinds = [shards.read(shard, ["input_mask"])["input_mask"].max(axis=1) for shard in shards.find(tmp_path / "packed")]
+    kinds = [read_rows(shard, ["input_mask"])["input_mask"].max(axis=1) for shard in find_shards(tmp_path / "packed")]
     assert len(kinds) == 7
     overall = np.bincount(np.concatenate(kinds))
     assert overall.tolist() == [0, 200, 100, 0, 50]
@@ -304,7 +305,7 @@ BAD_INPUT = {
     "gap in the mask": (change("input_mask", 32, 1, 0), {}, r"tiny_training_2.hdf5: row 32 has a gap in its input_m"),
     "packed mask": (change("input_mask", 0, 3, 2), {}, r"tiny_training_2.hdf5: row 0 .* not 0 or 1"),
     "prediction in the padding": (change("masked_lm_positions", 5, 0, 127), {}, r"row 5 has a masked_lm_position outs"),
-    "packed already": (pack_into, {}, r"tiny_training_2.hdf5 is packed already, from row 0 on"),
+    "packed already": (pack_into, {}, r"tiny_training_2.hdf5 is packed already"),
     "missing key": (delete_key, {}, r"tiny_training_2.hdf5: no data set segment_ids"),
     "other length": (lambda folder: write_unpacked_shard(folder / "tiny_training_3.hdf5", [9], sequence_length=64), {},
                      r"tiny_training_3.hdf5 is unpacked, 64 tokens"),

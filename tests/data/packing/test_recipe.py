@@ -2,6 +2,7 @@
 
 import doctest
 from functools import cache
+from importlib import import_module
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -10,11 +11,10 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import nnls as packing_nnls
-from data.packing import placement as packing_placement
-from data.packing import recipe as packing
-from data.packing import scatter_gather as packing_shards
-from pack_pretraining_data_pytorch import METHODS
+from data.packing import nnls
+from data.packing.assignment import RowAssignment, ranks_within, shuffled
+from data.packing.methods import METHODS
+from data.packing.recipe import knapsack
 from packing import wikipedia_histogram
 
 
@@ -34,18 +34,19 @@ def check(recipe, histogram, depth):
     assert recipe.row_count >= recipe.bound
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @given(histogram=histograms(), depth=st.sampled_from([1, 2, 3, 5, 200]))
 @settings(max_examples=60, deadline=None)
 def test_packing_keeps_every_sequence_in_rows_neither_too_long_nor_too_deep(method, histogram, depth):
-    depth = min(depth, packing_nnls.MAX_DEPTH) if method == "nnls" else depth
-    check(METHODS[method](histogram, depth), histogram, depth)
+    depth = min(depth, method.max_depth or depth)
+    check(method.solve(histogram, depth), histogram, depth)
 
 
 @given(histogram=histograms(), depth=st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
 def test_cutting_stock_never_needs_more_rows_than_longest_pack_first(histogram, depth):
-    assert METHODS["cutting_stock"](histogram, depth).row_count <= METHODS["lpfhp"](histogram, depth).row_count
+    ours, greedy = (METHODS[name].solve(histogram, depth) for name in ("cutting_stock", "lpfhp"))
+    assert ours.row_count <= greedy.row_count
 
 
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=7), depth=st.integers(1, 4))
@@ -53,10 +54,10 @@ def test_cutting_stock_never_needs_more_rows_than_longest_pack_first(histogram, 
 def test_bounds_are_never_above_the_true_optimum(lengths, depth):
     optimum = fewest_rows(tuple(sorted(lengths)), 12, depth)
     histogram = np.bincount(lengths, minlength=13)
-    for name, method in METHODS.items():
-        recipe = method(histogram, min(depth, packing_nnls.MAX_DEPTH) if name == "nnls" else depth)
-        if name != "nnls" or depth <= packing_nnls.MAX_DEPTH:
-            assert recipe.bound <= optimum <= recipe.row_count
+    for method in METHODS.values():
+        if method.supports(depth):
+            found = method.solve(histogram, depth)
+            assert found.bound <= optimum <= found.row_count
 
 
 @cache
@@ -88,7 +89,7 @@ def without(lengths, removed):
 @settings(max_examples=60, deadline=None)
 def test_knapsack_finds_the_most_valuable_row(values, depth):
     values = np.array([0, *values])
-    best, choices = packing.knapsack(values, depth)
+    best, choices = knapsack(values, depth)
     rows = [row for number in range(depth + 1)
             for row in combinations_with_replacement(range(1, len(values)), number)]
     for room in range(len(values)):
@@ -103,7 +104,7 @@ def test_knapsack_finds_the_most_valuable_row(values, depth):
 def test_cutting_stock_ends_where_new_strategies_bring_no_progress():
     histogram = np.zeros(201, np.int64)
     histogram[[35, 47, 67, 125]] = 2, 5, 5, 6  # dropping strategies after such a round once went round in circles
-    recipe = METHODS["cutting_stock"](histogram, 4)
+    recipe = METHODS["cutting_stock"].solve(histogram, 4)
     check(recipe, histogram, 4)
     assert recipe.row_count == recipe.bound == 8
 
@@ -111,12 +112,12 @@ def test_cutting_stock_ends_where_new_strategies_bring_no_progress():
 @pytest.mark.parametrize(("depth", "seed"), [(1, 0), (2, 1), (3, 2), (3, 3)])
 def test_nnls_reaches_the_objective_of_scipy(depth, seed):
     histogram = np.append(0, (np.random.default_rng(seed).random(33)**3 * 1000).astype(np.int64))
-    weights = packing_nnls.published_weights(33)
+    weights = nnls.published_weights(33)
     assert weights.tolist() == [0.09] * 9 + [1.0] * 25
-    strategies = packing_nnls.full_strategies(33, depth)
-    matrix = packing_nnls.weighted_counts(strategies, weights).toarray()
+    strategies = nnls.full_strategies(33, depth)
+    matrix = nnls.weighted_counts(strategies, weights).toarray()
     counts, distance = scipy.optimize.nnls(matrix, weights * histogram)
-    ours = packing_nnls.nearest_counts(strategies, histogram, weights)
+    ours = nnls.nearest_counts(strategies, histogram, weights)
     assert ours.min() >= 0
     assert np.linalg.norm(matrix @ ours - weights * histogram) == pytest.approx(distance, rel=1e-6)
     assert matrix @ ours == pytest.approx(matrix @ counts, abs=1e-2)
@@ -125,7 +126,7 @@ def test_nnls_reaches_the_objective_of_scipy(depth, seed):
 def test_full_strategies_are_all_ways_to_fill_a_row():
     expected = {(*row, *[0] * (3 - len(row))) for number in (1, 2, 3)
                 for row in combinations_with_replacement(range(40, 0, -1), number) if sum(row) == 40}
-    found = [tuple(strategy) for strategy in packing_nnls.full_strategies(40, 3).tolist()]
+    found = [tuple(strategy) for strategy in nnls.full_strategies(40, 3).tolist()]
     assert len(found) == len(set(found)) and set(found) == expected
 
 
@@ -134,39 +135,39 @@ def test_full_strategies_are_all_ways_to_fill_a_row():
     ("lpfhp", 3, 0.8948, None), ("lpfhp", 8, 0.9910, None), ("lpfhp", 16, 0.9993, None)])
 def test_wikipedia_packs_as_well_as_published_or_better(method, depth, efficiency, rows_above_bound):
     histogram = wikipedia_histogram()
-    recipe = METHODS[method](histogram, depth)
+    recipe = METHODS[method].solve(histogram, depth)
     check(recipe, histogram, depth)
     assert histogram @ np.arange(513) / 512 / recipe.row_count >= efficiency
     if rows_above_bound is not None:
         assert recipe.row_count - recipe.bound <= rows_above_bound
 
 
-@pytest.mark.parametrize("module", [packing, packing_nnls, packing_placement, packing_shards])
+@pytest.mark.parametrize("module", ["masking", "packing.recipe", "packing.lpfhp", "packing.nnls", "packing.assignment"])
 def test_worked_examples_in_docstrings_are_true(module):
-    failed, attempted = doctest.testmod(module)
+    failed, attempted = doctest.testmod(import_module(f"data.{module}"))
     assert attempted and not failed
 
 
-# --- placement ---
+# --- assignment ---
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**32))
 @settings(max_examples=40, deadline=None)
 def test_shuffled_is_a_permutation_of_any_size(size, seed):
-    places = packing_placement.shuffled(np.arange(size), size, np.random.SeedSequence(seed))
+    places = shuffled(np.arange(size), size, np.random.SeedSequence(seed))
     assert (np.sort(places) == np.arange(size)).all()
 
 
 def test_shuffled_takes_a_size_for_each_index():
     seed = np.random.SeedSequence(1)
     indices = np.concatenate([np.arange(5), np.arange(1000)])
-    both = packing_placement.shuffled(indices, np.repeat([5, 1000], [5, 1000]), seed)
-    assert (both[:5] == packing_placement.shuffled(np.arange(5), 5, seed)).all()
-    assert (both[5:] == packing_placement.shuffled(np.arange(1000), 1000, seed)).all()
+    both = shuffled(indices, np.repeat([5, 1000], [5, 1000]), seed)
+    assert (both[:5] == shuffled(np.arange(5), 5, seed)).all()
+    assert (both[5:] == shuffled(np.arange(1000), 1000, seed)).all()
 
 
 def test_shuffled_leaves_no_order():
-    places = packing_placement.shuffled(np.arange(100_000), 100_000, np.random.SeedSequence(42))
-    other = packing_placement.shuffled(np.arange(100_000), 100_000, np.random.SeedSequence(43))
+    places = shuffled(np.arange(100_000), 100_000, np.random.SeedSequence(42))
+    other = shuffled(np.arange(100_000), 100_000, np.random.SeedSequence(43))
     assert abs(np.corrcoef(np.arange(100_000), places)[0, 1]) < 0.02
     assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.02
     assert (places == other).sum() < 20
@@ -176,11 +177,11 @@ def test_shuffled_leaves_no_order():
 
 @given(histogram=histograms(most_sequences=40), depth=st.integers(1, 6), seed=st.integers(0, 100))
 @settings(max_examples=40, deadline=None)
-def test_placement_gives_every_slot_of_every_row_to_one_sequence(histogram, depth, seed):
-    recipe = METHODS["lpfhp"](histogram, depth)
-    placement = packing_placement.Placement(recipe, histogram, seed)
+def test_assignment_gives_every_slot_of_every_row_to_one_sequence(histogram, depth, seed):
+    recipe = METHODS["lpfhp"].solve(histogram, depth)
+    assignment = RowAssignment(recipe, histogram, seed)
     lengths = np.repeat(np.arange(len(histogram)), histogram)
-    rows, slots = placement.rows_and_slots(lengths, packing_placement.ranks_within(lengths))
+    rows, slots = assignment.rows_and_slots(lengths, ranks_within(lengths))
     packed = {}
     for row, slot, length in zip(rows.tolist(), slots.tolist(), lengths.tolist(), strict=True):
         assert slot not in packed.setdefault(row, {})
@@ -195,9 +196,9 @@ def test_seed_decides_which_sequences_meet():
     histogram[50] = 1000
     pairs = []
     for seed in (1, 1, 2):
-        placement = packing_placement.Placement(METHODS["lpfhp"](histogram, 2), histogram, seed)
-        rows, _ = placement.rows_and_slots(np.full(1000, 50), np.arange(1000))
+        assignment = RowAssignment(METHODS["lpfhp"].solve(histogram, 2), histogram, seed)
+        rows, _ = assignment.rows_and_slots(np.full(1000, 50), np.arange(1000))
         pairs.append({tuple(pair) for pair in np.argsort(rows, kind="stable").reshape(500, 2).tolist()})
     assert pairs[0] == pairs[1]
     assert len(pairs[0] & pairs[2]) < 10
-    assert 200 < np.mean([second - first for first, second in pairs[0]]) < 470  # a third of 1000 where all is chance
+    assert 200 < np.mean([second - first for first, second in pairs[0]]) < 470  # a third of 1000 where all is random

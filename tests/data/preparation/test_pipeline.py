@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import create_pretraining_data as samples
-from data import shards, vocabulary, wordpiece
-from data.preparation import sentences
+from data.preparation import estimates, samples, sentences
+from data.preparation.datasets import DATASETS
+from data.shards import find_shards, read_rows
+from data.tokenizer import Encoder, load_vocabulary
 from tests.support.preparation import ROOT, SAMPLE, STAGES, command, files_below, prepare, text_shards
 
 MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
@@ -32,7 +33,7 @@ def stages_only(folder) -> dict[str, bytes]:
 
 
 def test_the_sample_becomes_8_training_and_2_test_shards(sample):
-    training, test = (shards.find(hdf5_folder(sample), split) for split in ("training", "test"))
+    training, test = (find_shards(hdf5_folder(sample), split) for split in ("training", "test"))
     assert (len(training), len(test)) == (8, 2)
     assert sum(shard.rows for shard in training + test) > 25_000
     assert {(shard.sequence_length, shard.prediction_slots, shard.packed) for shard in training} == {(128, 20, False)}
@@ -70,13 +71,26 @@ def test_sentences_of_the_method_nltk_are_those_of_nltks_punkt(sample):
         assert sentences.split_document(line, "nltk") == expected
 
 
+@pytest.mark.parametrize("changes", [{}, {"max_seq_length": 512, "max_predictions_per_seq": 80},
+                                     {"dynamic_masking": True}, {"dupe_factor": 2}], ids=str)
+def test_the_estimates_of_what_the_stages_write_are_near_the_truth(sample, tmp_path, changes):
+    dump, = sample.glob(f"download/{SAMPLE}/*.bz2")
+    text = sum(path.stat().st_size for path in sample.glob("formatted_*/*/*.txt"))
+    assert 1 / 1.5 < estimates.input_size([dump]) * DATASETS[SAMPLE].text_share / text < 1.5
+    options = samples.SampleOptions(**{"max_seq_length": 128} | changes)
+    shard = text_shards(sample)[-1]
+    samples.create_shard(shard, tmp_path / "x.hdf5", load_vocabulary(sample / "vocab" / SAMPLE / "vocab.txt"), options)
+    estimated = shard.stat().st_size * estimates.hdf5_share(options)
+    assert 1 / 1.5 < estimated / (tmp_path / "x.hdf5").stat().st_size < 1.5
+
+
 def test_rows_of_the_sample_hold_what_the_schema_says(sample):
-    tokens = vocabulary.read(sample / "vocab" / SAMPLE / "vocab.txt")
+    tokens = load_vocabulary(sample / "vocab" / SAMPLE / "vocab.txt")
     cls, sep, mask = (tokens.index(token) for token in ("[CLS]", "[SEP]", "[MASK]"))
     masked = random_labels = rows_in_all = predicted = 0
     fates = np.zeros(3, int)
-    for shard in shards.find(hdf5_folder(sample)):
-        rows = shards.read(shard)
+    for shard in find_shards(hdf5_folder(sample)):
+        rows = read_rows(shard)
         lengths = rows["input_mask"].sum(axis=1, dtype=int)
         column = np.arange(128)
         slot = rows["masked_lm_positions"] > 0
@@ -107,7 +121,7 @@ def test_no_pair_of_the_same_document_is_labelled_random(sample):
     """Every second segment that stands behind its first in some document of the shard is labelled a true one."""
     path = sample / "vocab" / SAMPLE / "vocab.txt"
     block, = samples.document_blocks(text_shards(sample)[-1])
-    documents = samples.tokenize(block, wordpiece.Encoder(vocabulary.read(path), True))
+    documents = samples.tokenize(block, Encoder(load_vocabulary(path), True))
     pairs = samples.plan_pairs(documents, samples.SampleOptions(max_seq_length=128), random.Random(3))
     bounds = documents.bounds[documents.first]
     a, b = (np.searchsorted(bounds, start, side="right") for start in (pairs.a_start, pairs.b_start))

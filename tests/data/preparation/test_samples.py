@@ -1,4 +1,4 @@
-"""Claims about the samples that create_pretraining_data.py makes of text."""
+"""Claims about the samples that are made of text, and the command that makes them."""
 
 from pathlib import Path
 from random import Random
@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import create_pretraining_data as samples
+import create_pretraining_data
 from common.errors import UserError
-from create_pretraining_data import Documents, SampleOptions
-from data import shards, vocabulary
+from data.preparation import samples
+from data.preparation.samples import Documents, SampleOptions
+from data.shards import read_header, read_rows
+from data.tokenizer import SPECIAL_TOKENS
 
 WORDS = ["the", "sea", "is", "deep", "and", "old", "ships", "sail", "far", "out", "##s", "."]
-TOKENS = [*vocabulary.SPECIAL_TOKENS, *WORDS]
+TOKENS = [*SPECIAL_TOKENS, *WORDS]
 CLS, SEP, MASK = 2, 3, 4
 
 
@@ -74,7 +76,7 @@ def rows_of(sizes, wanted: SampleOptions, tmp_path) -> dict:
                        for document in sizes)
     (tmp_path / "x_training_0.txt").write_text(text)
     samples.create_shard(tmp_path / "x_training_0.txt", tmp_path / "x.hdf5", TOKENS, wanted)
-    return shards.read(shards.inspect(tmp_path / "x.hdf5"))
+    return read_rows(read_header(tmp_path / "x.hdf5"))
 
 
 def test_rows_hold_what_the_schema_says(tmp_path):
@@ -140,10 +142,10 @@ def test_what_the_command_cannot_use_is_named_in_a_line(tmp_path, monkeypatch, f
     monkeypatch.chdir(tmp_path)
     Path("t.txt").write_text("the sea\nis deep\n")
     Path("v.txt").write_text("\n".join(TOKENS))
-    Path("special.txt").write_text("\n".join(vocabulary.SPECIAL_TOKENS))
+    Path("special.txt").write_text("\n".join(SPECIAL_TOKENS))
     flags = {"input_file": "t.txt", "output_file": "x.hdf5", "vocab_file": "v.txt", flag: value}
     with pytest.raises(UserError) as refusal:
-        samples.main([f"--{name}={given}" for name, given in flags.items()])
+        create_pretraining_data.main([f"--{name}={given}" for name, given in flags.items()])
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
     assert not Path("x.hdf5").exists()
 
@@ -168,6 +170,6 @@ def test_a_shard_read_in_blocks_holds_the_documents_of_one_read_at_once(tmp_path
     for size in (1 << 20, 200):
         monkeypatch.setattr(samples, "READ_BYTES", size)
         counts.append(samples.create_shard(tmp_path / "x_training_0.txt", tmp_path / "x.hdf5", TOKENS, options()))
-        assert shards.inspect(tmp_path / "x.hdf5").rows == counts[-1]["samples"] > 60
+        assert read_header(tmp_path / "x.hdf5").rows == counts[-1]["samples"] > 60
     assert all(counts[0][key] == counts[1][key] for key in ("documents", "sentences", "tokens"))
     assert counts[0]["documents"] == 20

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from common.download import checksum
 from common.errors import UserError
-from data import bertPrep, shards
+from data import bertPrep
 from data.preparation import archives, books, downloads, formatting, sentences, sharding, wikipedia
+from data.shards import find_shards, read_header
 from tests.support.bad_servers import file_server, serving
 from tests.support.preparation import (
     ROOT,
@@ -102,7 +103,11 @@ def test_a_dump_of_many_streams_gives_what_one_stream_gives(folder, tmp_path, mo
     streams = [bz2.compress(b"".join(pages[start:start + 3])) for start in range(0, 40, 3)]
     many = tmp_path / "many.xml.bz2"
     many.write_bytes(bz2.compress(b"<mediawiki>\n") + b"".join(streams) + bz2.compress(b"</mediawiki>\n"))
-    assert len(list(wikipedia.batches(many))) > 5 and wikipedia.is_multistream(many)
+    assert len(list(wikipedia.batches([many]))) > 5 and wikipedia.is_multistream(many)
+    for dumps in ([many, many], [tmp_path / "x.xml.bz2"]):
+        sizes = []
+        list(wikipedia.batches(dumps, sizes.append))
+        assert sum(sizes) == sum(path.stat().st_size for path in dumps), "the progress bar ends at 100 %"
     stage("text_formatting", "--input_files", many)
     assert lines_of(folder) == one and len(one) == 40
     many.write_bytes(many.read_bytes()[:-60])
@@ -165,10 +170,12 @@ def test_books_become_lines_and_bad_books_are_listed(folder, tmp_path, capsys):
     (shelf / "binary.txt").write_bytes(b"a\0b")
     (shelf / "empty.txt").write_text(" \n")
     (shelf / "cover.jpg").write_bytes(b"no book")
+    (shelf / "long.txt").write_text(long := " ".join(some_sentences(900)))
     stage("text_formatting", "--input_files", shelf, dataset="bookscorpus")
-    assert lines_of(folder, "bookscorpus") == ["First line second line.\tNew paragraph.", "Another book."]
+    assert lines_of(folder, "bookscorpus") == ["First line second line.\tNew paragraph.", long, "Another book."]
     printed = capsys.readouterr().out
-    assert "2 documents, 3 skipped" in printed
+    assert "3 documents, 3 skipped" in printed
+    assert f"writes about {len(long) / 1000:.2g}" in printed, "books become about as much text as they hold"
     for book in ("bad.txt: cannot be read", "binary.txt: binary", "empty.txt: empty"):
         assert f"skipped {book}" in printed
 
@@ -184,8 +191,9 @@ def test_batches_hold_every_book_once(sizes):
             return os.stat_result((0,) * 6 + (self.size,) + (0,) * 3)
 
     shelf = [Book(size) for size in sizes]
-    batches = list(books.batches(shelf))
-    assert [book for batch in batches for book in batch] == shelf
+    read = []
+    batches = [batch for batch, in books.batches(shelf, read.append)]
+    assert [book for batch in batches for book in batch] == shelf and sum(read) == sum(sizes)
     assert all(sum(book.size for book in batch[:-1]) < books.BATCH_BYTES for batch in batches)
 
 
@@ -221,10 +229,10 @@ def test_a_splitter_that_is_not_installed_is_named(monkeypatch):
 @pytest.mark.parametrize("order", [lambda sizes: sizes, np.sort], ids=["any order", "longest last"])
 def test_100_000_documents_over_64_shards_are_level(order):
     sizes = order(np.random.default_rng(5).lognormal(2.5, 1.0, 100_000).astype(int) + 1)
-    placement = sharding.Placement(64, 64, 0.1)
+    assignment = sharding.ShardAssignment(64, 64, 0.1)
     for start in range(0, len(sizes), 30_000):
-        placement.place(sizes[start:start + 30_000].tolist(), last=start + 30_000 >= len(sizes))
-    training, test = placement.sentences[:64], placement.sentences[64:]
+        assignment.assign(sizes[start:start + 30_000].tolist(), last=start + 30_000 >= len(sizes))
+    training, test = assignment.sentences[:64], assignment.sentences[64:]
     assert max(training) / min(training) <= 1.05 and max(test) / min(test) <= 1.05
     assert abs(sum(test) / sizes.sum() - 0.1) < 0.01 * 0.1
 
@@ -233,16 +241,16 @@ def test_100_000_documents_over_64_shards_are_level(order):
        st.floats(0.05, 0.95))
 @settings(deadline=None)
 def test_no_shard_is_ahead_of_another_by_more_than_a_document(sizes, training, test, fraction):
-    placement = sharding.Placement(training, test, fraction)
-    placed = placement.place(sizes, last=True)
+    assignment = sharding.ShardAssignment(training, test, fraction)
+    placed = assignment.assign(sizes, last=True)
     assert [sum(size for size, shard in zip(sizes, placed, strict=True) if shard == number)
-            for number in range(training + test)] == placement.sentences
-    for group in (placement.sentences[:training], placement.sentences[training:]):
+            for number in range(training + test)] == assignment.sentences
+    for group in (assignment.sentences[:training], assignment.sentences[training:]):
         assert max(group) - min(group) <= max(sizes)
     if len(sizes) >= training + test:
-        assert min(placement.sentences) > 0
+        assert min(assignment.sentences) > 0
     if len(sizes) > 4 * (training + test) / min(fraction, 1 - fraction):
-        assert abs(sum(placement.sentences[training:]) - fraction * sum(sizes)) <= max(sizes)
+        assert abs(sum(assignment.sentences[training:]) - fraction * sum(sizes)) <= max(sizes)
 
 
 @given(st.lists(st.integers(1, 40), max_size=60))
@@ -284,7 +292,7 @@ def test_a_document_of_50_mb_on_one_line_goes_through_all_stages(folder, tmp_pat
     prepare(folder, "sharding", "--input_files", path, *flags, "--n_processes", 1, dataset="wikicorpus_en")
     prepare(folder, "create_hdf5_files", "--vocab_file", write_vocabulary(tmp_path / "vocab.txt"), *flags,
             "--dupe_factor", 1, "--n_processes", 1, dataset="wikicorpus_en")
-    assert max(shard.rows for shard in shards.find(next(folder.glob("hdf5_*")) / "wikicorpus_en")) > 50
+    assert max(shard.rows for shard in find_shards(next(folder.glob("hdf5_*")) / "wikicorpus_en")) > 50
 
 
 # create_hdf5_files
@@ -352,7 +360,7 @@ def test_a_full_disk_ends_in_one_line_and_finished_shards_stay_whole(folder, sha
         assert "File too large; what is finished is whole and kept" in outcome.stderr
     left = hdf5_files(folder)
     assert left.items() >= small.items()
-    assert all(shards.inspect(folder / name).rows for name in left)
+    assert all(read_header(folder / name).rows for name in left)
 
 
 def test_a_shard_that_is_not_utf8_a_missing_file_and_no_vocabulary_are_named(folder, sharded, tmp_path):
@@ -386,7 +394,7 @@ def wikimedia(root: Path, dump: Path, date: str = "20260101") -> list[str]:
     sums = f"{'0' * 40}  enwiki-{date}-pages-articles.xml.bz2\n{checksum(dump, 'sha1')}  {name}\n"
     for folder, day in (("latest", "latest"), (date, date)):
         (root / folder / f"enwiki-{day}-sha1sums.txt").write_text(sums)
-    return ["--mirror", downloads.DUMPS, str(root)]
+    return ["--mirror", wikipedia.DUMPS, str(root)]
 
 
 @pytest.fixture
@@ -421,7 +429,7 @@ def test_mirrors_of_the_environment_and_of_http_are_used(folder, tmp_path, dump,
         return file_server(file.read_bytes())(path, headers) if file.is_file() else (404, {"Content-Length": "0"}, b"")
 
     with serving(answer) as server:
-        monkeypatch.setenv(downloads.MIRRORS_VARIABLE, f"{downloads.DUMPS} {server.url}/wiki")
+        monkeypatch.setenv(downloads.MIRRORS_VARIABLE, f"{wikipedia.DUMPS} {server.url}/wiki")
         stage("download")
     assert len(list(folder.rglob("enwiki-20260101-pages-articles-multistream.xml.bz2"))) == 1
     monkeypatch.setenv(downloads.MIRRORS_VARIABLE, "one two three")
@@ -441,7 +449,7 @@ def google_archive(path: Path, vocabulary: bytes) -> Path:
 def test_googles_vocabulary_is_read_out_of_its_archive(folder, tmp_path, monkeypatch, ranges):
     vocabulary = write_vocabulary(tmp_path / "vocab.txt").read_bytes()
     archive = google_archive(tmp_path / "weights.zip", vocabulary).read_bytes()
-    monkeypatch.setattr(downloads, "GOOGLE_VOCABULARY_SHA256", hashlib.sha256(vocabulary).hexdigest())
+    monkeypatch.setattr(downloads, "GOOGLE_SHA256", hashlib.sha256(vocabulary).hexdigest())
     sent = []
     answer = file_server(archive, ranges)
 
@@ -499,7 +507,7 @@ def test_wikipedia_and_books_become_one_corpus(folder, tmp_path, dump):
     record = json.loads(next(folder.glob("sharded_*/records/books_wiki_en_corpus.json")).read_text())
     assert list(record["inputs"]) == ["wikicorpus_en/part_00000.txt", "bookscorpus/part_00000.txt"]
     found = next(folder.glob("hdf5_*")) / "books_wiki_en_corpus"
-    assert sum(shard.rows for split in ("training", "test") for shard in shards.find(found, split)) > 50
+    assert sum(shard.rows for split in ("training", "test") for shard in find_shards(found, split)) > 50
     text = "".join(path.read_text() for path in folder.glob("sharded_*/books_wiki_en_corpus/*.txt"))
     assert sum(bool(line) for line in text.split("\n")) == 12 * 8 + 6 * 20
 

@@ -1,17 +1,18 @@
 """Which row of the packed set, and which slot in it, every sequence goes to: a pure function of the seed.
 
-A sequence is named by its length and by its rank among the sequences of that length, in the order of the input.  So it
-can be placed by whoever reads it, in any process, and no table of all sequences is ever held.
+A sequence is identified by its length and its rank among the sequences of that length, in the order of the input.  So
+any process can compute where a sequence goes, without a table of all sequences.
 """
 
 import numpy as np
 
 from data.counter_rng import scrambled
+from data.masking import ranges
 from data.packing.recipe import Recipe
 
 
-class Placement:
-    """Where every sequence goes: the recipe's slots, handed out pseudo-randomly among sequences of equal length."""
+class RowAssignment:
+    """Where every sequence goes: the recipe's slots, assigned pseudo-randomly among sequences of equal length."""
 
     def __init__(self, recipe: Recipe, histogram: np.ndarray, seed: int):
         """Lay the slots of the recipe out by length; `histogram` is the one that the recipe was made for."""
@@ -39,7 +40,7 @@ class Placement:
 
 
 def shuffled(indices: np.ndarray, size, seed: np.random.SeedSequence) -> np.ndarray:
-    """The places of `indices` in a pseudo-random permutation of range(size); `size` may differ from index to index.
+    """Where a pseudo-random permutation of range(size) puts `indices`; `size` may differ from index to index.
 
     A Feistel network over the smallest even number of bits that holds `size`, applied again where the result is not
     below `size` (cycle walking).  Unlike a shuffled array it takes no memory, however many rows there are.
@@ -48,12 +49,12 @@ def shuffled(indices: np.ndarray, size, seed: np.random.SeedSequence) -> np.ndar
     size = np.broadcast_to(np.asarray(size, np.uint64), indices.shape)
     bits = np.frexp((size - np.uint64(1)).astype(np.float64))[1]
     half_bits = ((bits + 1) // 2).astype(np.uint64)
-    places = indices.astype(np.uint64)
-    walking = np.arange(len(places))
+    targets = indices.astype(np.uint64)
+    walking = np.arange(len(targets))
     while len(walking):
-        places[walking] = feistel(places[walking], half_bits[walking], keys)
-        walking = walking[places[walking] >= size[walking]]
-    return places.astype(np.int64)
+        targets[walking] = feistel(targets[walking], half_bits[walking], keys)
+        walking = walking[targets[walking] >= size[walking]]
+    return targets.astype(np.int64)
 
 
 def feistel(values: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -74,5 +75,5 @@ def ranks_within(lengths: np.ndarray) -> np.ndarray:
     order = np.argsort(lengths, kind="stable")
     counts = np.bincount(lengths)
     ranks = np.empty_like(order)
-    ranks[order] = np.arange(len(lengths)) - np.repeat(np.cumsum(counts) - counts, counts)
+    ranks[order] = ranges(np.zeros_like(counts), counts)
     return ranks

@@ -1,0 +1,92 @@
+"""The weights and moments of a checkpoint, checked and copied into a model and an optimizer."""
+
+import torch
+
+from checkpoint import optimizer_shards
+from checkpoint.file import check_tensor, is_plain
+from checkpoint.folder import read_checkpoint
+from common.download import local_file
+from common.errors import UserError, whole_number
+from optim.build import local_part
+
+FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # no weight depends on it
+
+
+def load_weights(model, path) -> dict:
+    """Load the weights of a checkpoint (a path, a URL or a Hugging Face model folder); returns its contents."""
+    contents = read_checkpoint(local_file(path))
+    load_model(model, contents, path)
+    return contents
+
+
+def load_model(model, contents: dict, path) -> None:
+    """Load weights by name.  Word embeddings of the unpadded vocabulary are padded with zeros first."""
+    check_architecture(model.config, contents, path)
+    expected = model.state_dict()
+    given = {str(name).removeprefix("_orig_mod.").removeprefix("module."): value
+             for name, value in contents["model"].items()}
+    given = {name: padded_to(value, expected[name]) for name, value in given.items() if name in expected}
+    missing = sorted(set(expected) - set(given))
+    if missing:
+        raise UserError(f"{path}: no weight {missing[0]} in it ({len(missing)} of {len(expected)} missing)")
+    for name, value in given.items():
+        check_tensor(value, expected[name].shape, f"{path}: {name}")
+    model.load_state_dict(given, strict=True)
+
+
+def check_architecture(config, contents: dict, path) -> None:
+    """UserError where a checkpoint is of another architecture, also one with the same shapes (heads, activation)."""
+    saved = contents.get("config")
+    for key, own in vars(config).items():
+        value = saved.get(key, own) if isinstance(saved, dict) else own
+        if isinstance(value, int | float | str) and value != own and key not in FREE_TO_DIFFER:
+            raise UserError(f"{path}: {key} is {value!r} in it, {own!r} in the config")
+
+
+def padded_to(value, expected: torch.Tensor):
+    """`value` with zero rows added where only the padding of the vocabulary (less than 8 rows) is missing."""
+    if not is_plain(value) or value.dim() != expected.dim() or value.dim() == 0:
+        return value
+    missing = expected.shape[0] - value.shape[0]
+    if 0 < missing < 8 and value.shape[1:] == expected.shape[1:]:
+        return torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
+    return value
+
+
+def load_optimizer(optimizer, state: dict, path) -> None:
+    """Load moments and step count; the rate, decay and betas stay those of this run.
+
+    `state` is laid out as NVLAMB's state_dict: moments by the number of the parameter, `step` in each group; or it
+    names the folder of sharded moments in place of them.  In either case each rank loads those of its own share.
+    """
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    if not isinstance(groups, list) or len(groups) != len(optimizer.param_groups):
+        raise UserError(f"{path}: its optimizer does not hold state and {len(optimizer.param_groups)} param_groups")
+    local = local_part(optimizer)
+    share = {parameter for group in local.param_groups for parameter in group["params"]}
+    numbered = []
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        numbers = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(numbers, list) or [type(number) for number in numbers] != [int] * len(own["params"]):
+            raise UserError(f"{path}: its optimizer has another group than the {len(own['params'])} parameters "
+                            f"with weight decay {own['weight_decay']}")
+        numbered += [pair for pair in zip(numbers, own["params"], strict=True) if pair[1] in share]
+        step = group.get("step", 0)
+        step = step.item() if is_plain(step) and step.numel() == 1 else step
+        own["step"] = whole_number({"step": step}, "step", f"{path}: optimizer")
+    for own, local_group in zip(optimizer.param_groups, local.param_groups, strict=True):
+        local_group["step"] = own["step"]
+    moments = optimizer_shards.read_moments(path, state, [number for number, _ in numbered])
+    for number, parameter in numbered:
+        local.state[parameter] = moments_for(parameter, moments.get(number), f"{path}: optimizer, {number}")
+
+
+def moments_for(parameter, given, what: str) -> dict[str, torch.Tensor]:
+    """Both moments of a parameter, checked, on its device and in its type; none where none were saved."""
+    if given is None:
+        return {}
+    moments = {key: given.get(key) if isinstance(given, dict) else None for key in ("exp_avg", "exp_avg_sq")}
+    for key, value in moments.items():
+        moments[key] = padded_to(value, parameter)
+        check_tensor(moments[key], parameter.shape, f"{what}, {key},")
+    return {key: value.to(parameter.device, parameter.dtype, copy=True).contiguous() for key, value in moments.items()}

@@ -1,0 +1,95 @@
+"""Where a run starts: at step 0, from other weights, or from a checkpoint of its own folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint, read_complete, saved_steps
+from checkpoint.state import TrainingState, with_current_keys
+from common.download import local_file
+from common.errors import UserError, whole_number
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Phase 1 or 2.  A checkpoint's number is `first` (0, in phase 2 --phase1_end_step) + the step of the phase."""
+
+    number: int = 1
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """After `step` steps of the phase, from the contents of a checkpoint, or at step 0 from nothing."""
+
+    step: int = 0
+    path: Path | str | None = None
+    contents: dict | None = None  # under the keys of TrainingState, those that the run continues with
+
+    def restore(self, state: TrainingState) -> None:
+        """Load the checkpoint, if there is one, into the parts of a run."""
+        if self.contents is not None:
+            state.load_state_dict(self.contents, self.path)
+
+    def describe(self) -> str:
+        rows = self.contents.get("data", {}).get("rows", 0) if self.contents else 0
+        return f"step {self.step}, {rows} rows used, {self.path or 'no checkpoint'}"
+
+
+def find_resume_point(folder, phase: Phase, *, resume: bool, resume_step: int, init_checkpoint: str | None,
+                      warn: Callable[[str], None]) -> ResumePoint:
+    """Where a run of this phase starts (SPEC: phases, checkpoints, resuming).
+
+    Without `resume` (--resume_from_checkpoint) the folder may hold no checkpoint.  In phase 2 the newest number
+    decides: phase 1's last checkpoint starts the phase, a higher one resumes it, a lower one is an error.
+    """
+    present = saved_steps(folder)
+    if present and not resume:
+        raise UserError(f"--output_dir {folder}: holds ckpt_{present[-1]}.pt already; "
+                        f"continue from it with --resume_from_checkpoint, or name another folder")
+    if present:
+        number, contents = (newest_readable(folder, warn) if resume_step == -1 else
+                            (resume_step, read_complete(checkpoint_path(folder, resume_step))))
+        return resume_point_at(checkpoint_path(folder, number), number, contents, phase, warn)
+    if phase.number == 2:
+        raise UserError(f"--output_dir {folder}: no checkpoint in it; --phase2 continues from ckpt_{phase.first}.pt")
+    if init_checkpoint:
+        contents = read_checkpoint(local_file(init_checkpoint))
+        return ResumePoint(path=init_checkpoint, contents=starting_anew(contents, init_checkpoint, moments=resume))
+    if resume:
+        warn(f"no checkpoint in {folder} to resume from: starting at step 0")
+    return ResumePoint()
+
+
+def resume_point_at(path: Path, number: int, contents: dict, phase: Phase, warn: Callable[[str], None]) -> ResumePoint:
+    """The resume point that ckpt_<number>.pt gives in this phase."""
+    if number < phase.first:
+        raise UserError(f"{path}: below --phase1_end_step {phase.first}: phase 1 is not finished")
+    if phase.number == 2 and number == phase.first:
+        return ResumePoint(path=path, contents=starting_anew(contents, path, moments=True))
+    if whole_number(contents, "phase", path, phase.number) != phase.number:
+        raise UserError(f"{path}: was written in phase {contents['phase']}, "
+                        f"this run is phase {phase.number} (--phase2)")
+    step = number - phase.first
+    if whole_number(contents, "step", path, step) != step:
+        raise UserError(f"{path}: holds step {contents['step']} of its phase, but its name says {step}")
+    contents = with_current_keys(contents, path)
+    if "rows" not in contents["data"]:
+        warn(f"{path} does not say how far it got in the data: from the first row on")
+    return ResumePoint(step, path, contents)
+
+
+def starting_anew(contents: dict, path, moments: bool) -> dict:
+    """What a run takes from a checkpoint to start at step 0: weights and, if asked for, the optimizer's moments."""
+    kept = {key: contents[key] for key in ("model", "config") if key in contents}
+    return {**kept, "optimizer": with_step_zero(contents.get("optimizer"), path) if moments else None}
+
+
+def with_step_zero(optimizer, path) -> dict | None:
+    """The optimizer of a checkpoint, its moments kept and its steps counted anew."""
+    if optimizer is None:
+        return None
+    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise UserError(f"{path}: its optimizer does not hold param_groups")
+    return {**optimizer, "param_groups": [{**group, "step": 0} for group in groups]}

@@ -1,0 +1,68 @@
+"""What a checkpoint holds: the one place that knows its keys."""
+
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint import optimizer_shards
+from checkpoint.load import load_model, load_optimizer
+from common.errors import dictionary, whole_number
+from data.dataloader import BatchStream
+from modeling import BertForPreTraining
+from optim.build import restore_skip_counts, skip_counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """The parts of a run that its next step depends on.  In a file:
+
+        model       weights, by the names of modeling.py
+        config      the architecture (BertConfig)
+        optimizer   moments and steps, or the folder that holds them (optimizer_shards.py)
+        skipped     how many steps were skipped because a number was not finite
+        scaler      the loss scale of --fp16
+        data        the position in the stream of batches
+        step, phase the step of the phase, and 1 or 2
+
+    To save something more, give it state_dict() and load_state_dict(), which checks its own values, and add it to the
+    two methods here.
+    """
+
+    model: BertForPreTraining
+    optimizer: torch.optim.Optimizer
+    stream: BatchStream
+    precision: object  # devices.precision.Precision
+
+    def state_dict(self, path, ranks, batches_ahead: int) -> dict:
+        """What belongs in the checkpoint at `path`, beside step and phase, where each rank holds so many unused
+        micro-batches.  Sharded optimizer state is written here: all ranks call this together.
+
+        Raises OSError on all ranks where the disk of one does not take its share.
+        """
+        # With keep_vars a tied weight is one tensor, not two that share their memory: it is copied once.
+        return {"model": self.model.state_dict(keep_vars=True), "config": vars(self.model.config),
+                "optimizer": optimizer_shards.save_optimizer(path, self.optimizer, ranks),
+                "skipped": skip_counts(self.optimizer), "scaler": self.precision.state_dict(),
+                "data": self.stream.state_dict(batches_ahead)}
+
+    def load_state_dict(self, contents: dict, path) -> None:
+        """Load the contents of the checkpoint at `path`; what is missing in it stays as it is.  UserError where a value
+        is not what it should be."""
+        load_model(self.model, contents, path)
+        if contents.get("optimizer") is not None:
+            load_optimizer(self.optimizer, contents["optimizer"], path)
+        skipped = dictionary(contents, "skipped", path)
+        restore_skip_counts(self.optimizer, {name: whole_number(skipped, name, path) for name in skipped})
+        self.precision.load_state_dict(dictionary(contents, "scaler", path))
+        if "data" in contents:
+            self.stream.load_state_dict(dictionary(contents, "data", path), path)
+
+
+def with_current_keys(contents: dict, path) -> dict:
+    """A checkpoint of an earlier version under the keys of this one."""
+    data = dict(dictionary(contents, "data", path))
+    if "rows" in contents:
+        data["rows"] = contents["rows"]
+    if "left_out" in data:
+        data["skipped_shards"] = data.pop("left_out")
+    return {**contents, "data": data}

@@ -1,0 +1,95 @@
+"""The folder of a packed set: what it may hold before, how finished shards get there, and the metadata beside it."""
+
+import os
+import shutil
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import write_json
+from data.packing.recipe import Recipe
+from data.shards import metadata_path
+
+PART_NAME = "mixed_strategies_part_{}.hdf5"
+UNFINISHED = "packing_in_progress"  # the folder inside the output folder that holds everything until all is written
+
+
+def packed_parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob(PART_NAME.format("*")))
+
+
+def check_output_dir(output_dir: Path, input_dir: Path, overwrite: bool) -> None:
+    """Refuse an output folder inside the input folder, one that is no folder, and one that holds shards already."""
+    if input_dir.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
+        raise UserError(f"--output_dir {output_dir} lies inside --input_dir {input_dir}: choose another")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is not a folder")
+    foreign = sorted(set(output_dir.glob("*.hdf5")) - set(packed_parts(output_dir)))
+    if foreign:
+        raise UserError(f"--output_dir {output_dir} holds {foreign[0].name}, which this command did not write: "
+                        "choose another folder")
+    present = [path for path in (*packed_parts(output_dir), output_dir / UNFINISHED, metadata_path(output_dir))
+               if path.exists()]
+    if present and not overwrite:
+        raise UserError(f"--output_dir {output_dir} is in use already ({present[0]}): choose another folder, or "
+                        "give --overwrite to replace its packed data")
+
+
+@contextmanager
+def staged(output_dir: Path):
+    """Yield a temporary folder inside the output folder; an output folder that is empty afterwards is removed, too."""
+    folder = output_dir / UNFINISHED
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        yield folder
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: {error}; no new file is left there") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # it holds something, or could not be made
+            output_dir.rmdir()
+
+
+def check_space(needed: int, folder: Path) -> None:
+    """Print how large the temporary files will be; raise UserError where the disk has less space."""
+    free = shutil.disk_usage(folder).free
+    print(f"temporary files: {needed / 1e9:.2f} GB in {folder}, of {free / 1e9:.2f} GB free; removed at the end",
+          file=sys.stderr)
+    if needed > free:
+        raise UserError(f"{folder}: {needed / 1e9:.2f} GB are needed for temporary files, {free / 1e9:.2f} GB are free")
+
+
+def publish(folder: Path, output_dir: Path, metadata: dict) -> None:
+    """Replace the packed set of the output folder by the finished shards in `folder`, then write the metadata."""
+    metadata_path(output_dir).unlink(missing_ok=True)
+    for path in packed_parts(output_dir):
+        path.unlink()
+    for path in packed_parts(folder):
+        os.replace(path, output_dir / path.name)
+    write_json(metadata_path(output_dir), metadata)
+
+
+def packing_figures(recipe: Recipe, histogram: np.ndarray) -> dict:
+    """What the metadata say about the packing itself.  A sample is a row: of one sequence before, of several after."""
+    sequences, rows, row_length = int(histogram.sum()), recipe.row_count, len(histogram) - 1
+    tokens = int(histogram @ np.arange(row_length + 1))
+    return {
+        "avg_seq_per_sample": sequences / rows,
+        "compression_ratio": rows / sequences,
+        "expected_speed_up": sequences / rows,
+        "theoretical_speed_up": sequences * row_length / tokens,
+        "new_number_of_samples": rows,
+        "original_number_of_samples": sequences,
+        "number_of_sequences_dropped": sequences - int(recipe.histogram(row_length).sum()),
+        "number_of_strategies_utilized": len(recipe.rows),
+        "packing_efficiency": tokens / (rows * row_length),
+        "padding_tokens_original_dataset": sequences * row_length - tokens,
+        "padding_tokens_packed_dataset": rows * row_length - tokens,
+        "top_8_strategies": [list(strategy) for strategy, _ in recipe.rows.most_common(8)],
+        "lower_bound_of_samples": recipe.bound,
+    }

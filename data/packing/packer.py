@@ -1,0 +1,116 @@
+"""Packing a data set: count the lengths, work out the recipe, write the packed shards and their metadata."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from data.masking import MOST_SEQUENCES
+from data.packing import plot
+from data.packing.assignment import RowAssignment
+from data.packing.blocks import Block, blocks_of, with_progress
+from data.packing.methods import METHODS
+from data.packing.output import PART_NAME, check_output_dir, check_space, packing_figures, publish, staged
+from data.packing.recipe import knapsack
+from data.packing.scatter_gather import Layout, Survey, gather, scatter, survey, temporary_bytes
+from data.shards import Shard, find_shards
+from data.workers import open_pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingOptions:
+    """The flags of pack_pretraining_data_pytorch.py, whose --help explains them."""
+
+    input_dir: str
+    output_dir: str
+    max_sequence_length: int
+    max_predictions_per_sequence: int
+    max_sequences_per_pack: int
+    packing_method: str
+    seed: int
+    n_processes: int
+    overwrite: bool
+    plot: str | None
+    disable_progress_bar: bool
+
+
+def pack(options: PackingOptions) -> dict:
+    """Pack the unpacked shards of a folder into another; returns the metadata of the packed set.
+
+    Raises UserError, before anything is written, where the folders, the shards or the options do not fit.
+    """
+    output_dir = Path(os.path.abspath(options.output_dir))
+    check_output_dir(output_dir, Path(options.input_dir), options.overwrite)
+    shards = find_unpacked(options)
+    blocks = blocks_of(shards)
+    with open_pool(options.n_processes) as pool:
+        run = partial(with_progress, pool, not options.disable_progress_bar)
+        surveys = list(run("counting lengths", survey, [(block,) for block in blocks]))
+        check_predictions_fit(options, surveys)
+        histogram = sum(survey.histogram for survey in surveys)
+        start = time.perf_counter()
+        recipe = METHODS[options.packing_method].solve(histogram, options.max_sequences_per_pack)
+        print(f"{options.packing_method}: {recipe.row_count:,} rows by {len(recipe.rows):,} strategies, worked out in "
+              f"{time.perf_counter() - start:.2f} s; no packing has fewer than {recipe.bound:,}", file=sys.stderr)
+        metadata = packing_figures(recipe, histogram) | {
+            "packing_method": options.packing_method,
+            "max_sequences_per_pack": options.max_sequences_per_pack,
+            "max_sequence_length": options.max_sequence_length,
+            "max_predictions_per_sequence": options.max_predictions_per_sequence,
+            "seed": options.seed,
+            "input_dir": options.input_dir,
+            "input_files": [shard.path.name for shard in shards],
+        }
+        with staged(output_dir) as folder:
+            layout = Layout(
+                row_count=recipe.row_count, row_length=options.max_sequence_length, folder=folder, rule=shards[0].rule,
+                max_sequences=options.max_sequences_per_pack, max_predictions=options.max_predictions_per_sequence)
+            write_rows(run, blocks, surveys, RowAssignment(recipe, histogram, options.seed), layout)
+            publish(folder, output_dir, metadata)
+    if options.plot:
+        plot.draw(recipe, histogram, options.plot)
+    return metadata
+
+
+def find_unpacked(options: PackingOptions) -> list[Shard]:
+    shards = find_shards(options.input_dir)
+    first = shards[0]
+    if first.packed:
+        raise UserError(f"--input_dir {options.input_dir}: {first.path} is packed already")
+    if first.sequence_length != options.max_sequence_length:
+        raise UserError(f"--max_sequence_length {options.max_sequence_length}, but {first.path} has rows of "
+                        f"{first.sequence_length} tokens")
+    if first.rule and options.max_sequences_per_pack > MOST_SEQUENCES:
+        raise UserError(f"--max_sequences_per_pack {options.max_sequences_per_pack}: rows without masks, as those "
+                        f"of {first.path}, can hold {MOST_SEQUENCES} sequences at most")
+    return shards
+
+
+def check_predictions_fit(options: PackingOptions, surveys: list[Survey]) -> None:
+    """Raise UserError where sequences that may share a row have more masked tokens than it has room for."""
+    depth = options.max_sequences_per_pack
+    most_predictions = np.max([survey.most_predictions for survey in surveys], axis=0)
+    most = int(knapsack(most_predictions, depth)[0][-1])
+    room = options.max_predictions_per_sequence + depth
+    if most > room:
+        raise UserError(f"--max_predictions_per_sequence {options.max_predictions_per_sequence}: a row of up to "
+                        f"{depth} sequences can have {most} masked tokens, but has room for {room}; "
+                        f"--max_predictions_per_sequence {most - depth} fits")
+
+
+def write_rows(run, blocks: list[Block], surveys: list[Survey], assignment: RowAssignment, layout: Layout) -> None:
+    """Write the packed shards into the layout's folder, by way of temporary files there."""
+    check_space(temporary_bytes(surveys, layout.part_count), layout.folder)
+    ranks_before = accumulate((survey.histogram for survey in surveys), initial=np.zeros_like(assignment.histogram))
+    list(run("placing sequences", scatter,
+             [(block, assignment, ranks, layout) for block, ranks in zip(blocks, ranks_before, strict=False)]))
+    written = sum(run("writing shards", gather, [(part, len(blocks), layout, layout.folder / PART_NAME.format(part))
+                                                 for part in range(layout.part_count)]))
+    expected = assignment.histogram.sum()
+    assert written == expected, f"{written} sequences written, {expected} in the input"

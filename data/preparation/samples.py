@@ -1,0 +1,254 @@
+"""Training samples from text: a text shard (a sentence a line, a blank line between documents) to an HDF5 shard.
+
+The text is read in blocks of documents, so that memory does not depend on the size of a shard.  In a block everything
+works on offsets into one array of token ids: a sample is planned as four numbers (where its two segments start, how
+long they are), the plan is shuffled, and rows are made from it.
+
+Shapes: B rows of a block, S = max_seq_length, P = max_predictions_per_seq.
+"""
+
+import zlib
+from bisect import bisect_left
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+from common import cli
+from common.errors import UserError
+from data import shards
+from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
+from data.tokenizer import SPECIAL_TOKENS, Encoder
+
+READ_BYTES = 1 << 21  # read at a time; a block of documents is at most twice as large
+BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time
+RANDOM_NEXT = 0.5  # share of the pairs that get a random second segment
+PASSES = 5  # over the text, by default; 1 with dynamic masking
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """How samples are made of text: the values of the flags that add_sample_flags declares."""
+
+    max_seq_length: int = 512
+    max_predictions_per_seq: int = 20
+    masked_lm_prob: float = 0.15
+    dupe_factor: int | None = None  # becomes PASSES, or 1 with dynamic_masking
+    short_seq_prob: float = 0.1
+    random_seed: int = 12345
+    do_lower_case: bool = True
+    dynamic_masking: bool = False
+
+    def __post_init__(self):
+        if self.dupe_factor is None:
+            object.__setattr__(self, "dupe_factor", 1 if self.dynamic_masking else PASSES)
+        if self.max_seq_length < SPECIALS_PER_SEQUENCE + 2:
+            raise UserError(f"--max_seq_length {self.max_seq_length}: two segments and three special tokens need at "
+                            f"least {SPECIALS_PER_SEQUENCE + 2}")
+        if self.random_seed < 0:
+            raise UserError(f"--random_seed {self.random_seed} is negative")
+
+
+def add_sample_flags(parser) -> None:
+    """Declare a flag for each field of SampleOptions."""
+    group = parser.add_argument_group("samples")
+    group.add_argument("--max_seq_length", type=cli.positive_int,
+                       help="length of a sample in tokens: 128 for phase 1, 512 for phase 2")
+    group.add_argument("--max_predictions_per_seq", type=cli.positive_int,
+                       help="maximum number of tokens to predict in a sample: 20 for 128 tokens, 80 for 512")
+    group.add_argument("--masked_lm_prob", type=cli.proportion, help="proportion of the tokens to predict")
+    group.add_argument("--dynamic_masking", action="store_true",
+                       help="store the samples without masks; training draws new masks in every epoch")
+    group.add_argument("--dupe_factor", type=cli.positive_int,
+                       help=f"passes over the text, each with different pairs and masks (default: {PASSES}, or 1 with "
+                            "--dynamic_masking)")
+    group.add_argument("--short_seq_prob", type=cli.proportion,
+                       help="proportion of the documents that are cut into shorter samples")
+    group.add_argument("--random_seed", type=int, help="seed for pairs and masks; the same seed gives the same files")
+    group.add_argument("--do_lower_case", type=cli.boolean, metavar="1|0",
+                       help="lower-case the text and strip accents, for an uncased vocabulary")
+    parser.set_defaults(**{field.name: field.default for field in fields(SampleOptions)})
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokens: sentence i is ids[bounds[i]:bounds[i + 1]], document j holds the sentences first[j]:first[j + 1]."""
+
+    ids: np.ndarray  # (tokens,) int32
+    bounds: np.ndarray  # (sentences + 1,) int64
+    first: np.ndarray  # (documents + 1,) int64
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The plan of the samples: token offsets and lengths of both segments, and the next sentence label."""
+
+    a_start: np.ndarray
+    a_length: np.ndarray
+    b_start: np.ndarray
+    b_length: np.ndarray
+    is_random: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.a_start)
+
+    def __getitem__(self, rows) -> "Pairs":
+        return Pairs(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+def create_shard(input_file, output_file, tokens: list[str], options: SampleOptions) -> dict:
+    """Make the HDF5 shard of a text shard; returns counts.  The file's name is part of the random seed."""
+    seed = [options.random_seed, zlib.crc32(Path(input_file).stem.encode())]
+    random, rng = Random(repr(seed)), np.random.default_rng(seed)
+    encoder = Encoder(tokens, options.do_lower_case)
+    rule = MaskingRule(options.masked_lm_prob, options.max_predictions_per_seq, len(tokens),
+                       tuple(tokens.index(token) for token in SPECIAL_TOKENS))
+    counts = Counter(documents=0, sentences=0, tokens=0, samples=0, random_next=0)
+    with shards.writing(output_file, options.max_seq_length, options.max_predictions_per_seq,
+                        rule if options.dynamic_masking else None) as append:
+        for lines in document_blocks(input_file):
+            documents = tokenize(lines, encoder)
+            pairs = truncate(plan_pairs(documents, options, random), options, rng)
+            for rows in sample_rows(documents.ids, pairs, rule, options, rng):
+                append(rows)
+            counts.update(documents=len(documents.first) - 1, sentences=len(documents.bounds) - 1,
+                          tokens=len(documents.ids), samples=len(pairs), random_next=int(pairs.is_random.sum()))
+    return dict(counts)
+
+
+def document_blocks(path):
+    """Yield the lines of a text shard, stripped, in lists that hold whole documents.
+
+    A block holds 2 to 4 MB, about a thousand articles; only a smaller shard gives a smaller block.  So there are always
+    enough other documents for random segments.
+    """
+    waiting = []
+    for lines, full in line_blocks(path):
+        if full and "" in waiting:
+            cut = len(waiting) - waiting[::-1].index("")
+            yield waiting[:cut]
+            waiting = waiting[cut:]
+        waiting += lines
+    yield waiting
+
+
+def line_blocks(path):
+    """Yield (the lines of about 2 MB of a text file, stripped; whether it was that much)."""
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            while lines := file.readlines(READ_BYTES):
+                yield [line.strip() for line in lines], sum(map(len, lines)) >= READ_BYTES
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} {error.object[error.start]:#04x})") from None
+
+
+def tokenize(lines: list[str], encoder: Encoder) -> Documents:
+    """Lines to tokens.  Sentences without a token, and documents without a sentence, are skipped."""
+    ids, offsets = encoder.encode(lines)
+    blank = np.array([not line for line in lines], bool)
+    filled = np.diff(offsets) > 0
+    first = np.unique(np.concatenate([[0], np.cumsum(filled)[blank], [filled.sum()]])).astype(np.int64)
+    return Documents(ids, np.concatenate([[0], offsets[1:][filled]]).astype(np.int64), first)
+
+
+def plan_pairs(documents: Documents, options: SampleOptions, random: Random) -> Pairs:
+    """Pairs of segments of every document, dupe_factor times over, not yet cut to length."""
+    bounds, first = documents.bounds.tolist(), documents.first.tolist()
+    longest = options.max_seq_length - SPECIALS_PER_SEQUENCE
+    columns = ([], [], [], [], [])
+    for _ in range(options.dupe_factor):
+        for document in range(len(first) - 1):
+            target = longest
+            if random.random() < options.short_seq_prob:
+                target = random.randint(2, longest)
+            for pair in document_pairs(document, bounds, first, target, random):
+                for column, value in zip(columns, pair, strict=True):
+                    column.append(value)
+    return Pairs(*(np.array(column, np.int64) for column in columns))
+
+
+def document_pairs(document: int, bounds: list[int], first: list[int], target: int, random: Random):
+    """Yield (a_start, a_length, b_start, b_length, is_random) for the pairs of one document.
+
+    Sentences are taken until they hold `target` tokens; a random number of them, at least one, is the first segment.
+    The second is the rest of them, or as much of another document as fits into the target; the rest is then
+    used for the next pair.  A lone sentence always gets a random second segment.  Where there is no other document,
+    all second segments are the true ones and a lone sentence is skipped.
+    """
+    sentence, end = first[document], first[document + 1]
+    others = len(first) - 2
+    while sentence < end:
+        stop = bisect_left(bounds, bounds[sentence] + target, sentence + 1, end)
+        taken = stop - sentence
+        split = sentence + 1 + (int(random.random() * (taken - 1)) if taken > 1 else 0)
+        a_start, a_length = bounds[sentence], bounds[split] - bounds[sentence]
+        if others and (taken == 1 or random.random() < RANDOM_NEXT):
+            b_first, b_stop = random_segment(document, bounds, first, target - a_length, random)
+            yield a_start, a_length, bounds[b_first], bounds[b_stop] - bounds[b_first], 1
+            sentence = split
+        else:
+            if taken > 1:
+                yield a_start, a_length, bounds[split], bounds[stop] - bounds[split], 0
+            sentence = stop
+
+
+def random_segment(document: int, bounds, first, target: int, random: Random) -> tuple[int, int]:
+    """Sentences of another document from a random one on, until they hold `target` tokens or the document ends."""
+    other = int(random.random() * (len(first) - 2))
+    other += other >= document
+    start, end = first[other], first[other + 1]
+    start += int(random.random() * (end - start))
+    return start, bisect_left(bounds, bounds[start] + target, start + 1, end)
+
+
+def truncate(pairs: Pairs, options: SampleOptions, rng: np.random.Generator) -> Pairs:
+    """Cut the pairs that are too long: token by token off the longer segment, at its front or its back at random.
+
+    The lengths are computed directly: the longer segment shrinks to the length of the shorter, then both
+    in turn, the second first.
+    """
+    longest = options.max_seq_length - SPECIALS_PER_SEQUENCE
+    a, b = pairs.a_length, pairs.b_length
+    both = a + b > longest
+    new_a = np.where(both, np.where(b <= longest // 2, longest - b, np.minimum(a, longest - longest // 2)), a)
+    new_b = np.where(both, longest - new_a, b)
+    return Pairs(pairs.a_start + rng.binomial(a - new_a, 0.5), new_a,
+                 pairs.b_start + rng.binomial(b - new_b, 0.5), new_b, pairs.is_random)
+
+
+def sample_rows(tokens: np.ndarray, pairs: Pairs, rule: MaskingRule, options: SampleOptions, rng):
+    """Yield the rows of all pairs, in random order, in blocks."""
+    order = rng.permutation(len(pairs))
+    block = max(1, BLOCK_TOKENS // options.max_seq_length)
+    for start in range(0, len(pairs), block):
+        rows = token_rows(tokens, pairs[order[start:start + block]], options.max_seq_length, rule.special_ids)
+        if not options.dynamic_masking:
+            keys = rng.integers(2**64, size=len(rows["input_ids"]), dtype=np.uint64)
+            rows |= masked(rows, rule, options.max_predictions_per_seq, keys)
+        yield rows
+
+
+def token_rows(tokens: np.ndarray, pairs: Pairs, sequence_length: int, special_ids) -> dict[str, np.ndarray]:
+    """[CLS] A [SEP] B [SEP] and padding, as rows of the shard schema without masks."""
+    pad, _, cls, sep, _ = special_ids
+    column = np.arange(sequence_length)[None, :]  # (1, S)
+    a, b = pairs.a_length[:, None], pairs.b_length[:, None]  # (B, 1)
+    source = np.where(column <= a, pairs.a_start[:, None] - 1, pairs.b_start[:, None] - 2 - a) + column  # (B, S)
+    input_ids = tokens.take(source, mode="clip")  # (B, S)
+    end = a + b + 2  # the position of the last [SEP]
+    input_ids[:, 0] = cls
+    rows = np.arange(len(pairs))
+    input_ids[rows, pairs.a_length + 1] = sep
+    input_ids[rows, end[:, 0]] = sep
+    real = column <= end  # (B, S)
+    input_ids[~real] = pad
+    return {
+        "input_ids": input_ids,
+        "input_mask": real.astype(np.int8),
+        "segment_ids": (real & (column > a + 1)).astype(np.int8),
+        "next_sentence_labels": pairs.is_random.astype(np.int8),
+    }

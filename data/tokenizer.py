@@ -1,0 +1,157 @@
+"""BERT's WordPiece tokenizer: vocabularies, read and trained, and sentences encoded into ids.
+
+Training: `tokenizers` numbers the characters in the order of a hash table, so every run would give another vocabulary.
+Here they are given to it in sorted order: the same text always gives the same vocabulary.
+
+Encoding: `tokenizers` is the reference.  nanotoken gives the same ids about fifty times faster.  It is a young library,
+so every Encoder that uses it compares it with the reference, on odd text when it is built and on a sample of the
+sentences it is given, and stops using it at the first difference.
+"""
+
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from common.errors import UserError
+from common.files import replacing
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+LARGEST_ALPHABET = 1000  # characters, as in BERT's own vocabulary
+TRAINING_BYTES = 100 << 20  # text read for training, spread over the files; bounds the memory
+CHECK_EVERY = 200  # one sentence in so many is also encoded by the reference
+LONGEST_WORD = 100  # characters; longer words are [UNK], as in BERT's tokenizer
+PROBE = (
+    "The quick (brown) fox can't jump 32.3 feet, right? naïve café Ångström İstanbul ǅ ﬁ ß",
+    "Ελληνικά Русский עברית العربية हिन्दी ไทย 한국어 日本語 中文字符 𠀀𪛟 ｆｕｌｌ ①②",
+    "👩‍👩‍👧 🇫🇷 ☕️ é e\u0301 a\u0300\u0316 \u200b\u200d\ufeff\u00ad tab\there \x00\x07\x7f\x85 \ufffd\u2028\u3000",
+    "[CLS] [MASK] [SEP] ##ing " + "x" * 99 + " " + "y" * 100 + " " + "z" * 101,
+)
+
+
+def load_vocabulary(path) -> list[str]:
+    """The tokens of a vocabulary file, one a line, in the order of their ids.
+
+    Raises UserError if the file is missing or not UTF-8, repeats a token or lacks a special one.
+    """
+    try:
+        tokens = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--vocab_file {path}: cannot be read ({error})") from None
+    tokens = [token.rstrip("\r") for token in (tokens[:-1] if tokens[-1] == "" else tokens)]
+    missing = [token for token in SPECIAL_TOKENS if token not in tokens]
+    if missing:
+        raise UserError(f"--vocab_file {path}: no {', '.join(missing)} among its {len(tokens)} tokens")
+    if len(tokens) <= len(SPECIAL_TOKENS):
+        raise UserError(f"--vocab_file {path}: no words beside the special tokens")
+    repeated = [token for token, count in Counter(tokens).items() if count > 1]
+    if repeated:
+        raise UserError(f"--vocab_file {path}: {len(repeated)} tokens are in it twice, the first is {repeated[0]!r}")
+    return tokens
+
+
+def save_vocabulary(path, tokens: list[str]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
+
+
+def text_steps(lower_case: bool) -> tuple:
+    """BERT's steps before WordPiece: clean (and lower-case, strip accents), then split at spaces and punctuation."""
+    return normalizers.BertNormalizer(lowercase=lower_case), pre_tokenizers.BertPreTokenizer()
+
+
+def train_vocabulary(paths, size: int, lower_case: bool) -> list[str]:
+    """A vocabulary of up to `size` tokens from lines of text: the special tokens, the characters, then the rest."""
+    lines = sample_lines([Path(path) for path in paths], TRAINING_BYTES)
+    alphabet, continuing = frequent_characters(lines, lower_case)
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = text_steps(lower_case)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size, limit_alphabet=LARGEST_ALPHABET, initial_alphabet=alphabet, show_progress=False,
+        special_tokens=[*SPECIAL_TOKENS, *alphabet, *(f"##{character}" for character in continuing)])
+    tokenizer.train_from_iterator(lines, trainer)
+    ids = tokenizer.get_vocab()
+    if len(ids) > size:
+        raise UserError(f"--vocab_size {size}: the {len(ids)} characters of the text alone need more")
+    return sorted(ids, key=ids.get)
+
+
+def sample_lines(paths, limit: int) -> list[str]:
+    """Lines from the start of every file, the same proportion of each, `limit` bytes in all."""
+    share = min(1.0, limit / max(1, sum(path.stat().st_size for path in paths)))
+    lines = []
+    for path in paths:
+        with open(path, encoding="utf-8", errors="ignore") as file:
+            lines += file.read(int(share * path.stat().st_size)).split("\n")
+    return lines
+
+
+def frequent_characters(lines, lower_case: bool) -> tuple[list[str], list[str]]:
+    """The most frequent characters in sorted order, and those of them that occur inside a word."""
+    words = Counter(word for line in lines for word in line.split())
+    normalizer, pre_tokenizer = text_steps(lower_case)
+    counts, inside = Counter(), set()
+    for word, count in words.items():
+        for part, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(word)):
+            inside.update(part[1:])
+            for character in part:
+                counts[character] += count
+    alphabet = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:LARGEST_ALPHABET])
+    return alphabet, sorted(inside.intersection(alphabet))
+
+
+def reference_tokenizer(tokens: list[str], lower_case: bool) -> Tokenizer:
+    """BERT's tokenizer without its special tokens: "[SEP]" in a text is three tokens, never the separator."""
+    ids = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = text_steps(lower_case)
+    return tokenizer
+
+
+class Encoder:
+    """Encodes lists of sentences.  `description` names the library, and why it is the slow one if it is."""
+
+    def __init__(self, tokens: list[str], lower_case: bool, fast: bool = True):
+        self.reference = reference_tokenizer(tokens, lower_case)
+        self.fast, self.description = None, "tokenizers"
+        if fast:
+            self.fast, self.description = fast_tokenizer(self.reference)
+
+    def encode(self, sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, offsets): sentence i is ids[offsets[i]:offsets[i + 1]]."""
+        if self.fast:
+            ids, offsets = encode_fast(self.fast, sentences)
+            sample = sentences[::CHECK_EVERY]
+            expected, _ = encode_reference(self.reference, sample)
+            found = [ids[offsets[i]:offsets[i + 1]] for i in range(0, len(sentences), CHECK_EVERY)]
+            if np.array_equal(expected, np.concatenate(found) if found else expected):
+                return ids, offsets
+            self.fast, self.description = None, "tokenizers (nanotoken gave other ids on this text)"
+            warnings.warn(self.description, stacklevel=2)
+        return encode_reference(self.reference, sentences)
+
+
+def fast_tokenizer(reference: Tokenizer) -> tuple:
+    """(nanotoken's tokenizer, "nanotoken"), or (None, the reason why it is not used)."""
+    try:
+        import nanotoken
+    except ImportError:
+        return None, "tokenizers (nanotoken is not installed)"
+    fast = nanotoken.Tokenizer(reference)
+    if not np.array_equal(encode_fast(fast, PROBE)[0], encode_reference(reference, PROBE)[0]):
+        return None, "tokenizers (nanotoken gives other ids with this vocabulary)"
+    return fast, "nanotoken"
+
+
+def encode_fast(tokenizer, sentences) -> tuple[np.ndarray, np.ndarray]:
+    ragged = tokenizer.encode_batch(sentences, add_special_tokens=False, parallel=False)
+    return ragged.ids.astype(np.int32), ragged.offsets
+
+
+def encode_reference(tokenizer: Tokenizer, sentences) -> tuple[np.ndarray, np.ndarray]:
+    encodings = [tokenizer.encode(sentence, add_special_tokens=False).ids for sentence in sentences]
+    offsets = np.zeros(len(encodings) + 1, np.int64)
+    np.cumsum([len(ids) for ids in encodings], out=offsets[1:])
+    return np.array([number for ids in encodings for number in ids], np.int32), offsets
