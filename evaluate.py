@@ -22,13 +22,13 @@ def print_figures(args) -> None:
 
     from checkpoint.load import load_weights
     from data.shards import find_shards
-    from devices import device as devices
+    from devices.device import select_device
     from modeling import BertConfig, BertForPreTraining
     from parallel.ranks import SingleRank
     from parallel.rendezvous import RankInfo
     from training.evaluation import Evaluator, describe
 
-    device = devices.select(device_options(args))
+    device = select_device(device_options(args))
     config = BertConfig.from_json_file(args.config_file)
     held_out = find_shards(args.eval_dir, "test", "--eval_dir")
     torch.manual_seed(args.seed)

@@ -34,7 +34,7 @@ def run(args, ranks, reader) -> dict:
     from checkpoint.resume import Phase, find_resume_point
     from checkpoint.state import TrainingState
     from data.dataloader import BatchStream, average_sequences_per_row
-    from devices import device as devices
+    from devices.device import select_device
     from devices.precision import Precision
     from modeling import BertConfig, BertForPreTraining
     from ops import attention
@@ -46,7 +46,7 @@ def run(args, ranks, reader) -> dict:
     from training.log import TensorBoardLog, TrainingLog, summary_writer
     from training.trainer import BatchPlan, Trainer
 
-    device = devices.select(device_options(args, args.use_torch_compile), ranks.local_rank)
+    device = select_device(device_options(args, args.use_torch_compile), ranks.local_rank)
     precision = Precision(precision_options(args), device)
     if args.tensorboard_logdir:
         summary_writer()

@@ -76,14 +76,14 @@ def main(argv=None) -> None:
     args = parse_arguments(argv)
     import torch
 
-    from devices import device as devices
+    from devices.device import select_device
     from devices.options import PrecisionOptions
     from devices.precision import Precision
     from modeling import BertConfig
     from training.arguments import device_options
     from training.metrics import REPEATS, matmul_peak
 
-    device = devices.select(device_options(args))
+    device = select_device(device_options(args))
     torch.manual_seed(0)
     peak = matmul_peak(device.torch_device, torch.bfloat16, device.matmul_size_for_peak, REPEATS, device.synchronize)
     precision = Precision(PrecisionOptions(bf16=True), device)
@@ -185,7 +185,7 @@ def variant_figures(bench: Bench, name: str, length: int, batch: dict) -> dict:
     error = None if name.startswith("transformers") else checked_error(bench, VARIANTS[name], on_device)
     forget_compiled()
     step = step_of(bench, bench.config, name, on_device)
-    bench.device.forget_peak_memory()  # before the graphs are recorded: to replay them, nothing is allocated
+    bench.device.reset_peak_memory()  # before the graphs are recorded: to replay them, nothing is allocated
     step(), step()
     seconds = spread(timed(bench, step))
     real_tokens, sequences = int((batch["input_mask"] > 0).sum()), sequences_in(batch)

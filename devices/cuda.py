@@ -3,6 +3,7 @@
 import torch
 from torch.profiler import ProfilerActivity
 
+from common.errors import UserError
 from devices.device import Device
 
 
@@ -17,6 +18,8 @@ class CudaDevice(Device):
     pins_memory = True
 
     def __init__(self, local_rank: int):
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {local_rank}, but only {torch.cuda.device_count()} CUDA devices")
         super().__init__(f"cuda:{local_rank}")
         torch.cuda.set_device(self.torch_device)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -43,7 +46,7 @@ class CudaDevice(Device):
     def free_memory(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
 
-    def forget_peak_memory(self) -> None:
+    def reset_peak_memory(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def profiler_activities(self) -> list[ProfilerActivity]:

@@ -1,7 +1,8 @@
-"""The one place that knows a device: every other module asks the object made here, and none says `if cuda`.
+"""The interface to a device, the CPU, and the choice of a run's device.
 
-A Device moves batches, opens autocast, marks the end of a graph, waits, seeds, reports memory and graphs, and hands out
-what only it has (FusedLamb, hmp, HCCL); what means nothing on a device does nothing there.
+Only devices/ calls a device's own software; other modules ask a Device and never test which kind it is.  Methods that
+mean nothing on a device do nothing there.  To support another accelerator, add a subclass in a file of its own, and
+choose it in select_device().
 """
 
 import os
@@ -11,24 +12,23 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
-from common.errors import UserError
 from devices import gaudi_environment
 from devices.options import DeviceOptions
 
 
 class Device:
-    """A CPU, and the defaults of the others."""
+    """The CPU.  Subclasses are other devices and override what differs."""
 
-    is_host = True  # what is copied to the host takes memory of the device
-    attentions: tuple[str, ...] = ("plain",)  # that a run chooses from (attention.py), the preferred one first
+    is_host = True  # its memory is the host's
+    attentions: tuple[str, ...] = ("plain",)  # names in ops/attention.py, the preferred one first
     backend = "gloo"
     compiler: str | None = "inductor"  # of torch.compile
-    compiles_in_parts = True  # what repeats is compiled once, since the compiler takes long for a large graph
-    has_autocast = True  # torch.autocast casts its tensors
-    reads_op_lists = False  # and does so by the op lists that the environment names
-    mixed_layer_norm = True  # layer_norm takes a bf16 input beside fp32 weights
+    compiles_in_parts = True  # layer by layer: one graph for all layers, since a large graph takes long to compile
+    has_autocast = True  # torch.autocast supports it
+    reads_op_lists = False  # its autocast reads the op lists named in the environment
+    mixed_layer_norm = True  # layer_norm accepts a bf16 input with fp32 weights
     supports_fp16 = False  # training in fp16 with loss scaling
-    pins_memory = False  # copies between host and device are faster in page-locked memory
+    pins_memory = False  # page-locked host memory makes copies faster
     hmp = None  # Gaudi's first mixed-precision package
     runs_cpu_kernels = True  # tensors lie in the CPU's own memory, where code compiled for the CPU works on them
     has_foreach_kernels = True  # PyTorch's kernels for lists of tensors
@@ -47,7 +47,7 @@ class Device:
         return {key: tensor.to(self.torch_device, non_blocking=True) for key, tensor in batch.items()}
 
     def host_copy(self, tensor: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
-        """A copy in host memory, in that of an earlier copy where one is given; it is there after synchronize()."""
+        """A copy in host memory, complete after synchronize(); it overwrites `memory`, an earlier copy, if given."""
         if memory is None:
             memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.pins_memory)
         return memory.copy_(tensor.detach(), non_blocking=True)
@@ -56,52 +56,52 @@ class Device:
         return torch.autocast(self.torch_device.type, dtype=dtype, enabled=enabled)
 
     def mark_step(self) -> None:
-        """The graph recorded so far is run: after every backward pass and every optimizer step, nowhere else."""
+        """Run the graph recorded so far.  Called after every backward pass and every optimizer step, nowhere else."""
 
     def synchronize(self) -> None:
-        """Wait until everything asked of the device is done."""
+        """Wait until the device has finished all work."""
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
     def memory(self) -> dict[str, int]:
-        """Bytes allocated on the device now and at most, by name; empty where the device does not tell."""
+        """Bytes allocated on the device, now and at the peak, by name; empty where they are not known."""
         return {}
 
     def held_memory(self) -> int | None:
-        """Bytes that this process holds on the device; None where that is not known."""
+        """Bytes of device memory that this process uses; None where that is not known."""
         return proc_bytes("/proc/self/status", "VmRSS")
 
     def peak_memory(self) -> int | None:
-        """The most that it has held."""
+        """The peak of these."""
         return proc_bytes("/proc/self/status", "VmHWM")
 
     def free_memory(self) -> int | None:
-        """Bytes that it could take beside those."""
+        """Bytes of device memory that are free."""
         return proc_bytes("/proc/meminfo", "MemAvailable")
 
-    def forget_peak_memory(self) -> None:
-        """The most that was allocated counts from now on."""
+    def reset_peak_memory(self) -> None:
+        """Start the peak anew."""
 
     def graphs(self) -> dict:
-        """How many graphs this process has compiled (graph_compilation) and how many ops ran on the host for want of a
-        kernel (cpu_fallback; their names in cpu_fallback_ops); empty where there are no graphs to count."""
-        dynamo = sys.modules.get("torch._dynamo.utils")  # there once something was compiled
+        """Counts of compiled graphs (graph_compilation) and of ops run on the host for lack of a device kernel
+        (cpu_fallback; their names: cpu_fallback_ops).  Empty where nothing is compiled."""
+        dynamo = sys.modules.get("torch._dynamo.utils")  # imported by the first compilation
         return {"graph_compilation": dynamo.counters["stats"]["unique_graphs"]} if dynamo else {}
 
     def fused_lamb(self) -> type | None:
-        """The class of the device's own fused LAMB, if it has one."""
+        """The class of the fused LAMB in the device's own software; None where there is none."""
         return None
 
     def register_backend(self) -> None:
-        """Make `backend` known to torch.distributed, before the process group is made."""
+        """Register `backend` with torch.distributed; called before the process group is created."""
 
     def profiler_activities(self) -> list[ProfilerActivity]:
         return [ProfilerActivity.CPU]
 
 
 def proc_bytes(path: str, key: str) -> int | None:
-    """A figure that Linux gives in kilobytes; None on other systems."""
+    """A value that Linux lists in kilobytes, in bytes; None on other systems."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -109,7 +109,7 @@ def proc_bytes(path: str, key: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
 
 
-def select(options: DeviceOptions, local_rank: int = 0) -> Device:
+def select_device(options: DeviceOptions, local_rank: int = 0) -> Device:
     """The device that the options ask for.  UserError where there is none: a run never falls back silently."""
     if options.use_habana:
         from devices.hpu import HpuDevice
@@ -120,8 +120,6 @@ def select(options: DeviceOptions, local_rank: int = 0) -> Device:
 
         return LazyDevice()
     if torch.cuda.is_available() and not options.no_cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {local_rank}, but only {torch.cuda.device_count()} CUDA devices")
         from devices.cuda import CudaDevice
 
         return CudaDevice(local_rank)

@@ -1,4 +1,4 @@
-"""Gaudi cards (HPU).  Their software, habana_frameworks, is imported here alone."""
+"""Gaudi cards (HPU).  The only file that imports their software, habana_frameworks."""
 
 import importlib
 from importlib import metadata
@@ -11,10 +11,10 @@ from devices.device import Device
 
 
 class HpuDevice(Device):
-    """A Gaudi card.  In lazy mode ops are recorded until mark_step, else each runs at once, or compiled."""
+    """A Gaudi card.  In lazy mode, ops are recorded and run at mark_step; else they run at once, or compiled."""
 
     is_host = False
-    attentions = ("plain",)  # the ops that the op lists were made for
+    attentions = ("plain",)  # op lists name its elementary operations
     backend = "hccl"
     compiler = "hpu_backend"
     compiles_in_parts = False
@@ -26,7 +26,7 @@ class HpuDevice(Device):
     def __init__(self, lazy: bool):
         try:
             self.core = importlib.import_module("habana_frameworks.torch.core")
-        except (ImportError, OSError, RuntimeError) as error:  # not there, or not made for this torch or driver
+        except (ImportError, OSError, RuntimeError) as error:  # missing, or built for another torch or driver
             raise UserError(f"--use_habana: no HPU can be used: {error}") from None
         if not torch.hpu.is_available():
             raise UserError("--use_habana: Gaudi's software is installed, but it finds no card (does hl-smi?)")
@@ -53,7 +53,7 @@ class HpuDevice(Device):
                 "max_memory_allocated": torch.hpu.max_memory_allocated()}
 
     def held_memory(self) -> None:
-        """Not told: in lazy mode nothing is allocated where it is asked for."""
+        """Unknown: in lazy mode memory is allocated later than tensors are created."""
 
     def peak_memory(self) -> int:
         return torch.hpu.max_memory_allocated()
@@ -71,7 +71,7 @@ class HpuDevice(Device):
         return plugin_part("hpex.optimizers", "FusedLamb")
 
     def cards(self) -> int:
-        """How many cards this server has."""
+        """The number of cards in this server."""
         return torch.hpu.device_count()
 
     def register_backend(self) -> None:
@@ -82,7 +82,7 @@ class HpuDevice(Device):
 
 
 def plugin_part(module: str, name: str):
-    """Something of Gaudi's software that not every release has, or None."""
+    """An optional part of Gaudi's software; None in releases without it."""
     try:
         return getattr(importlib.import_module(f"habana_frameworks.torch.{module}"), name)
     except (ImportError, AttributeError):

@@ -1,4 +1,4 @@
-"""PyTorch's own lazy tensor device, for tests and people without a Gaudi card."""
+"""PyTorch's own lazy device: real lazy graphs where there is no Gaudi card, for tests and checks."""
 
 import functools
 import importlib
@@ -9,7 +9,7 @@ from devices.device import Device
 
 
 class LazyDevice(Device):
-    """PyTorch's own lazy tensors, run by TorchScript on the CPU: real lazy graphs for people without a Gaudi card."""
+    """PyTorch's lazy tensors, whose graphs TorchScript runs on the CPU."""
 
     compiler = None
     has_autocast = False
@@ -28,7 +28,7 @@ class LazyDevice(Device):
         return tensor.detach().cpu()
 
     def held_memory(self) -> None:
-        """Not told: a lazy tensor has no storage."""
+        """Unknown: a lazy tensor has no storage."""
 
     def mark_step(self) -> None:
         torch._lazy.mark_step()
@@ -37,9 +37,9 @@ class LazyDevice(Device):
         torch._lazy.mark_step(wait=True)
 
     def graphs(self) -> dict:
-        """As a Gaudi card counts; ops that were not lowered show as counters named aten::…"""
+        """The counts of a Gaudi card; ops without a lowering have counters named aten::…"""
         counts = {name: torch._lazy.metrics.counter_value(name) for name in torch._lazy.metrics.counter_names()}
-        counts.pop("aten::_local_scalar_dense", None)  # a value that the host asked for
+        counts.pop("aten::_local_scalar_dense", None)  # .item(), not a missing kernel
         fallbacks = sorted(name for name in counts if name.startswith("aten::"))
         return {"graph_compilation": counts.get("UncachedCompile", 0),
                 "cpu_fallback": sum(counts[name] for name in fallbacks), "cpu_fallback_ops": " ".join(fallbacks)}

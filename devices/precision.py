@@ -9,12 +9,15 @@ bf16 is done in one of four ways, the first that applies:
     else                                   Autocast, with the device's own choice of ops
 """
 
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 from common.errors import UserError
 from devices import op_lists
+from devices.device import Device
 from devices.op_list_mode import DtypeReport, OpListMode, check_names
 from devices.op_lists import OpLists
 from devices.options import PrecisionOptions
@@ -22,59 +25,51 @@ from devices.options import PrecisionOptions
 SCALE_KEYS = ("scale", "_growth_tracker")  # of GradScaler.state_dict
 
 
+@dataclass(frozen=True)
 class Casts:
     """How ops cast their inputs.  In this class, for fp32, they do not."""
 
-    description = "float32"
+    description: str
 
-    def on(self) -> AbstractContextManager:
+    def on(self):
         """A block in which ops cast."""
         return nullcontext()
 
-    def off(self) -> AbstractContextManager:
+    def off(self):
         """A block, also within one of on(), in which they do not."""
         return nullcontext()
 
 
+@dataclass(frozen=True)
 class Autocast(Casts):
-    """torch.autocast."""
+    device: Device
+    dtype: torch.dtype
 
-    def __init__(self, description: str, device, dtype: torch.dtype):
-        self.description = description
-        self.device = device
-        self.dtype = dtype
-
-    def on(self) -> AbstractContextManager:
+    def on(self):
         return self.device.autocast(self.dtype)
 
-    def off(self) -> AbstractContextManager:
+    def off(self):
         return self.device.autocast(self.dtype, enabled=False)
 
 
+@dataclass(frozen=True)
 class OpListCasts(Casts):
-    """OpListMode, on any device."""
+    mode: OpListMode
 
-    def __init__(self, description: str, mode: OpListMode):
-        self.description = description
-        self.mode = mode
-
-    def on(self) -> AbstractContextManager:
+    def on(self):
         return self.mode
 
-    def off(self) -> AbstractContextManager:
+    def off(self):
         return self.mode.off()
 
 
+@dataclass(frozen=True)
 class HmpCasts(Casts):
-    """hmp, Gaudi's first mixed-precision package: it casts in the whole process, from here on."""
+    """hmp.convert has made the whole process cast."""
 
-    def __init__(self, description: str, hmp, options: PrecisionOptions):
-        hmp.convert(opt_level=options.opt_level, bf16_file_path=options.bf16_list, fp32_file_path=options.fp32_list,
-                    isVerbose=options.verbose)
-        self.description = description
-        self.hmp = hmp
+    hmp: ModuleType
 
-    def off(self) -> AbstractContextManager:
+    def off(self):
         return self.hmp.disable_casts()
 
 
@@ -85,7 +80,7 @@ class Precision:
     the op lists contain runs in casts_off().
     """
 
-    def __init__(self, options: PrecisionOptions, device):
+    def __init__(self, options: PrecisionOptions, device: Device):
         if options.fp16 and not device.supports_fp16:
             raise UserError(f"--fp16 needs CUDA, but the device is {device.torch_device.type} "
                             f"(--hmp trains in bf16 on any device)")
@@ -104,7 +99,7 @@ class Precision:
         with self.report, self.casts.on():  # the mode entered last sees an op first
             yield
 
-    def casts_off(self) -> AbstractContextManager:
+    def casts_off(self):
         return self.casts.off()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -128,18 +123,20 @@ class Precision:
             self.scaler.load_state_dict({**self.scaler.state_dict(), **known})
 
 
-def choose_casts(options: PrecisionOptions, device) -> Casts:
+def choose_casts(options: PrecisionOptions, device: Device) -> Casts:
     """The casts by the options and by what the device supports, as the top of this file lists them."""
     if options.fp16:
         return Autocast("float16 autocast", device, torch.float16)
     if not options.bf16:
-        return Casts()
+        return Casts("float32")
     lists = op_lists.read_lists(options)
     if lists:
         check_names(lists, options)
     by_lists = f" by op lists: {len(lists.bf16)} ops in bf16, {len(lists.fp32)} in fp32" if lists else ""
     if device.hmp:
-        return HmpCasts(f"bfloat16 hmp {options.opt_level}{by_lists}", device.hmp, options)
+        device.hmp.convert(opt_level=options.opt_level, bf16_file_path=options.bf16_list,
+                           fp32_file_path=options.fp32_list, isVerbose=options.verbose)
+        return HmpCasts(f"bfloat16 hmp {options.opt_level}{by_lists}", device.hmp)
     if device.reads_op_lists or (device.has_autocast and not lists):
         return Autocast(f"bfloat16 autocast{by_lists}", device, torch.bfloat16)
     by_lists = by_lists or " by the default op lists of Gaudi's autocast"

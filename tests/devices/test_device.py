@@ -1,4 +1,4 @@
-"""The device's own parts: what is missing is said in one line, what is there is used, and nobody else names it."""
+"""A device's own software: used where found, reported in one line where missing, named in devices/ alone."""
 
 import ast
 import sys
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from devices import device as devices
+from devices.device import select_device
 from devices.hpu import HpuDevice
 from devices.options import DeviceOptions
 from lamb import NVLAMB
@@ -18,27 +18,27 @@ FLAGS = ["run_pretraining.py", "--do_train", "--input_dir=nowhere", "--output_di
          "--use_habana"]
 
 
-@pytest.mark.parametrize("told, complaint", [
+@pytest.mark.parametrize("changes, complaint", [
     ({"cards": 0}, "Gaudi's software is installed, but it finds no card"),
     ({"PYTHONPATH": ""}, "no HPU can be used: No module named 'habana_frameworks'"),
 ])
-def test_no_software_and_no_card_are_each_one_line(told, complaint):
-    done = gaudi.run(FLAGS, **told)
+def test_missing_software_and_missing_cards_are_each_reported_in_one_line(changes, complaint):
+    done = gaudi.run(FLAGS, **changes)
     assert done.returncode == 2 and complaint in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_only_the_devices_folder_names_a_devices_own_software():
     for path in gaudi.ROOT.glob("**/*.py"):
-        place = path.relative_to(gaudi.ROOT)
-        if place.parts[0] in ("tests", "benchmarks", ".venv", "devices"):
+        relative = path.relative_to(gaudi.ROOT)
+        if relative.parts[0] in ("tests", "benchmarks", ".venv", "devices"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
             names.append(getattr(node, "module", None) or "")
-            assert not any(name.split(".")[0] == "habana_frameworks" for name in names), place
+            assert not any(name.split(".")[0] == "habana_frameworks" for name in names), relative
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
-                assert node.attr not in ("cuda", "hpu"), f"{place}:{node.lineno}"
+                assert node.attr not in ("cuda", "hpu"), f"{relative}:{node.lineno}"
 
 
 def hpu(lazy: bool = True, metric=None) -> HpuDevice:
@@ -91,7 +91,7 @@ def test_fused_lamb_is_made_as_its_signature_says(monkeypatch):
 
 def test_a_device_that_is_asked_for_is_the_one_that_is_taken():
     for lazy, kind in ((False, "cpu"), (True, "lazy")):
-        assert devices.select(DeviceOptions(use_torch_lazy=lazy, no_cuda=True)).torch_device.type == kind
+        assert select_device(DeviceOptions(use_torch_lazy=lazy, no_cuda=True)).torch_device.type == kind
 
 
 ALL_REDUCE = """

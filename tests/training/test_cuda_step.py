@@ -8,7 +8,7 @@ import torch.nested._internal.sdpa
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import run_pretraining
-from devices import device as devices
+from devices import device
 from devices.device import Device
 from tests.support import samples
 from training import compilation
@@ -51,7 +51,7 @@ def train(tmp_path, monkeypatch):
     """A function that takes four training steps on meta tensors: the trainer, and the copies that block."""
     samples.write_config(tmp_path / "config.json")
     samples.write_dataset(tmp_path / "data")
-    monkeypatch.setattr(devices, "select", lambda options, local_rank: GpuWithoutValues())
+    monkeypatch.setattr(device, "select_device", lambda options, local_rank: GpuWithoutValues())
     let_flash_attention_take_meta_tensors(monkeypatch)
     found = []
 

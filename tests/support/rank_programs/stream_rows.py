@@ -9,13 +9,13 @@ from pathlib import Path
 from data.dataloader import BatchStream
 from data.shard_reader import ShardReader
 from data.shards import find_shards
-from devices import device as devices
+from devices.device import Device
 from parallel.ranks import init_ranks
 from tests.support import synthetic
 
 data, micro_batches, results = sys.argv[1:]
 with init_ranks(None, timeout_seconds=60) as process:
-    process.connect(devices.Device())
+    process.connect(Device())
     stream = BatchStream(find_shards(data), 2, 1, synthetic.VOCAB_SIZE, ranks=process, reader=ShardReader())
     rows = [row for _ in range(int(micro_batches)) for row in next(stream)["input_ids"].tolist()]
     Path(results, f"rank_{process.rank}.txt").write_text("\n".join(str(row) for row in rows))
