@@ -22,7 +22,7 @@ from common.errors import UserError
 from ops import cpu_layers
 from ops.attention import ATTENTIONS, KERNELS
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 LAYER_NORM_EPS = 1e-12
 IGNORED_LABEL = -1
 MAX_LAYERS = 10_000  # beyond any BERT; building them would take minutes
@@ -201,10 +201,10 @@ class Attention(nn.Module):
 class DenseActivation(nn.Module):
     """activation(dense_act(hidden))."""
 
-    def __init__(self, input_size: int, output_size: int, activation):
+    def __init__(self, input_size: int, output_size: int, activation: type[nn.Module]):
         super().__init__()
         self.dense_act = nn.Linear(input_size, output_size)
-        self.activation = activation
+        self.activation = activation()
 
     def forward(self, hidden):
         return self.activation(self.dense_act(hidden))
@@ -255,7 +255,7 @@ class BertModel(nn.Module):
         self.attention = ATTENTIONS[attention_name]
         self.embeddings = (KernelEmbeddings if attention_name == KERNELS else Embeddings)(config)
         self.encoder = Encoder(config, attention_name, checkpoint_activations, autocast)
-        self.pooler = DenseActivation(config.hidden_size, config.hidden_size, torch.tanh)
+        self.pooler = DenseActivation(config.hidden_size, config.hidden_size, nn.Tanh)
 
     def forward(self, input_ids, input_mask, segment_ids, positions, next_sentence_positions):
         """All inputs (B, S), next_sentence_positions (B, C) → hidden states (B, S, D), pooled [CLS] (B, C, D)."""

@@ -211,8 +211,8 @@ void residual_norm_backward(const float* gradient, const float* total, const flo
     columns.write(sums, 0, 3 * D);
 }
 
-// total (T, D) = word_table[ids] + position_table[positions] + segment_table[segments]; out = dropout(LayerNorm(total)).
-// ids, positions and segments (T), tables (…, D), statistics (T, 2) as above.
+// total (T, D) = word_table[ids] + position_table[positions] + segment_table[segments],
+// out = dropout(LayerNorm(total)).  ids, positions and segments (T), tables (…, D), statistics (T, 2) as above.
 void embed(const int32_t* ids, const int32_t* positions, const int32_t* segments, const float* word_table,
            const float* position_table, const float* segment_table, const float* norm_weight, const float* norm_shift,
            float* total, float* out, float* statistics, int64_t T, int64_t D, float eps, float p, uint64_t seed) {
