@@ -183,7 +183,7 @@ class Transfer:
     def mismatch(self, path: Path) -> str | None:
         """The first expected checksum that a file does not have, as text, or None."""
         for name, expected in self.checksums.items():
-            found = checksum(path, name)
+            found = file_checksum(path, name)
             if found != expected:
                 return f"{name} is {found}, expected {expected}"
         return None
@@ -196,7 +196,7 @@ def read_state(path) -> dict:
         return {}
 
 
-def checksum(path, name: str = "sha256") -> str:
+def file_checksum(path, name: str = "sha256") -> str:
     """The hex digest of a file."""
     digest = hashlib.new(name)
     with open(path, "rb") as file:

@@ -4,8 +4,8 @@ Training: `tokenizers` numbers the characters in the order of a hash table, so e
 Here they are given to it in sorted order: the same text always gives the same vocabulary.
 
 Encoding: `tokenizers` is the reference.  nanotoken gives the same ids about fifty times faster.  It is a young library,
-so every Encoder that uses it compares it with the reference, on odd text when it is built and on a sample of the
-sentences it is given, and stops using it at the first difference.
+so the encoder compares it with the reference, on odd text when it is built and on a sample of the sentences it is
+given, and stops using it at the first difference.
 """
 
 import warnings
@@ -110,7 +110,7 @@ def reference_tokenizer(tokens: list[str], lower_case: bool) -> Tokenizer:
     return tokenizer
 
 
-class Encoder:
+class WordPieceEncoder:
     """Encodes lists of sentences.  `description` names the library, and why it is the slow one if it is."""
 
     def __init__(self, tokens: list[str], lower_case: bool, fast: bool = True):

@@ -77,7 +77,7 @@ def prediction_faults(rows: dict[str, np.ndarray]) -> Iterator[tuple[str, np.nda
         np.where(used, labels <= 0, labels != 0)).any(axis=1)
     inside = np.where(outside, 0, positions)
     yield "a masked_lm_position is that of a [CLS] or [SEP]", (
-        used & np.take_along_axis(special_tokens(mask, rows["segment_ids"]), inside, axis=1)).any(axis=1)
+        used & np.take_along_axis(cls_and_sep(mask, rows["segment_ids"]), inside, axis=1)).any(axis=1)
     yield "the masked_lm_positions of a sequence do not point at [MASK] or at their own labels", misplaced_rows(
         rows, used & ~outside, inside)
 
@@ -104,7 +104,7 @@ def sequence_starts(mask: np.ndarray) -> np.ndarray:
     return (mask != before) & (mask != 0)
 
 
-def special_tokens(mask: np.ndarray, segments: np.ndarray) -> np.ndarray:
+def cls_and_sep(mask: np.ndarray, segments: np.ndarray) -> np.ndarray:
     """Where [CLS] and [SEP] stand in sequences of the form [CLS] A [SEP] B [SEP], (n, S) bool."""
     after = np.concatenate([mask[:, 1:], np.zeros_like(mask[:, :1])], axis=1)
     segment_after = np.concatenate([segments[:, 1:], np.zeros_like(segments[:, :1])], axis=1)

@@ -24,7 +24,7 @@ def bucket_sums(values: np.ndarray) -> np.ndarray:
     return sums
 
 
-def fingerprints(rows: dict[str, np.ndarray]) -> np.ndarray:
+def sequence_fingerprints(rows: dict[str, np.ndarray]) -> np.ndarray:
     """A number for each sequence of sound rows of either form, row by row, (sequences,) uint64.
 
     It depends on the tokens with their segments and positions in the sequence, the masked tokens with their positions

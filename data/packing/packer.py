@@ -74,7 +74,7 @@ def pack(options: PackingOptions) -> dict:
             write_rows(run, blocks, surveys, RowAssignment(recipe, histogram, options.seed), layout)
             publish(folder, output_dir, metadata)
     if options.plot:
-        plot.draw(recipe, histogram, options.plot)
+        plot.plot_packing(recipe, histogram, options.plot)
     return metadata
 
 

@@ -6,7 +6,7 @@ from common.files import replacing
 from data.packing.recipe import Recipe
 
 
-def draw(recipe: Recipe, histogram: np.ndarray, output) -> None:
+def plot_packing(recipe: Recipe, histogram: np.ndarray, output) -> None:
     """Draw the three as a PNG file.  `histogram` counts the sequences of each length, from 0 to the row length."""
     from matplotlib.figure import Figure
 

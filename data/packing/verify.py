@@ -12,7 +12,7 @@ from common.errors import UserError
 from data.masking import ranges
 from data.packing.blocks import Block, blocks_of, with_progress
 from data.packing.checks import faults
-from data.packing.fingerprints import bucket_of, bucket_sums, fingerprints
+from data.packing.fingerprints import bucket_of, bucket_sums, sequence_fingerprints
 from data.packing.output import UNFINISHED
 from data.shard_checks import tokens_to_predict
 from data.shards import Shard, find_shards, metadata_path, read_rows
@@ -48,14 +48,14 @@ def verify(packed: list[Shard], unpacked: list[Shard], n_processes: int, show_pr
     report = Report(rows=sum(shard.rows for shard in packed), shards=len(packed))
     with open_pool(n_processes) as pool:
         run = partial(with_progress, pool, show_progress)
-        sums = check_rows(run, packed, report)
+        sums = verify_rows(run, packed, report)
         check_totals(packed[0].path.parent, report)
         if unpacked and not report.faults:
             compare(run, packed, unpacked, sums, report)
     return report
 
 
-def check_rows(run, packed: list[Shard], report: Report) -> np.ndarray:
+def verify_rows(run, packed: list[Shard], report: Report) -> np.ndarray:
     """Check every row by itself; returns the bucket_sums of the sequences in rows without fault."""
     first = next(shard for shard in packed if shard.rows)
     cls_token = int(read_rows(first, ["input_ids"], slice(1))["input_ids"][0, 0])
@@ -83,7 +83,8 @@ def check_block(block: Block, cls_token: int) -> tuple[int, str, np.ndarray]:
             faulty |= bad
             first = min(first, (int(np.argmax(bad)), fault), key=lambda found: found[0])
     sound = {key: values[~faulty] for key, values in rows.items()}
-    return np.count_nonzero(faulty), f"{block.row_name(first[0])}: {first[1]}", bucket_sums(fingerprints(sound))
+    sums = bucket_sums(sequence_fingerprints(sound))
+    return np.count_nonzero(faulty), f"{block.row_name(first[0])}: {first[1]}", sums
 
 
 def check_totals(folder: Path, report: Report) -> None:
@@ -122,17 +123,17 @@ def compare(run, packed: list[Shard], unpacked: list[Shard], sums: np.ndarray, r
     in_packed, in_unpacked = (
         [found for part in run("finding the difference", members, [(block, bucket) for block in blocks_of(shards)])
          for found in part] for shards in (packed, unpacked))
-    report.add(len(different), first_difference(in_packed, in_unpacked))
+    report.add(len(different), first_unmatched(in_packed, in_unpacked))
 
 
 def sums_of_block(block: Block) -> np.ndarray:
-    return bucket_sums(fingerprints(block.read()))
+    return bucket_sums(sequence_fingerprints(block.read()))
 
 
 def members(block: Block, bucket: int) -> list[tuple[int, str]]:
     """The fingerprints of one bucket, with the row and the sequence each belongs to."""
     rows = block.read()
-    values = fingerprints(rows)
+    values = sequence_fingerprints(rows)
     counts = rows["input_mask"].max(axis=1, initial=0)
     row = np.repeat(np.arange(len(counts)), counts)
     number = ranges(np.ones_like(counts, np.int64), counts)
@@ -140,7 +141,7 @@ def members(block: Block, bucket: int) -> list[tuple[int, str]]:
     return [(int(values[index]), f"{block.row_name(row[index])}, sequence {number[index]}") for index in chosen]
 
 
-def first_difference(in_packed: list[tuple[int, str]], in_unpacked: list[tuple[int, str]]) -> str:
+def first_unmatched(in_packed: list[tuple[int, str]], in_unpacked: list[tuple[int, str]]) -> str:
     """The first sequence that stands in one of two lists more often than in the other."""
     for ours, theirs, verdict in ((in_packed, in_unpacked, "is not in the unpacked set, or less often"),
                                   (in_unpacked, in_packed, "is not in the packed set, or less often")):

@@ -29,7 +29,7 @@ def unpack(archive, folder, wanted: list[str] | None = None) -> list[Path]:
                 return unpack_zip(archive, file, folder, wanted)
         with tarfile.open(archive) as file:
             members = {info.name: info for info in file if not info.isdir()}
-            check_names(archive, members, [name for name, info in members.items() if not info.isreg()])
+            check_members(archive, members, [name for name, info in members.items() if not info.isreg()])
             return write_members(archive, folder, members, wanted, file.extractfile)
     except BROKEN as error:
         raise UserError(f"{archive}: no readable archive ({error})") from None
@@ -93,11 +93,11 @@ class RemoteFile(io.RawIOBase):
 
 def unpack_zip(archive, file: zipfile.ZipFile, folder: Path, wanted) -> list[Path]:
     members = {info.filename: info for info in file.infolist() if not info.is_dir()}
-    check_names(archive, members, [name for name, info in members.items() if stat.S_ISLNK(info.external_attr >> 16)])
+    check_members(archive, members, [name for name, info in members.items() if stat.S_ISLNK(info.external_attr >> 16)])
     return write_members(archive, folder, members, wanted, file.open)
 
 
-def check_names(archive, members, special: list[str]) -> None:
+def check_members(archive, members, special: list[str]) -> None:
     """UserError if a member would leave the folder or is one of `special` (links and devices)."""
     for name in members:
         path = PurePosixPath(name.replace("\\", "/"))

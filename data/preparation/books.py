@@ -17,7 +17,7 @@ from data.preparation.wikipedia import one_line
 BATCH_BYTES = 1 << 20  # of books handed to a worker at a time
 
 
-def download(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[str]]:
+def download_books(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[str]]:
     """The books of archives and of files of URLs, one URL a line; returns them, and what failed and why."""
     if not options.input_files:
         raise UserError("--dataset bookscorpus: BookCorpus has no official source any more; name a file of URLs of "
@@ -48,7 +48,7 @@ def download_book(folder: Path, number: int, url: str, options: DownloadOptions)
     return fetch_or_copy(url, folder / f"{number:06d}_{name}.txt", replace(options, tries=3))
 
 
-def batches(books: list[Path], progress=lambda size: None):
+def book_batches(books: list[Path], progress=lambda size: None):
     """Yield (books,): lists of books that hold about 1 MB together."""
     batch, size = [], 0
     for book in books:
@@ -91,5 +91,5 @@ def read_book(book: Path) -> tuple[str, str | None]:
 
 
 BOOKS = TextFormat(  # one fingerprint for all books, of which there can be thousands
-    batches=batches, read_batch=read_books, pattern="*.txt",
+    batches=book_batches, read_batch=read_books, pattern="*.txt",
     fingerprints=lambda books: {"books": records.combined_fingerprint(books)})

@@ -28,7 +28,7 @@ class Dataset:
 
 WIKIPEDIA = Dataset(name="wikicorpus_en", download=wikipedia.download_dump, download_bytes=25e9,
                     text_share=0.16, text_format=wikipedia.DUMP)
-BOOKS = Dataset(name="bookscorpus", download=books.download, text_format=books.BOOKS)
+BOOKS = Dataset(name="bookscorpus", download=books.download_books, text_format=books.BOOKS)
 WIKIPEDIA_AND_BOOKS = Dataset(name="books_wiki_en_corpus", parts=(WIKIPEDIA, BOOKS))
 GOOGLE_VOCABULARY = Dataset(name="google_pretrained_weights", download=downloads.download_google_vocabulary)
 SAMPLE = Dataset(name="wikicorpus_en_sample", download=wikipedia.download_sample, download_bytes=1.7e6,

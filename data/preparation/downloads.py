@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.download import TRIES, checksum, fetch, is_remote
+from common.download import TRIES, fetch, file_checksum, is_remote
 from common.errors import UserError
 from common.files import replacing
 from common.remote_sources import Interrupted
@@ -62,8 +62,8 @@ def fetch_or_copy(source: str, target: Path, options: DownloadOptions, **checksu
     with replacing(target) as temporary:
         shutil.copyfile(origin, temporary)
         for name, expected in checksums.items():
-            if checksum(temporary, name) != expected:
-                raise UserError(f"{origin}: {name} is {checksum(temporary, name)}, expected {expected}")
+            if file_checksum(temporary, name) != expected:
+                raise UserError(f"{origin}: {name} is {file_checksum(temporary, name)}, expected {expected}")
     return target
 
 
@@ -89,14 +89,14 @@ def download_google_vocabulary(folder: Path, options: DownloadOptions) -> tuple[
     Only these two files are read if the server answers range requests, else the whole archive is downloaded.
     """
     vocabulary = folder / GOOGLE_NAME / "vocab.txt"
-    if vocabulary.is_file() and checksum(vocabulary) == GOOGLE_SHA256:
+    if vocabulary.is_file() and file_checksum(vocabulary) == GOOGLE_SHA256:
         return [vocabulary], []
     origin = mirrored(GOOGLE_ARCHIVE, options.mirrors)
     try:
         archives.unpack_remote(origin, folder, [f"{GOOGLE_NAME}/{name}" for name in GOOGLE_FILES])
     except Interrupted:
         archives.unpack(fetch_or_copy(GOOGLE_ARCHIVE, folder / f"{GOOGLE_NAME}.zip", options), folder)
-    found = checksum(vocabulary)
+    found = file_checksum(vocabulary)
     if found != GOOGLE_SHA256:
         vocabulary.unlink()
         raise UserError(f"{origin}: vocab.txt has sha256 {found}, expected {GOOGLE_SHA256}")

@@ -23,15 +23,15 @@ def hdf5_share(samples: SampleOptions) -> float:
     return samples.dupe_factor * (ROWS if samples.dynamic_masking else ROWS + MASKS)
 
 
-def seconds(stage: str, size: float, workers: int) -> int:
-    """Estimated duration of a stage that reads `size` bytes, in whole seconds."""
-    return max(1, round(size / 1e6 / min(RATES[stage] * workers, MAIN_RATES[stage])))
+def estimated_duration(stage: str, size: float, workers: int) -> str:
+    """How long a stage that reads `size` bytes will take, in whole seconds."""
+    return format_duration(max(1, round(size / 1e6 / min(RATES[stage] * workers, MAIN_RATES[stage]))))
 
 
 def announcement(stage: str, size: float, written: float, pool, folder: Path) -> str:
     """One line: the bytes that the stage reads, how long that takes, the bytes that it writes, and those free there."""
     free = shutil.disk_usage(nearest_existing(folder)).free
-    return (f"{stage}: {format_bytes(size)} to read, about {format_duration(seconds(stage, size, pool.workers))} with "
+    return (f"{stage}: {format_bytes(size)} to read, about {estimated_duration(stage, size, pool.workers)} with "
             f"{pool.description}; writes about {format_bytes(written)} ({format_bytes(free)} free)")
 
 
@@ -42,7 +42,7 @@ def whole_chain(parts, samples: SampleOptions, workers: int) -> list[str]:
     hdf5 = ("create_hdf5_files", text, text * hdf5_share(samples))
     lines = [f"download            {format_bytes(compressed):>8}  as fast as the network is"]
     for stage, size, written in (("text_formatting", compressed * BZ2, text), ("sharding", text, text), hdf5, hdf5):
-        lines.append(f"{stage:<18}  {format_bytes(written):>8}  about {format_duration(seconds(stage, size, workers))}")
+        lines.append(f"{stage:<18}  {format_bytes(written):>8}  about {estimated_duration(stage, size, workers)}")
     return lines
 
 

@@ -26,7 +26,7 @@ class TextFormat:
     read_batch: Callable  # what a worker does: (*task) gives (lines, counts, what was skipped and why)
     pattern: str = ""  # the names of such files in a folder; "": only single files are taken
     extracted: bool = False  # wikiextractor has written them already
-    fingerprints: Callable = records.fingerprints  # of the files, for the record
+    fingerprints: Callable = records.file_fingerprints  # of the files, for the record
 
     def options(self) -> dict:
         """What decides the text besides the input, for the record."""

@@ -10,26 +10,26 @@ import hashlib
 import json
 from pathlib import Path
 
-from common.download import checksum
+from common.download import file_checksum
 from common.files import write_json
 
 
-def fingerprint(path) -> dict:
+def file_fingerprint(path) -> dict:
     """{"size": bytes, "sha256": hex} of a file."""
-    return {"size": Path(path).stat().st_size, "sha256": checksum(path)}
+    return {"size": Path(path).stat().st_size, "sha256": file_checksum(path)}
 
 
 def combined_fingerprint(paths) -> dict:
     """One fingerprint of many files, names included, in their order."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{file_key(path)} {fingerprint(path)}\n".encode())
+        digest.update(f"{file_key(path)} {file_fingerprint(path)}\n".encode())
     return {"files": len(paths), "sha256": digest.hexdigest()}
 
 
-def fingerprints(paths) -> dict:
+def file_fingerprints(paths) -> dict:
     """The fingerprint of each file, under its key."""
-    return {file_key(path): fingerprint(path) for path in paths}
+    return {file_key(path): file_fingerprint(path) for path in paths}
 
 
 def file_key(path) -> str:

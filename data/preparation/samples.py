@@ -20,7 +20,7 @@ from common import cli
 from common.errors import UserError
 from data import shards
 from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
-from data.tokenizer import SPECIAL_TOKENS, Encoder
+from data.tokenizer import SPECIAL_TOKENS, WordPieceEncoder
 
 READ_BYTES = 1 << 21  # read at a time; a block of documents is at most twice as large
 BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time
@@ -102,7 +102,7 @@ def create_shard(input_file, output_file, tokens: list[str], options: SampleOpti
     """Make the HDF5 shard of a text shard; returns counts.  The file's name is part of the random seed."""
     seed = [options.random_seed, zlib.crc32(Path(input_file).stem.encode())]
     random, rng = Random(repr(seed)), np.random.default_rng(seed)
-    encoder = Encoder(tokens, options.do_lower_case)
+    encoder = WordPieceEncoder(tokens, options.do_lower_case)
     rule = MaskingRule(options.masked_lm_prob, options.max_predictions_per_seq, len(tokens),
                        tuple(tokens.index(token) for token in SPECIAL_TOKENS))
     counts = Counter(documents=0, sentences=0, tokens=0, samples=0, random_next=0)
@@ -146,7 +146,7 @@ def line_blocks(path):
         raise UserError(f"{path}: not UTF-8 ({error.reason} {error.object[error.start]:#04x})") from None
 
 
-def tokenize(lines: list[str], encoder: Encoder) -> Documents:
+def tokenize(lines: list[str], encoder: WordPieceEncoder) -> Documents:
     """Lines to tokens.  Sentences without a token, and documents without a sentence, are skipped."""
     ids, offsets = encoder.encode(lines)
     blank = np.array([not line for line in lines], bool)

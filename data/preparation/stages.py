@@ -83,7 +83,7 @@ def download(options: StageOptions) -> None:
         raise UserError(f"--dataset {dataset.name}: download {' and '.join(part.name for part in dataset.parts)} one "
                         f"by one")
     paths = inputs.named_files(options.input_files)
-    made_from, recorded_options = records.fingerprints(paths), {"dump_date": options.dump_date}
+    made_from, recorded_options = records.file_fingerprints(paths), {"dump_date": options.dump_date}
     record = records.finished_record(folder, dataset.name, made_from, recorded_options)
     if not record or record["skipped"]:
         remove_leftovers(folder / dataset.name, folder / "records")
@@ -119,7 +119,7 @@ def format_text(options: StageOptions) -> None:
 def shard_text(options: StageOptions) -> None:
     folder, dataset = options.sharded_folder(), options.dataset.name
     texts = inputs.for_sharding(options.dataset, options.input_files)
-    made_from = records.fingerprints(texts)
+    made_from = records.file_fingerprints(texts)
     recorded_options = {"training_shards": options.n_training_shards, "test_shards": options.n_test_shards,
                         "fraction_test_set": options.fraction_test_set,
                         "segmentation_method": options.segmentation_method}
@@ -135,7 +135,7 @@ def create_vocabulary(options: StageOptions) -> Path:
     path, lower_case = options.trained_vocabulary(), options.samples.do_lower_case
     folder, name = path.parent.parent, f"{path.parent.name}/{path.name}"
     texts = [text for text in options.text_shards() if "_training_" in text.name]
-    made_from = records.fingerprints(texts)
+    made_from = records.file_fingerprints(texts)
     recorded_options = {"vocab_size": options.vocab_size, "do_lower_case": lower_case}
     record = records.finished_record(folder, name, made_from, recorded_options)
     if not record:
@@ -152,8 +152,8 @@ def create_hdf5_files(options: StageOptions) -> None:
     texts, recorded_options = options.text_shards(), asdict(options.samples)
     vocab_file = find_vocabulary(options)
     tokens = load_vocabulary(vocab_file)
-    vocabulary = {"vocabulary": records.fingerprint(vocab_file)}
-    made_from = {text: records.fingerprints([text]) | vocabulary for text in texts}
+    vocabulary = {"vocabulary": records.file_fingerprint(vocab_file)}
+    made_from = {text: records.file_fingerprints([text]) | vocabulary for text in texts}
     names = {text: f"{dataset}/{text.stem}.hdf5" for text in texts}
     finished = {text: records.finished_record(folder, names[text], made_from[text], recorded_options)
                 for text in texts}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from wikiextractor.extract import Extractor, clean, compact
 
-from common.download import checksum
+from common.download import file_checksum
 from common.errors import UserError
 from data.preparation import archives
 from data.preparation.downloads import DownloadOptions, fetch_or_copy, mirrored, pip_download
@@ -68,7 +68,7 @@ def download_dump(folder: Path, options: DownloadOptions) -> tuple[list[Path], l
 def download_sample(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[str]]:
     """106 articles of English Wikipedia, out of the test data in the wheel of gensim; only that file is kept."""
     target = folder / SAMPLE_FILE
-    if target.is_file() and checksum(target) == SAMPLE_SHA256:
+    if target.is_file() and file_checksum(target) == SAMPLE_SHA256:
         return [target], []
     origin = mirrored(SAMPLE_WHEEL, options.mirrors)
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,7 +78,7 @@ def download_sample(folder: Path, options: DownloadOptions) -> tuple[list[Path],
         return [fetch_or_copy(str(file), target, options, sha256=SAMPLE_SHA256)], []
 
 
-def batches(paths, progress=lambda size: None, end: bytes = PAGE_END):
+def dump_batches(paths, progress=lambda size: None, end: bytes = PAGE_END):
     """Yield dumps as (bytes of whole pages, whether they are still compressed), each about 1 MB of XML.
 
     `progress` is called with the number of bytes read since its last call.  Raises UserError for a damaged file, or one
@@ -209,6 +209,6 @@ def one_line(paragraphs) -> str:
     return "\t".join(filter(None, (" ".join(paragraph.split()) for paragraph in paragraphs)))
 
 
-DUMP = TextFormat(batches=batches, read_batch=extract_articles)
-EXTRACTED = TextFormat(batches=partial(batches, end=DOC_END), read_batch=read_extracted, pattern="wiki_*",
+DUMP = TextFormat(batches=dump_batches, read_batch=extract_articles)
+EXTRACTED = TextFormat(batches=partial(dump_batches, end=DOC_END), read_batch=read_extracted, pattern="wiki_*",
                        extracted=True)
