@@ -41,7 +41,7 @@ def parse_options(argv) -> PackingOptions:
     parser.add_argument("--disable_progress_bar", action="store_true", help="print no progress bars")
     args = parser.parse_args(argv)
     method = METHODS[args.packing_method]
-    if not method.supports(args.max_sequences_per_pack):
+    if args.max_sequences_per_pack > method.max_depth:
         parser.error(f"--packing_method {method.name} packs at most {method.max_depth} sequences a row, "
                      f"--max_sequences_per_pack is {args.max_sequences_per_pack}: choose another method")
     return PackingOptions(**vars(args))

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.stats import binom
 
-SHOWN_AS_EXPECTED = 0.9  # of the masked tokens are shown as [MASK] or as themselves, the others as a random word
-ACCIDENT = 1e-12  # a sequence is faulty where so few of its tokens are that this is less likely
+SHOWN_AS_EXPECTED = 0.9  # proportion of the masked tokens that are [MASK] or unchanged; the others are random words
+ACCIDENT = 1e-12  # a sequence with so few of these is faulty if the probability of that is lower
 
 
 def faults(rows: dict[str, np.ndarray], cls_token: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every possible fault in words, and which rows have it, (n,) bool.
+    """Yield a description of each possible fault, and which rows have it, (n,) bool.
 
     Rows with wrong sequence numbers are not checked further.
     """
@@ -83,7 +83,7 @@ def prediction_faults(rows: dict[str, np.ndarray]) -> Iterator[tuple[str, np.nda
 
 
 def misplaced_rows(rows: dict[str, np.ndarray], used: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Which rows, (n,), hold a sequence whose masked tokens do not look masked, as where its offset is wrong."""
+    """Which rows, (n,), hold a sequence whose masked tokens do not look masked: its positions may be shifted."""
     tokens = np.take_along_axis(rows["input_ids"], positions, axis=1)
     numbers = np.where(used, np.take_along_axis(rows["input_mask"], positions, axis=1), 0)
     bad = np.zeros(len(tokens), bool)

@@ -1,4 +1,4 @@
-"""A picture of a packing: how long the sequences are, how full the rows, and how many sequences they hold."""
+"""Plots a packing: how long the sequences are, how full the rows are, and how many sequences they hold."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from data.packing.recipe import Recipe
 
 
 def plot_packing(recipe: Recipe, histogram: np.ndarray, output) -> None:
-    """Draw the three as a PNG file.  `histogram` counts the sequences of each length, from 0 to the row length."""
+    """Write the three plots to a PNG file."""
     from matplotlib.figure import Figure
 
     row_length = len(histogram) - 1
