@@ -17,9 +17,6 @@ def lpfhp(histogram: np.ndarray, depth: int) -> Recipe:
 def longest_pack_first(histogram: np.ndarray, depth: int) -> Counter:
     """Place the longest sequences first, each in the fullest row that has room for it.
 
-    All sequences of a length are placed at once, so the time depends on the row length and not on the number of
-    sequences.
-
     >>> longest_pack_first(np.array([0, 0, 4, 1, 1, 0, 1]), depth=3)  # 6; 4 + 2; 3 + 2; 2 + 2
     Counter({(6,): 1, (4, 2): 1, (3, 2): 1, (2, 2): 1})
     """
@@ -52,10 +49,10 @@ def longest_pack_first(histogram: np.ndarray, depth: int) -> Counter:
 
 
 def fill_rows(strategies: np.ndarray, counts: np.ndarray, histogram: np.ndarray, depth: int) -> Counter:
-    """Put real sequences into rows with slots of given lengths: `counts[i]` rows of `strategies[i]` (zero padded).
+    """Put all sequences into rows with slots of given lengths: `counts[i]` rows of `strategies[i]` (zero padded).
 
-    A slot takes the longest waiting sequence that fits.  Slots that find none stay empty, and sequences that find no
-    slot are packed longest first.  All `histogram` counts, and no more, end in the rows returned.
+    A slot takes the longest waiting sequence that fits.  Slots without one stay empty, and sequences without a slot are
+    packed longest first.
 
     >>> fill_rows(np.array([[4, 4]]), np.array([2]), np.array([0, 0, 0, 2, 3, 0, 0, 0, 0]), depth=2)
     Counter({(4, 4): 1, (4, 3): 1, (3,): 1})
@@ -79,7 +76,7 @@ def fill_rows(strategies: np.ndarray, counts: np.ndarray, histogram: np.ndarray,
 
 
 def longest_fitting(slots: list[int], waiting: np.ndarray, lengths: list[int]) -> Counter:
-    """For each slot the longest waiting sequence that fits it; `lengths` (ascending) are those with any waiting."""
+    """For each slot the longest waiting sequence that fits; `lengths` (ascending) are those of waiting sequences."""
     chosen = Counter()
     for slot in slots:
         fit = bisect_right(lengths, slot) - 1
