@@ -1,5 +1,4 @@
-"""Longest-pack-first histogram packing (LPFHP, Krell et al., arXiv 2107.02027), with which the other methods fill up.
-"""
+"""Longest-pack-first histogram packing (LPFHP, Krell et al., arXiv 2107.02027), and how other methods fill rows."""
 
 from bisect import bisect_right
 from collections import Counter

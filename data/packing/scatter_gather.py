@@ -133,7 +133,7 @@ def scatter(block: Block, assignment: RowAssignment, ranks_before: np.ndarray, l
 
 
 def records_of(rows: dict, lengths, output_rows, slots) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The sequences, tokens and predictions of unpacked rows, without their padding, in the order of the rows."""
+    """The records of unpacked rows, in the order of the rows."""
     is_token = rows["input_mask"] != 0
     tokens = np.empty(np.count_nonzero(is_token), TOKEN)
     for key in TOKEN.names:
@@ -166,7 +166,7 @@ def gather(part: int, block_count: int, layout: Layout, path: Path) -> int:
 
 
 def read_piece(block_number: int, part: int, layout: Layout) -> list[np.ndarray]:
-    """The sequences, tokens and predictions that a block holds for a part."""
+    """The records that a block holds for a part: sequences, tokens and predictions."""
     begins, ends = np.fromfile(layout.file(block_number, "index"), np.int64, count=6,
                                offset=part * INDEX_LINE).reshape(2, 3)
     return [np.fromfile(layout.file(block_number, name), record, count=end - begin, offset=begin * record.itemsize)
@@ -174,10 +174,7 @@ def read_piece(block_number: int, part: int, layout: Layout) -> list[np.ndarray]
 
 
 def packed_rows(sequences, tokens, predictions, layout: Layout, row_count: int) -> dict[str, np.ndarray]:
-    """Rows of the packed form of the schema, from records in any order.
-
-    Within a row the sequences stand in the order of their slots, which are 0, 1, … without a gap.
-    """
+    """Rows of the packed form, from records in any order.  The slots of a row are 0, 1, … without a gap."""
     shape = (row_count, layout.max_sequences)
     row_and_slot = (sequences["row"], sequences["slot"])
     lengths, prediction_counts, labels = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int8)
