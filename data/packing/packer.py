@@ -61,7 +61,7 @@ def pack(options: PackingOptions) -> dict:
         histogram = sum(survey.histogram for survey in surveys)
         start = time.perf_counter()
         recipe = METHODS[options.packing_method].solve(histogram, options.max_sequences_per_pack)
-        print(f"{options.packing_method}: {recipe.row_count:,} rows by {len(recipe.rows):,} strategies, worked out in "
+        print(f"{options.packing_method}: {recipe.row_count:,} rows by {len(recipe.rows):,} strategies, computed in "
               f"{time.perf_counter() - start:.2f} s; no packing has fewer than {recipe.bound:,}", file=sys.stderr)
         metadata = (packing_figures(recipe, histogram) | {name: getattr(options, name) for name in RECORDED_OPTIONS}
                     | {"input_files": [shard.path.name for shard in shards]})

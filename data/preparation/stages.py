@@ -60,8 +60,8 @@ def run_stage(action: str, options: StageOptions) -> None:
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
-        raise UserError(f"{error.filename or layout.working_folder()}: {error.strerror}; what is finished is whole and "
-                        f"kept: make room, and the same command continues from there") from None
+        raise UserError(f"{error.filename or layout.working_folder()}: {error.strerror}; finished files are kept: "
+                        f"free some space, and the same command continues from there") from None
 
 
 def estimate(options: StageOptions) -> None:

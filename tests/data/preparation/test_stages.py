@@ -357,7 +357,7 @@ def test_a_full_disk_ends_in_one_line_and_finished_shards_stay_whole(folder, sha
                     dataset="wikicorpus_en"),
             cwd=ROOT, env=os.environ, preexec_fn=limit_file_size, capture_output=True, text=True, check=False)
         assert outcome.returncode == 2 and "Traceback" not in outcome.stderr
-        assert "File too large; what is finished is whole and kept" in outcome.stderr
+        assert "File too large; finished files are kept" in outcome.stderr
     left = hdf5_files(folder)
     assert left.items() >= small.items()
     assert all(read_header(folder / name).rows for name in left)
