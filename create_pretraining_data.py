@@ -1,13 +1,13 @@
-"""Makes an HDF5 shard of training samples from a text shard (a sentence a line, a blank line between documents).
+"""Make an HDF5 shard of training samples from a text shard (one sentence a line, a blank line between documents).
 
     python3 create_pretraining_data.py --input_file shard.txt --output_file shard.hdf5 --vocab_file vocab.txt \\
         --max_seq_length 128 --max_predictions_per_seq 20
 
 The procedure is that of Devlin et al. 2018.  A document is cut into pairs of segments; half the pairs get a random
 second segment from another document (next_sentence_label 1).  15 % of the tokens are to be predicted: 80 % of these
-become [MASK], 10 % a random word, and 10 % stay.  Each of --dupe_factor passes over the text gives different pairs and
-masks.  With --dynamic_masking, samples are stored without masks; training draws new ones in every epoch.  One pass is
-the default then.  data/bertPrep.py --action create_hdf5_files does this for all shards of a data set.
+become [MASK], 10 % a random word, and 10 % stay unchanged.  Each of --dupe_factor passes over the text gives different
+pairs and masks.  With --dynamic_masking, samples are stored without masks, and training draws new ones in every epoch.
+data/bertPrep.py --action create_hdf5_files does this for all shards of a data set.
 """
 
 from common import cli

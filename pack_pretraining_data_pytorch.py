@@ -28,7 +28,7 @@ def parse_options(argv) -> PackingOptions:
     parser.add_argument("--max_sequences_per_pack", type=cli.positive_int, default=3,
                         help="maximum number of sequences in a row")
     parser.add_argument("--packing_method", choices=METHODS, default=next(iter(METHODS)),
-                        help="how the rows are worked out. "
+                        help="how sequences are combined into rows. "
                              + "; ".join(f"{method.name}: {method.help}" for method in METHODS.values()))
     parser.add_argument("--seed", type=int, default=42,
                         help="random seed for the order of the rows and for which sequences share one")
@@ -41,7 +41,7 @@ def parse_options(argv) -> PackingOptions:
     parser.add_argument("--disable_progress_bar", action="store_true", help="print no progress bars")
     args = parser.parse_args(argv)
     method = METHODS[args.packing_method]
-    if not method.supports(args.max_sequences_per_pack):
+    if args.max_sequences_per_pack > method.max_depth:
         parser.error(f"--packing_method {method.name} packs at most {method.max_depth} sequences a row, "
                      f"--max_sequences_per_pack is {args.max_sequences_per_pack}: choose another method")
     return PackingOptions(**vars(args))

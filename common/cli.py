@@ -1,7 +1,4 @@
-"""What all command lines share: both spellings of a flag, true/false values, errors in one line.  No torch here.
-
-Flags are parsed before torch is imported: Gaudi's software reads its environment during that import.
-"""
+"""What all command lines share: flags with dashes or underscores, flag types, errors in one line.  No torch here."""
 
 import argparse
 import signal
@@ -11,14 +8,11 @@ from dataclasses import fields
 
 from common.errors import UserError
 
-TRUE_WORDS = ("true", "1", "yes")
-FALSE_WORDS = ("false", "0", "no")
-
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argparse parser that takes --train_batch_size and --train-batch-size alike, and reports errors in one line.
+    """Takes --train_batch_size and --train-batch-size alike; flags are declared with underscores.
 
-    Flags are declared with underscores.  Abbreviated flags are errors: a typing mistake must not become another flag.
+    Abbreviated flags are errors, so that a typing mistake cannot become another flag.
     """
 
     def __init__(self, **options):
@@ -52,15 +46,16 @@ def with_underscores(word: str) -> str:
 
 
 def boolean(text: str) -> bool:
-    """The value of a flag that takes true/false, 1/0 or yes/no in any case."""
+    """The type of a flag that takes true/false, 1/0 or yes/no in any case."""
     word = text.strip().lower()
-    if word in TRUE_WORDS or word in FALSE_WORDS:
-        return word in TRUE_WORDS
+    if word in ("true", "1", "yes"):
+        return True
+    if word in ("false", "0", "no"):
+        return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false (true/false, 1/0, yes/no)")
 
 
 def positive_int(text: str) -> int:
-    """The value of a flag that is a count, at least 1."""
     try:
         number = int(text)
     except ValueError:
@@ -71,7 +66,7 @@ def positive_int(text: str) -> int:
 
 
 def proportion(text: str) -> float:
-    """The value of a flag that is a proportion, from 0 to 1."""
+    """The type of a flag from 0 to 1."""
     try:
         number = float(text)
     except ValueError:
@@ -101,7 +96,7 @@ def run(main) -> None:
 
 @contextmanager
 def sigterm_as_interrupt():
-    """In the block, SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that temporary files are removed."""
+    """In the block, SIGTERM raises KeyboardInterrupt, so that temporary files are removed."""
     def interrupt(signal_number, frame):
         raise KeyboardInterrupt
 

@@ -1,11 +1,8 @@
-"""Download of remote files: a file appears only when it is complete and verified.
+"""Download of remote files: a file appears only when it is complete and verified.  No torch here.
 
-    local_file("s3://bucket/vocab.txt")        a local copy, downloaded once
-    local_folder("s3://bucket/hdf5/wiki")      a local copy of the shards under a prefix
+    local_file("s3://bucket/vocab.txt")        a copy in the cache folder, updated when the file changes
+    local_folder("s3://bucket/hdf5/wiki")      the same for the shards under a prefix
     fetch(url, "dump.bz2", sha1=…)             resumes an interrupted download
-
-Local copies are kept below common.files.cache_folder(); a file is downloaded again only if the server reports that it
-has changed.
 """
 
 import fcntl
@@ -24,18 +21,17 @@ from common.errors import UserError
 from common.files import cache_folder, sync_folder, write_json
 from common.remote_sources import Interrupted, remote_source, s3_keys
 
-TRIES = 8  # attempts without a byte of progress, before a download is given up
+TRIES = 8  # attempts in a row without progress, before a download is given up
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries; doubled each time
 BLOCK = 1 << 20
 
 
 def is_remote(name) -> bool:
-    """Whether a name is a URL that local_file downloads."""
     return str(name).startswith(("http://", "https://", "s3://"))
 
 
 def local_file(name) -> Path:
-    """The path itself if it is local; for a URL, the path of its local copy."""
+    """A local path unchanged; for a URL, the path of a local copy."""
     if not is_remote(name):
         return Path(name)
     place = hashlib.sha256(os.path.dirname(str(name)).encode()).hexdigest()[:16]
@@ -45,8 +41,7 @@ def local_file(name) -> Path:
 def local_folder(name, ending: str = ".hdf5", beside: str = "") -> Path:
     """A local folder unchanged; for an s3:// prefix, a folder with copies of the objects directly below it.
 
-    The object PREFIX + `beside`, if there is one, is fetched too.  Objects that are gone are removed from the copy, so
-    that it never mixes two states.
+    The object PREFIX + `beside`, if there is one, is fetched too.  Copies of objects that no longer exist are deleted.
     """
     if not str(name).startswith("s3://"):
         return Path(name)
@@ -68,12 +63,12 @@ def local_folder(name, ending: str = ".hdf5", beside: str = "") -> Path:
 
 def fetch(url: str, target, sha1: str | None = None, sha256: str | None = None,
           tries: int = TRIES, first_wait: float = FIRST_WAIT) -> Path:
-    """Download a URL to the file `target`, which gets its name only when it is complete and verified.
+    """Download a URL to the file `target`, unless that is up to date.
 
-    It is verified by a checksum (hex) if one is given, else by the size that the server reports.  An interrupted
-    download continues where it stopped, in this call or a later one, if the server still has the same version of the
-    file.  A target that is up to date is not downloaded again.  Raises UserError, and leaves `target` as it was, when
-    `tries` attempts in a row make no progress or the file is not the expected one.
+    The file is verified by a checksum (hex) if one is given, else by the size that the server reports.  An interrupted
+    download continues where it stopped, also in a later call, if the server still has the same version of the file.
+    UserError, and `target` stays as it was, when `tries` attempts in a row make no progress or the file is not the
+    expected one.
     """
     transfer = Transfer(url, Path(target), {"sha1": sha1, "sha256": sha256})
     with locked(transfer.target):
@@ -86,8 +81,7 @@ def fetch(url: str, target, sha1: str | None = None, sha256: str | None = None,
 class Transfer:
     """The download of one file: its source, and the part received so far (.NAME.part).
 
-    .NAME.part.json holds URL, version and size of the file on the server; it becomes .NAME.json when the file is
-    complete.
+    .NAME.part.json holds URL, version and size of the file on the server, and becomes .NAME.json in the end.
     """
 
     def __init__(self, url: str, target: Path, checksums: dict):
@@ -102,7 +96,7 @@ class Transfer:
         if not self.target.is_file():
             return False
         if self.checksums:
-            return self.mismatch(self.target) is None
+            return mismatch(self.target, self.checksums) is None
         try:
             reply = self.source.open(0)
         except Interrupted as error:
@@ -122,7 +116,6 @@ class Transfer:
         return self.partial.stat().st_size
 
     def receive_with_retries(self, tries: int, first_wait: float) -> None:
-        """Receive until the file is complete; give up after `tries` attempts in a row without progress."""
         failures, furthest = 0, self.received_bytes()
         while True:
             try:
@@ -136,7 +129,7 @@ class Transfer:
                 time.sleep(max(pause, min(error.wait or 0, LONGEST_WAIT)))
 
     def receive(self) -> None:
-        """One attempt: append what is missing to the partial file.  Returns when it is complete."""
+        """One attempt: append what is missing to the partial file."""
         offset, state = self.received_bytes(), read_state(self.partial_state_file)
         if offset and offset == state.get("size"):
             return
@@ -151,7 +144,7 @@ class Transfer:
         self.append(reply)
 
     def append(self, reply) -> None:
-        """Write the bytes of a reply, and check that all that it announced were received."""
+        """Write the bytes of a reply, and check that as many arrived as it announced."""
         with (open(self.partial, "ab" if reply.start else "wb") as file,
               tqdm(total=reply.size, initial=reply.start, unit="B", unit_scale=True, desc=self.target.name) as bar):
             try:
@@ -169,24 +162,16 @@ class Transfer:
             raise Interrupted(f"{size} bytes received, {reply.size} announced")
 
     def accept(self) -> None:
-        """Verify the partial file and rename it to the target; if it is wrong, delete it."""
-        mismatch = self.mismatch(self.partial)
-        if mismatch:
+        """Verify the partial file, then rename it to the target; if it is wrong, delete it."""
+        fault = mismatch(self.partial, self.checksums)
+        if fault:
             self.partial.unlink()
-            raise UserError(f"{self.url}: {mismatch}; the file was deleted; try again, or use another mirror")
+            raise UserError(f"{self.url}: {fault}; the file was deleted; try again, or use another mirror")
         with open(self.partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(self.partial, self.target)
         os.replace(self.partial_state_file, self.state_file)
         sync_folder(self.target.parent)
-
-    def mismatch(self, path: Path) -> str | None:
-        """The first expected checksum that a file does not have, as text, or None."""
-        for name, expected in self.checksums.items():
-            found = checksum(path, name)
-            if found != expected:
-                return f"{name} is {found}, expected {expected}"
-        return None
 
 
 def read_state(path) -> dict:
@@ -196,7 +181,7 @@ def read_state(path) -> dict:
         return {}
 
 
-def checksum(path, name: str = "sha256") -> str:
+def file_checksum(path, name: str = "sha256") -> str:
     """The hex digest of a file."""
     digest = hashlib.new(name)
     with open(path, "rb") as file:
@@ -205,9 +190,18 @@ def checksum(path, name: str = "sha256") -> str:
     return digest.hexdigest()
 
 
+def mismatch(path: Path, checksums: dict[str, str]) -> str | None:
+    """The first of the expected checksums (hex, by algorithm) that a file does not have, as text, or None."""
+    for name, expected in checksums.items():
+        found = file_checksum(path, name)
+        if found != expected:
+            return f"{name} is {found}, expected {expected}"
+    return None
+
+
 @contextmanager
 def locked(path):
-    """Lock a file that several processes may want to download; the second process waits for the first."""
+    """Lock a file, so that one process downloads it and the others wait."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as file:

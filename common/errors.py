@@ -1,12 +1,12 @@
-"""Errors that users can mend, and checks of values that files hold.  No torch here."""
+"""Errors that users can fix, and checks of values from files.  No torch here."""
 
 
 class UserError(ValueError):
-    """An error in the user's input.  The text names the file or flag and the values; commands exit with code 2."""
+    """An error in the user's input.  The text names the file or flag, and the values; commands exit with code 2."""
 
 
 def whole_number(values: dict, key: str, what: str, default: int = 0) -> int:
-    """A count from a file; UserError where it is not a whole number of at least 0."""
+    """A count from a file; UserError for anything but a whole number of at least 0."""
     value = values.get(key, default)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -16,7 +16,7 @@ def whole_number(values: dict, key: str, what: str, default: int = 0) -> int:
 
 
 def dictionary(values: dict, key: str, what) -> dict:
-    """A dictionary from a file, empty where the key is missing.  UserError where it is something else."""
+    """A dictionary from a file, empty where the key is missing; UserError for anything else."""
     value = values.get(key, {})
     if not isinstance(value, dict):
         raise UserError(f"{what}: {key} is no dictionary")

@@ -1,4 +1,4 @@
-"""Atomic writes: a file appears complete or not at all; and the folder for local copies of remote files."""
+"""Atomic writes: a file appears complete or not at all; and the cache folder.  No torch here."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`; at the end of the block its file is flushed to disk and renamed to `path`.
+    """Yield a temporary path; at the end of the block its file is flushed to disk and renamed to `path`.
 
     If the block raises, the temporary file is removed and `path` stays as it was.
 
@@ -39,10 +39,9 @@ class PatientFile(io.FileIO):
 
 @contextmanager
 def replacing_files(folder, names):
-    """Yield temporary paths for files that belong together; at the end of the block all of them are renamed.
+    """The same for several files.
 
-    If the block raises, they are removed.  A crash between the renames leaves new files beside old ones: a caller to
-    whom that matters writes a record after this block.
+    A crash between the renames leaves new files beside old ones: write a record after this block if that matters.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,9 +62,9 @@ def replacing_files(folder, names):
 
 
 def remove_leftovers(*folders, before: float = math.inf) -> None:
-    """Delete the temporary files that a killed run left in these folders and their subfolders.
+    """Delete the temporary files that a killed run left below these folders.
 
-    If another run may be writing there, `before` is the time at which this one started: files written since then stay.
+    If another run may be writing there, `before` is the time at which this one started: newer files stay.
     """
     for folder in folders:
         for path in Path(folder).rglob(".*.tmp"):
@@ -96,7 +95,7 @@ def nearest_existing(path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels and local copies of remote files are kept: what can be made or downloaded again."""
+    """Where compiled kernels and local copies of remote files are kept."""
     if os.environ.get("BERT_CACHE_DIR"):
         return Path(os.environ["BERT_CACHE_DIR"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_pretraining"

@@ -1,8 +1,7 @@
-"""Reading a remote file from any offset: http(s):// with `requests`, s3:// with boto3.
+"""Reads a remote file from any offset: http(s):// with `requests`, s3:// with boto3.  No torch here.
 
-open(offset) of both sources returns a Reply; its version shows whether it continues the part downloaded before.  Errors
-that may pass raise Interrupted; those that a retry cannot mend (404, no credentials) raise UserError.  download.fetch
-does the retries.
+open(offset) of both sources returns a Reply.  Errors that another attempt may avoid raise Interrupted, and
+download.fetch tries again; the others (404, no credentials) raise UserError.
 """
 
 import re
@@ -32,12 +31,11 @@ class Reply:
     start: int
     size: int | None
     version: str | None  # identifies this state of the file (ETag or date); None if the server gives none
-    framed: bool  # whether a cut connection is noticed even where the size is unknown
+    framed: bool  # whether a lost connection is noticed even if the size is unknown
     blocks: Iterator[bytes]
 
 
 def remote_source(url: str):
-    """The source of a URL; UserError if its scheme is not http, https or s3."""
     scheme = urlsplit(url).scheme
     if scheme in ("http", "https"):
         return HttpSource(url)
@@ -47,7 +45,7 @@ def remote_source(url: str):
 
 
 class HttpSource:
-    """A file on an http(s) server.  The environment sets proxies and certificates (HTTPS_PROXY, REQUESTS_CA_BUNDLE)."""
+    """A file on an http(s) server.  HTTPS_PROXY, REQUESTS_CA_BUNDLE and the like are respected."""
 
     def __init__(self, url: str):
         import requests
@@ -143,7 +141,6 @@ class S3Source:
 
 
 def s3_client(attempts: int):
-    """An S3 client that makes up to this many attempts by itself."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError

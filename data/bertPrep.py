@@ -1,4 +1,4 @@
-"""Data preparation for BERT, one stage at a time.  A stage skips finished work, and continues if it was interrupted.
+"""Prepare data for BERT, one stage at a time.  A stage skips finished work, and continues after an interruption.
 
     python3 data/bertPrep.py --action download            --dataset wikicorpus_en
     python3 data/bertPrep.py --action text_formatting     --dataset wikicorpus_en
@@ -6,10 +6,10 @@
     python3 data/bertPrep.py --action create_hdf5_files   --dataset wikicorpus_en --vocab_file vocab.txt \\
         --max_seq_length 128 --max_predictions_per_seq 20
 
-text_formatting writes one document a line, in UTF-8, with tabs between its paragraphs.  Your own text in that form can
-start at sharding: --action sharding --dataset wikicorpus_en --input_files my_text.txt (--dataset then names the
-folders).  All files are kept below the folder that the environment variable BERT_PREP_WORKING_DIR names (default:
-data/).  create_datasets_from_start.sh runs all stages.
+text_formatting writes one document a line, in UTF-8, with tabs between its paragraphs.  For your own text in that form,
+start with --action sharding --dataset wikicorpus_en --input_files my_text.txt; --dataset then only names the folders.
+All files are kept below the folder that the environment variable BERT_PREP_WORKING_DIR names (default: data/).
+create_datasets_from_start.sh runs all stages.
 """
 
 import sys
@@ -21,7 +21,7 @@ from common import cli  # noqa: E402
 from data.preparation import stages  # noqa: E402
 from data.preparation.datasets import DATASETS, SAMPLE, Dataset  # noqa: E402
 from data.preparation.samples import SampleOptions, add_sample_flags  # noqa: E402
-from data.preparation.sentences import METHODS  # noqa: E402
+from data.preparation.sentences import SPLITTERS  # noqa: E402
 
 
 def parse(argv):
@@ -53,7 +53,7 @@ def parse(argv):
                        help=f"default: {Dataset.test_shards}, or {SAMPLE.test_shards} for the sample")
     group.add_argument("--fraction_test_set", type=cli.proportion, default=0.1,
                        help="proportion of the sentences that go to the test shards, held out from training")
-    group.add_argument("--segmentation_method", choices=METHODS, default="punkt",
+    group.add_argument("--segmentation_method", choices=SPLITTERS, default="punkt",
                        help="how documents are split into sentences: punkt is NLTK's English model with more "
                             "abbreviations, nltk gives exactly NLTK's sentences; the others need pip install NAME")
     group = parser.add_argument_group("vocabulary")

@@ -1,4 +1,4 @@
-"""Deterministic random numbers: functions of a key and a number, so the same in any process and in any order."""
+"""Deterministic random numbers, each a function of a key and a number.  No torch here."""
 
 import numpy as np
 

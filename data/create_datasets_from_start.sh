@@ -33,12 +33,10 @@ case ${1:-wiki_only} in
         exit 2 ;;
 esac
 
-if [ "$dataset" = books_wiki_en_corpus ]; then
-    if [ -z "${BOOKS:-}" ] || [ ! -e "$BOOKS" ]; then
-        echo "create_datasets_from_start.sh: BOOKS='${BOOKS:-}' must be a folder of .txt books, a file of URLs of such" \
-             "books, or an archive of them; BookCorpus has no official source any more" >&2
-        exit 2
-    fi
+if [ "$dataset" = books_wiki_en_corpus ] && [ ! -e "${BOOKS:-}" ]; then
+    echo "create_datasets_from_start.sh: BOOKS='${BOOKS:-}' must be a folder of .txt books, a file of URLs of such" \
+         "books, or an archive of them; BookCorpus has no official source any more" >&2
+    exit 2
 fi
 
 stage estimate --dataset "$dataset" ${DYNAMIC_MASKING:+--dynamic_masking}

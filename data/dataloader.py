@@ -1,7 +1,7 @@
 """The endless stream of training batches, and one pass over held-out shards.
 
-Row order (row_order.py): micro-batch k of the endless sequence of rows goes to rank k mod N.  Rows that come without
-masks are masked here, by a function of seed, epoch, shard and row: differently in every epoch.
+Micro-batch k of the endless sequence of rows (row_order.py) goes to rank k mod N.  Rows without masks are masked here,
+by a function of seed, epoch, shard and row.
 
 Batches are in the packed form of shards.SCHEMA (an unpacked row is a packed row of one sequence), int32 host tensors:
 input_ids, input_mask, segment_ids, positions (B, S), masked_lm_positions, masked_lm_ids (B, P),
@@ -23,17 +23,16 @@ from data.shard_checks import read_checked_rows
 from data.shard_reader import ShardReader
 from data.shards import Shard, count_sequences, metadata_path
 
-HELD_OUT_SEED = 0  # for masking held-out rows that come without masks: the same masks at every evaluation
-ROWS_CHECKED_FIRST = 50_000  # read and checked before anything is built; the others when their shard's turn comes
+HELD_OUT_SEED = 0  # for masking held-out rows without masks: the same masks at every evaluation
+ROWS_CHECKED_FIRST = 50_000  # read and checked before the model is built; the others when they are needed
 
 
 @dataclass
 class BatchStream:
-    """The endless micro-batches of one rank; `ranks` (parallel.ranks) says which one.
+    """The endless micro-batches of one rank of `ranks` (parallel.ranks).
 
     The next shard is read in the background while one is in use.  A shard that cannot be read ends the stream with a
-    UserError that names it; with `skip_bad_shards` it is reported to `warn` and skipped.  All ranks skip it at the same
-    row, whichever of them met the fault.
+    UserError; with `skip_bad_shards` it is reported to `warn`, and all ranks skip it at the same row.
     """
 
     shards: list[Shard]
@@ -48,7 +47,7 @@ class BatchStream:
 
     def __post_init__(self):
         self.rows_per_shard = [shard.rows for shard in self.shards]
-        self.stride = self.batch_size * self.ranks.world_size  # rows of a round, in which each rank gets a micro-batch
+        self.stride = self.batch_size * self.ranks.world_size  # rows of a round: one micro-batch for each rank
         self.next_row = 0  # of the next round
         self.skipped_shards: dict[int, tuple[int, int]] = {}  # see rows_of_epoch
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-reader")
@@ -70,15 +69,14 @@ class BatchStream:
         return row_ranges(self.seed, self.rows_per_shard, first, count, self.skipped_shards)
 
     def own_ranges(self, row: int) -> list[tuple[int, int, int, int]]:
-        """The rows that this rank takes from the round that begins at `row`."""
+        """The rows of this rank in the round that begins at `row`."""
         return self.ranges(row + self.ranks.rank * self.batch_size, self.batch_size)
 
     def ranges_read(self, row: int) -> list[tuple[int, int, int, int]]:
-        """The rows whose shards this rank reads for that round: its own, or all where the ranks must agree."""
+        """The rows whose shards this rank reads for that round: all where the ranks must agree on what to skip."""
         return self.ranges(row, self.stride) if self.skip_bad_shards else self.own_ranges(row)
 
     def epoch(self, row: int) -> int:
-        """The epoch of a row of the endless sequence."""
         return locate(self.rows_per_shard, self.skipped_shards, row)[0]
 
     def read_range(self, epoch: int, shard: int, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -99,7 +97,7 @@ class BatchStream:
     def skip_unreadable(self) -> None:
         """Skip the shards of the next round that any rank cannot read.
 
-        All ranks see the same shards in the same order, so all ask each other about the same ones.
+        All ranks see the same shards in the same order, so that each gather is about the same shard.
         """
         while True:
             unknown = [rows for rows in self.ranges(self.next_row, self.stride) if rows[:2] not in self.readable]
@@ -120,17 +118,17 @@ class BatchStream:
         return None
 
     def skip_shard(self, epoch: int, shard: int, start: int, fault: str) -> None:
-        """Continue without a shard, of which `start` rows were used in this epoch before it became unreadable."""
+        """Continue without a shard, of which `start` rows were used in this epoch."""
         self.skipped_shards[shard] = (epoch, start)
         if not any(rows_of_epoch(self.rows_per_shard, self.skipped_shards, epoch + 1)):
             raise UserError(f"no readable shard is left; the last one: {fault}")
         self.warn(f"skipped from row {self.next_row} of the run on: {fault}")
 
     def read_ahead(self) -> None:
-        """Forget the shards that are used up, and start on the next ones that this rank will read.
+        """Forget the shards that are used up, and start reading the next ones.
 
-        Those are the shards of the next round, and of the first one that reaches beyond the shard in use: with many
-        ranks or small shards, that need not be the shard that follows.
+        These are the shards of the next round, and of the first round that reaches beyond the shard in use: with many
+        ranks or small shards, this rank may not read the shard that follows.
         """
         epoch, shard, _, stop = self.ranges_read(self.next_row)[-1]
         rest = rows_of_epoch(self.rows_per_shard, self.skipped_shards, epoch)[shard] - stop
@@ -142,24 +140,24 @@ class BatchStream:
             self.open(*key)
 
     def finish_reading(self) -> None:
-        """Wait until the shards that are read ahead are there, or found to be unreadable."""
+        """Wait until the shards that are read in the background are read, or found to be unreadable."""
         wait(self.open_shards.values())
 
     def rows_used(self, batches_ahead: int) -> int:
-        """Rows of the endless sequence that all ranks have used, where each holds so many micro-batches unused."""
+        """Rows of the endless sequence that were used, where each rank holds this many unused micro-batches."""
         return self.next_row - batches_ahead * self.stride
 
     def state_dict(self, batches_ahead: int) -> dict:
-        """The position in the endless sequence, and what its order depends on beside the seed, in plain values."""
+        """The position in the endless sequence, and what its order depends on besides the seed."""
         names = [shard.path.name for shard in self.shards]
         return {"rows": self.rows_used(batches_ahead), "shards": dict(zip(names, self.rows_per_shard, strict=True)),
                 "skipped_shards": {names[shard]: list(position) for shard, position in self.skipped_shards.items()}}
 
     def load_state_dict(self, state: dict, source) -> None:
-        """Continue from a state_dict, which was read from the file `source`.
+        """Continue from a state_dict, read from the file `source`.
 
-        A shard that is not found any more keeps its place in the order: when its turn comes, it is skipped or ends the
-        run.  UserError where the state is malformed, or a shard is gone and may not be skipped.
+        A missing shard keeps its place in the order, and is skipped when its turn comes.  UserError where the state is
+        malformed, or a shard is missing and may not be skipped.
         """
         what = f"{source}: data"
         self.next_row = whole_number(state, "rows", what)
@@ -188,14 +186,14 @@ class BatchStream:
 
 
 def position_of(value, what: str) -> tuple[int, int]:
-    """The (epoch, rows) at which a shard was skipped, as it stands in a checkpoint."""
+    """The (epoch, rows) at which a shard was skipped, from a checkpoint."""
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(n) is int and n >= 0 for n in value):
         return tuple(value)
     raise UserError(f"{what} is {str(value)[:50]}, not the epoch and the row at which it was skipped")
 
 
 def check_first_rows(shards: list[Shard], vocab_size: int, reader: ShardReader) -> None:
-    """Check the values of the first shards, so that most mistakes are found before a model is built."""
+    """Check the first shards, so that most mistakes are found before the model is built."""
     checked = 0
     for shard in shards:
         if checked >= ROWS_CHECKED_FIRST:
@@ -205,7 +203,7 @@ def check_first_rows(shards: list[Shard], vocab_size: int, reader: ShardReader) 
 
 
 def with_masks(rows: dict[str, np.ndarray], shard: Shard, keys: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of a shard with their masks: their own, or by the shard's rule, from a key for each row."""
+    """The rows of a shard, masked by its rule with a key for each row if they come without masks."""
     return rows | masked(rows, shard.rule, shard.prediction_slots, keys) if shard.rule else rows
 
 
@@ -222,12 +220,12 @@ def as_batch(rows: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def sequences_in(batch: dict[str, torch.Tensor]) -> int:
-    """How many sequences a batch on the host holds."""
+    """The number of sequences in a batch on the host."""
     return int(batch["next_sentence_weights"].sum())
 
 
 def batches_once(shards: list[Shard], batch_size: int, vocab_size: int):
-    """Every row once, in order, in batches of one size: the last is filled up with empty rows, which count nowhere."""
+    """Every row once, in order, in batches of one size; the last is filled up with empty rows."""
     pending: dict[str, torch.Tensor] | None = None
     with ShardReader() as reader:
         for number, shard in enumerate(shards):
@@ -239,15 +237,12 @@ def batches_once(shards: list[Shard], batch_size: int, vocab_size: int):
                 yield {key: values[:batch_size] for key, values in pending.items()}
                 pending = {key: values[batch_size:] for key, values in pending.items()}
     if pending is not None and len(pending["input_ids"]):
-        yield {key: with_empty_rows(values, batch_size) for key, values in pending.items()}
-
-
-def with_empty_rows(values: torch.Tensor, rows: int) -> torch.Tensor:
-    return torch.cat([values, values.new_zeros(rows - len(values), *values.shape[1:])])
+        missing = batch_size - len(pending["input_ids"])
+        yield {key: torch.nn.functional.pad(values, (0, 0, 0, missing)) for key, values in pending.items()}
 
 
 def average_sequences_per_row(shards: list[Shard], reader: ShardReader, skip_bad_shards: bool = False) -> float:
-    """How many sequences a row holds on average: 1 where unpacked, else from the packer's metadata, else counted."""
+    """1 for unpacked shards; for packed ones from the packer's metadata, or counted if there are none."""
     if not shards[0].packed:
         return 1.0
     metadata = metadata_path(shards[0].path.parent.resolve())

@@ -1,8 +1,8 @@
-"""Masking for the masked-LM task: which tokens are to be predicted, and what the model sees instead of them.
+"""Masking: which tokens are to be predicted, and what the model sees in their place.  No torch here.
 
 Of the tokens of a sequence other than [CLS] and [SEP], min(max_predictions_per_seq, max(1, round(length · 15 %))) are
-chosen, where the length counts [CLS] and [SEP]; 80 % of them become [MASK], 10 % a random word, 10 % stay (Devlin et
-al. 2018).  Every random choice in a row depends on the row's key alone.  Data preparation masks by this rule once; with
+chosen, where the length includes [CLS] and [SEP]; 80 % of them become [MASK], 10 % a random word, 10 % stay unchanged
+(Devlin et al. 2018).  Every random choice in a row depends on the row's key alone.  Data preparation masks once; with
 --dynamic_masking the training masks instead, with keys from seed, epoch and row.
 
 Shapes: B rows, S tokens a row, N the most sequences that share a row, K masked tokens of all rows.
@@ -16,7 +16,7 @@ import numpy as np
 from data.counter_rng import draws
 
 SPECIALS_PER_SEQUENCE = 3  # [CLS] A [SEP] B [SEP]
-MASKED, REPLACED = 0.8, 0.1  # of the predicted tokens: become [MASK], become a random word; the rest stay
+MASKED, REPLACED = 0.8, 0.1  # proportions of the predicted tokens that become [MASK] and a random word
 POSITION_BITS, NUMBER_BITS = 16, 8  # of a sort key: a token's position and its sequence's number; the rest is random
 LAST = np.uint64(2**64 - 1)  # sorts behind every token
 LONGEST_ROW, MOST_SEQUENCES = 2**POSITION_BITS, 2**NUMBER_BITS - 2  # limits of rows that are masked here
@@ -24,8 +24,6 @@ LONGEST_ROW, MOST_SEQUENCES = 2**POSITION_BITS, 2**NUMBER_BITS - 2  # limits of 
 
 @dataclass(frozen=True)
 class MaskingRule:
-    """The parameters of masking."""
-
     masked_lm_prob: float
     max_predictions_per_seq: int
     vocab_size: int
@@ -39,7 +37,7 @@ class MaskingRule:
 
     @cached_property
     def replacement_ids(self) -> np.ndarray:
-        """The ids of the words that can replace a token: all but the special ones."""
+        """The ids that can replace a token: all but the special ones."""
         return np.setdiff1d(np.arange(self.vocab_size), self.special_ids).astype(np.int32)
 
     def predictions(self, lengths: np.ndarray) -> np.ndarray:
@@ -58,15 +56,15 @@ class MaskingRule:
 
 
 def row_keys(seed: int, epoch: int, shard: int, rows: np.ndarray) -> np.ndarray:
-    """The key of each row of a shard in an epoch.  rows (B,): their numbers in the shard → (B,) uint64"""
+    """The key of each row of a shard in an epoch: numbers in the shard (B,) → (B,) uint64"""
     start = np.random.SeedSequence([seed, epoch, shard]).generate_state(1, np.uint64)
     return draws(start, rows)
 
 
 def masked(rows: dict[str, np.ndarray], rule: MaskingRule, slots: int, keys: np.ndarray) -> dict[str, np.ndarray]:
-    """Mask rows of either form of the shard schema: their input_ids, masked_lm_positions and masked_lm_ids (B, slots).
+    """Mask rows of either form, each sequence by itself.  Positions ascend; empty slots are 0.
 
-    A packed row is masked sequence by sequence.  Positions ascend; empty slots are 0.
+    Returns input_ids (B, S), masked_lm_positions and masked_lm_ids (B, slots).
     """
     input_ids = rows["input_ids"].astype(np.int32)
     row, slot, position = chosen_tokens(rows["input_mask"], input_ids, rule, keys)  # (K,), (K,), (K,)
@@ -79,7 +77,7 @@ def masked(rows: dict[str, np.ndarray], rule: MaskingRule, slots: int, keys: np.
 
 
 def shown(tokens: np.ndarray, rule: MaskingRule, random_bits: np.ndarray) -> np.ndarray:
-    """What the model sees instead of predicted tokens.  (K,) each
+    """What the model sees in place of predicted tokens.  (K,) each
 
     The upper half of each 64-bit random number chooses between [MASK], a random word and the token, the lower the word.
     """

@@ -1,4 +1,4 @@
-"""The order of the rows: which rows of which shards make a micro-batch, as a pure function of seed and number.
+"""The order of the rows, as a pure function of the seed.  No torch here.
 
 An epoch is the shards in a shuffled order, the rows of each shuffled; epochs follow one another without a gap.  So a
 run resumes anywhere from one number, and every row is used once an epoch for any number of ranks.
@@ -8,19 +8,17 @@ import numpy as np
 
 
 def shard_order(seed: int, epoch: int, shard_count: int) -> np.ndarray:
-    """The order in which an epoch takes the shards."""
     return np.random.default_rng([seed, epoch]).permutation(shard_count)
 
 
 def row_order(seed: int, epoch: int, shard: int, rows: int) -> np.ndarray:
-    """The order in which an epoch takes the rows of one shard."""
     return np.random.default_rng([seed, epoch, shard]).permutation(rows)
 
 
 def rows_of_epoch(rows_per_shard: list[int], skipped_shards: dict[int, tuple[int, int]], epoch: int) -> list[int]:
-    """How many rows of each shard an epoch uses: all of them, until the shard is skipped.
+    """How many rows of each shard an epoch uses.
 
-    `skipped_shards` is {shard: (epoch, rows)}: only so many rows of the shard are used in that epoch, and none later.
+    `skipped_shards` is {shard: (epoch, rows)}: in that epoch only so many rows of the shard are used, and none later.
 
         >>> [rows_of_epoch([7, 5], {1: (2, 3)}, epoch) for epoch in (1, 2, 3)]
         [[7, 5], [7, 3], [7, 0]]
@@ -47,8 +45,8 @@ def locate(rows_per_shard: list[int], skipped_shards: dict[int, tuple[int, int]]
 
 def row_ranges(seed: int, rows_per_shard: list[int], first: int, count: int,
                skipped_shards: dict[int, tuple[int, int]]) -> list[tuple[int, int, int, int]]:
-    """Rows first … first+count−1 of the endless sequence as ranges (epoch, shard, start, stop), where start and stop
-    count in the shard's row_order.  Skipping a shard (rows_of_epoch) does not change the order of the others.
+    """Rows first … first+count−1 of the endless sequence as ranges (epoch, shard, start, stop) of its row_order.
+    Skipping a shard does not change the order of the others.
 
         >>> row_ranges(seed=1, rows_per_shard=[3], first=2, count=5, skipped_shards={})
         [(0, 0, 2, 3), (1, 0, 0, 3), (2, 0, 0, 1)]

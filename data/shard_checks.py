@@ -1,4 +1,4 @@
-"""Reads the rows of a shard and checks every value, so that impossible ones are found before they reach the model."""
+"""Reads shards and checks every value, so that impossible ones do not reach the model.  No torch here."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from data.shards import Shard, expected_shape, read_rows
 
 
 def read_checked_rows(shard: Shard, vocab_size: int) -> dict[str, np.ndarray]:
-    """All rows of a shard; UserError naming file, row and value where a model with this vocabulary cannot take one."""
+    """All rows of a shard; UserError naming file, row and value where one is impossible with this vocabulary."""
     rows = read_rows(shard)
     for key, values in rows.items():
         if values.shape != expected_shape(shard, key) or values.dtype.kind not in "iu":

@@ -1,7 +1,7 @@
-"""Reads shards in a child process, so that a damaged file cannot crash the training.
+"""Reads shards in a child process, so that a damaged file cannot crash the training.  No torch here.
 
-A damaged HDF5 file can crash libhdf5, or keep it busy without end.  Then the child dies, the parent raises a UserError
-that names the file, and the next file gets a new child.  Decompression in the child also leaves the training process's
+A damaged HDF5 file can crash libhdf5, or make it run forever.  Then the child dies, the parent raises a UserError that
+names the file, and the next file gets a new child.  Decompression in the child also leaves the training process's
 interpreter lock free.
 
     with ShardReader() as reader:
@@ -25,7 +25,7 @@ PIPE_SIZE = 1 << 20  # bytes; with the default of 64 KiB the processes take turn
 
 
 class InProcessReader:
-    """Calls functions in this process, for commands that a damaged file may crash."""
+    """Calls functions in this process, for commands that a damaged file is allowed to crash."""
 
     def call(self, function, subject, *arguments):
         return function(subject, *arguments)
@@ -35,10 +35,9 @@ IN_PROCESS = InProcessReader()
 
 
 class ShardReader:
-    """Calls functions in the child process, for one caller at a time.
+    """Calls functions in the child process, one at a time.
 
-    The child starts when the `with` block is entered, else with the first call.  A call that takes more than
-    `longest_call` seconds of processor time ends it.
+    A call that takes more than `longest_call` seconds of processor time ends the child.
     """
 
     def __init__(self, longest_call: float = LONGEST_CALL):
@@ -54,8 +53,7 @@ class ShardReader:
         self.close()
 
     def call(self, function, subject, *arguments):
-        """The result of function(subject, *arguments) in the child; `subject` is a path or a shard, all are pickled.
-        The function's module must not load torch.
+        """The result of function(subject, *arguments), all of them pickled.  `subject` is a path or a shard.
 
         Raises UserError where the function does, and where the child died twice (once can have another cause).
         """
@@ -83,7 +81,7 @@ class ShardReader:
         return pickle.load(self.child.stdout)
 
     def reap(self) -> str:
-        """Wait for the dead child; returns how it ended, in words."""
+        """Wait for the dead child; returns a description of how it ended."""
         child, self.child = self.child, None
         child.stdout.close()
         code = child.wait()

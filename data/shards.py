@@ -1,12 +1,10 @@
-"""HDF5 shards of training samples: the schema, and finding, reading and writing shards.
+"""HDF5 shards of training samples: the schema, and finding, reading and writing shards.  No torch here.
 
-One row is one sample.  S = max_seq_length, P = max_predictions_per_seq, N = the most sequences that share a packed row.
-An unpacked row holds one sequence; a packed one holds up to N, numbered 1, 2, … in input_mask.  Only numpy and h5py are
-needed here: the stages that make data run where there is no torch.
+S = max_seq_length, P = max_predictions_per_seq, N = the most sequences in a packed row.  An unpacked row holds one
+sequence; a packed one holds up to N, numbered 1, 2, … in input_mask.
 
-Samples of either form can come without masks (--dynamic_masking): every token is shown, MASK_KEYS are absent, and the
-file's attributes say how to mask by masking.py: masked_lm_prob, max_predictions_per_seq, vocab_size, special_ids (of
-[PAD] [UNK] [CLS] [SEP] [MASK]), and prediction_slots, the width that MASK_KEYS would have.
+Rows of either form can come without masks (--dynamic_masking): every token is shown, MASK_KEYS are absent, and the
+file's attributes hold the MaskingRule and prediction_slots, the width that MASK_KEYS would have.
 """
 
 import os
@@ -23,14 +21,14 @@ from common.files import PatientFile, replacing
 from data.masking import LONGEST_ROW, MOST_SEQUENCES, MaskingRule
 from data.shard_reader import IN_PROCESS
 
-ROWS_PER_CHUNK = 1024  # of the shards written here: HDF5 compresses and reads this many rows at a time
-MOST_COMPRESSED = 5000  # times that rows can be larger than their file (gzip: about 1000, zstd: more)
+ROWS_PER_CHUNK = 1024  # HDF5 compresses and reads this many rows at a time
+MOST_COMPRESSED = 5000  # the largest compression ratio (gzip: about 1000, zstd: more)
 DAMAGE = (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A key of the schema: for each form its dtype and its width per row (None = absent, "1" = one number)."""
+    """A key of the schema, with dtype and width per row in each form (None = absent, "1" = one number)."""
 
     key: str
     unpacked: tuple[str, str] | None
@@ -57,7 +55,7 @@ METADATA_SUFFIX = "_metadata.json"  # of the packer's metadata, after the name o
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard file as its header describes it; no row has been read."""
+    """What the header of a shard file says."""
 
     path: Path
     rows: int
@@ -69,19 +67,18 @@ class Shard:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Its data sets."""
         return tuple(columns(self.packed, self.rule))
 
     @property
     def description(self) -> str:
-        """Its form in words, the same for all shards of a set."""
+        """Its form in words: the same for all shards of a set."""
         packed = f"packed to {self.max_sequences} sequences a row" if self.packed else "unpacked"
         rule = f", {self.rule.description}" if self.rule else ""
         return f"{packed}, {self.sequence_length} tokens and {self.prediction_slots} prediction slots a row{rule}"
 
 
 def columns(packed: bool, rule: MaskingRule | None = None) -> dict[str, tuple[str, str]]:
-    """The data sets of a shard, with dtype and width each; with a `rule` those of a shard without masks."""
+    """Dtype and width of each data set of a shard; with a `rule`, of one without masks."""
     forms = {column.key: column.packed if packed else column.unpacked for column in SCHEMA}
     return {key: form for key, form in forms.items() if form and not (rule and key in MASK_KEYS)}
 
@@ -93,10 +90,7 @@ def metadata_path(folder) -> Path:
 
 
 def read_header(path) -> Shard:
-    """What the header of a shard says, checked against the schema: keys, integer dtypes, equal row counts, shapes.
-
-    Raises UserError naming the file and what is wrong with it.
-    """
+    """Read the header of a shard; UserError where keys, dtypes or shapes are not those of the schema."""
     path = Path(path)
     with opened(path) as file:
         packed = "next_sentence_positions" in file or "positions" in file
@@ -127,7 +121,6 @@ def read_header(path) -> Shard:
 
 
 def rule_in(attributes) -> MaskingRule | None:
-    """The rule in the attributes of a shard without masks."""
     if SLOTS not in attributes:
         return None
     return MaskingRule(float(attributes["masked_lm_prob"]), int(attributes["max_predictions_per_seq"]),
@@ -139,7 +132,6 @@ def second_axis(shape: tuple) -> int:
 
 
 def expected_shape(shard: Shard, key: str) -> tuple:
-    """The shape that `key` has in this shard, from the widths of the schema."""
     width = columns(shard.packed)[key][1]
     sizes = {"S": shard.sequence_length, "P": shard.prediction_slots, "P+N": shard.prediction_slots,
              "N": shard.max_sequences}
@@ -147,11 +139,11 @@ def expected_shape(shard: Shard, key: str) -> tuple:
 
 
 def find_shards(folder, split: str = "training", flag: str = "--input_dir", reader=IN_PROCESS) -> list[Shard]:
-    """The shards of a folder, in the order of their names: every packed .hdf5 file, and the unpacked ones whose names
-    hold `split` ("training" or "test").  Other files do no harm.
+    """The shards of a folder, in the order of their names: the packed .hdf5 files, and the unpacked ones whose names
+    contain `split` ("training" or "test").
 
-    `reader` reads the headers: IN_PROCESS or a ShardReader.  Raises UserError where the folder is missing or holds no
-    shard, where a shard cannot be read, and where the shards are not all of one form; the message names `flag`.
+    `reader` reads the headers: IN_PROCESS or a ShardReader.  UserError where the folder is missing or has no shard,
+    where a shard cannot be read, and where the shards are not all of one form; the message names `flag`.
     """
     shards, errors = find_readable_shards(folder, split, flag, reader)
     if errors:
@@ -161,7 +153,7 @@ def find_shards(folder, split: str = "training", flag: str = "--input_dir", read
 
 def find_readable_shards(folder, split: str = "training", flag: str = "--input_dir",
                          reader=IN_PROCESS) -> tuple[list[Shard], list[UserError]]:
-    """The shards of a folder that can be read, as in find_shards, and an error for each that cannot."""
+    """The shards that find_shards would return, without those that cannot be read; and an error for each of these."""
     folder = local_folder(folder, beside=METADATA_SUFFIX)
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
@@ -185,22 +177,19 @@ def find_readable_shards(folder, split: str = "training", flag: str = "--input_d
 
 
 def read_rows(shard: Shard, keys=None, rows=...) -> dict[str, np.ndarray]:
-    """All rows of a shard, or those of the slice `rows`, each key as one array in the dtype of the file."""
+    """All rows of a shard, or those of the slice `rows`, in the dtypes of the file."""
     with opened(shard.path) as file:
         return {key: file[key][rows] for key in keys or shard.keys}
 
 
 def count_sequences(shard: Shard) -> int:
-    """How many sequences the rows of a packed shard hold."""
+    """The number of sequences in a packed shard."""
     key = "next_sentence_weights"
     return int(np.count_nonzero(read_rows(shard, [key])[key]))
 
 
 def write_shard(path, rows: dict[str, np.ndarray], rule: MaskingRule | None = None, prediction_slots: int = 0) -> None:
-    """Write one shard in the dtypes of the schema, gzip-compressed, whole or not at all.
-
-    `rows` holds exactly the keys of the unpacked or of the packed form; with a `rule`, those without masks.
-    """
+    """Write a shard of either form; with a `rule`, one without masks."""
     with replacing(path) as temporary, created(temporary) as file:
         write_rule(file, rule, prediction_slots)
         for key, (dtype, _) in columns("positions" in rows, rule).items():
@@ -210,7 +199,7 @@ def write_shard(path, rows: dict[str, np.ndarray], rule: MaskingRule | None = No
 
 @contextmanager
 def writing(path, sequence_length: int, prediction_slots: int, rule: MaskingRule | None = None):
-    """Yield a function append(rows) that adds rows to an unpacked shard, with a `rule` one without masks.
+    """Yield a function append(rows) that adds rows to an unpacked shard; with a `rule`, to one without masks.
 
     The shard appears under its name when the block ends without an error.
     """
@@ -237,8 +226,8 @@ def write_rule(file, rule: MaskingRule | None, prediction_slots: int) -> None:
 def add_column(file, key: str, shape: tuple, dtype: str, chunk_rows: int):
     """A new data set of a shard, which can grow.
 
-    With byte shuffling before compression and chunks of whole rows, files are a fifth smaller and read twice as fast as
-    with h5py's defaults.
+    With byte shuffling and chunks of whole rows, files are a fifth smaller and read twice as fast as with h5py's
+    defaults.
     """
     return file.create_dataset(key, shape, dtype, maxshape=(None, *shape[1:]), chunks=(chunk_rows, *shape[1:]),
                                shuffle=True, compression="gzip", compression_opts=1)
@@ -261,7 +250,7 @@ def created(path):
 
 @contextmanager
 def opened(path):
-    """Yield the h5py.File of a shard.  UserError where there is none, and where reading in the block fails."""
+    """Yield the h5py.File of a shard.  UserError where it cannot be opened, or reading in the block fails."""
     try:
         with h5py.File(path, "r") as file:
             yield file

@@ -1,11 +1,8 @@
-"""BERT's WordPiece tokenizer: vocabularies, read and trained, and sentences encoded into ids.
-
-Training: `tokenizers` numbers the characters in the order of a hash table, so every run would give another vocabulary.
-Here they are given to it in sorted order: the same text always gives the same vocabulary.
+"""BERT's WordPiece tokenizer: reads and trains vocabularies, and encodes sentences.  No torch here.
 
 Encoding: `tokenizers` is the reference.  nanotoken gives the same ids about fifty times faster.  It is a young library,
-so every Encoder that uses it compares it with the reference, on odd text when it is built and on a sample of the
-sentences it is given, and stops using it at the first difference.
+so the encoder compares it with the reference, on unusual text when it is built and on a sample of the sentences later,
+and stops using it at the first difference.
 """
 
 import warnings
@@ -21,7 +18,7 @@ from common.files import replacing
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LARGEST_ALPHABET = 1000  # characters, as in BERT's own vocabulary
 TRAINING_BYTES = 100 << 20  # text read for training, spread over the files; bounds the memory
-CHECK_EVERY = 200  # one sentence in so many is also encoded by the reference
+CHECK_EVERY = 200  # every 200th sentence is also encoded by the reference
 LONGEST_WORD = 100  # characters; longer words are [UNK], as in BERT's tokenizer
 PROBE = (
     "The quick (brown) fox can't jump 32.3 feet, right? naïve café Ångström İstanbul ǅ ﬁ ß",
@@ -32,10 +29,7 @@ PROBE = (
 
 
 def load_vocabulary(path) -> list[str]:
-    """The tokens of a vocabulary file, one a line, in the order of their ids.
-
-    Raises UserError if the file is missing or not UTF-8, repeats a token or lacks a special one.
-    """
+    """The tokens of a vocabulary file, one a line, in the order of their ids.  UserError for a file that is not one."""
     try:
         tokens = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -58,12 +52,16 @@ def save_vocabulary(path, tokens: list[str]) -> None:
 
 
 def text_steps(lower_case: bool) -> tuple:
-    """BERT's steps before WordPiece: clean (and lower-case, strip accents), then split at spaces and punctuation."""
+    """What comes before WordPiece: clean (and lower-case, strip accents), then split at spaces and punctuation."""
     return normalizers.BertNormalizer(lowercase=lower_case), pre_tokenizers.BertPreTokenizer()
 
 
 def train_vocabulary(paths, size: int, lower_case: bool) -> list[str]:
-    """A vocabulary of up to `size` tokens from lines of text: the special tokens, the characters, then the rest."""
+    """A vocabulary of up to `size` tokens from lines of text: the special tokens, the characters, then the rest.
+
+    `tokenizers` would number the characters in the order of a hash table.  They are given to it in sorted order, so
+    that the same text always gives the same vocabulary.
+    """
     lines = sample_lines([Path(path) for path in paths], TRAINING_BYTES)
     alphabet, continuing = frequent_characters(lines, lower_case)
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -79,7 +77,7 @@ def train_vocabulary(paths, size: int, lower_case: bool) -> list[str]:
 
 
 def sample_lines(paths, limit: int) -> list[str]:
-    """Lines from the start of every file, the same proportion of each, `limit` bytes in all."""
+    """Lines from the start of every file, the same proportion of each; `limit` bytes in total."""
     share = min(1.0, limit / max(1, sum(path.stat().st_size for path in paths)))
     lines = []
     for path in paths:
@@ -110,8 +108,8 @@ def reference_tokenizer(tokens: list[str], lower_case: bool) -> Tokenizer:
     return tokenizer
 
 
-class Encoder:
-    """Encodes lists of sentences.  `description` names the library, and why it is the slow one if it is."""
+class WordPieceEncoder:
+    """Encodes lists of sentences.  `description` names the library; for the slow one, also the reason."""
 
     def __init__(self, tokens: list[str], lower_case: bool, fast: bool = True):
         self.reference = reference_tokenizer(tokens, lower_case)

@@ -1,10 +1,8 @@
-"""Where the work of a stage runs: in this process, in several processes, or on MPI ranks.
+"""Runs tasks in this process, in several processes, or on MPI ranks.  No torch here.
 
     python bertPrep.py --n_processes 1            this process
     python bertPrep.py --n_processes 8            eight processes of this machine
     mpirun -n 32 … -m mpi4py.futures bertPrep.py  31 workers on any number of servers with a shared folder
-
-Results come back in the order of the tasks, so that the files do not depend on the number of workers.
 """
 
 import signal
@@ -16,12 +14,10 @@ from multiprocessing import get_context
 
 from common.errors import UserError
 
-TASKS_AHEAD = 2  # for each worker: enough to keep it busy, few enough that waiting results need little memory
+TASKS_AHEAD = 2  # for each worker: enough to keep it busy, but few results wait in memory
 
 
 class SerialExecutor(Executor):
-    """Runs each task immediately, in the process that submits it."""
-
     workers, description = 1, "one process"
 
     def submit(self, function, /, *args, **kwargs):
@@ -34,7 +30,7 @@ class SerialExecutor(Executor):
 
 
 def open_pool(n_processes: int):
-    """An executor with the attributes `workers` and `description`; to be used in a `with` statement."""
+    """An executor with two more attributes, `workers` (their number) and `description`."""
     ranks = mpi_ranks()
     if ranks > 1:
         from mpi4py.futures import MPIPoolExecutor
@@ -51,7 +47,7 @@ def open_pool(n_processes: int):
 
 
 def leave_interrupts_to_parent() -> None:
-    """Ctrl-C reaches every process of a terminal; only the parent handles it, and ends the others."""
+    """Ignore Ctrl-C, which reaches every process of a terminal: the parent ends the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -65,7 +61,7 @@ def mpi_ranks() -> int:
 
 
 def ordered_map(pool, function, tasks):
-    """Yield function(*task) for each task, in order, keeping only a few tasks and results in memory at a time."""
+    """Yield function(*task) for each task, in order, with only a few tasks and results in memory at a time."""
     waiting = deque()
     try:
         for task in tasks:

@@ -1,7 +1,7 @@
-"""Which row of the packed set, and which slot in it, every sequence goes to: a pure function of the seed.
+"""Which row of the packed set, and which slot in it, every sequence goes to.
 
-A sequence is identified by its length and its rank among the sequences of that length, in the order of the input.  So
-any process can compute where a sequence goes, without a table of all sequences.
+That is a pure function of the seed, the sequence's length, and its rank among the sequences of that length in the order
+of the input.  So any process can compute it, without a table of all sequences.
 """
 
 import numpy as np
@@ -12,10 +12,9 @@ from data.packing.recipe import Recipe
 
 
 class RowAssignment:
-    """Where every sequence goes: the recipe's slots, assigned pseudo-randomly among sequences of equal length."""
+    """The recipe's slots, assigned pseudo-randomly among the sequences of equal length."""
 
     def __init__(self, recipe: Recipe, histogram: np.ndarray, seed: int):
-        """Lay the slots of the recipe out by length; `histogram` is the one that the recipe was made for."""
         strategies = sorted(recipe.rows)
         counts = np.array([recipe.rows[strategy] for strategy in strategies])
         first_rows = np.cumsum(counts) - counts
@@ -32,7 +31,7 @@ class RowAssignment:
         self.slot_seed, self.row_seed = np.random.SeedSequence(seed).spawn(2)
 
     def rows_and_slots(self, lengths: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The row in the shuffled output, and the slot in it, of the sequences with these lengths and ranks."""
+        """The rows in the shuffled output, and the slots in them, of the sequences with these lengths and ranks."""
         slots = self.first_slots[lengths] + shuffled(ranks, self.histogram[lengths], self.slot_seed)
         runs = np.searchsorted(self.run_ends, slots, side="right")
         rows = self.run_rows[runs] + slots - self.run_starts[runs]
@@ -58,7 +57,7 @@ def shuffled(indices: np.ndarray, size, seed: np.random.SeedSequence) -> np.ndar
 
 
 def feistel(values: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """A permutation of the numbers of 2 * half_bits bits: each round swaps the halves and scrambles one of them."""
+    """A permutation of the numbers of 2 * half_bits bits."""
     low_bits = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = values >> half_bits, values & low_bits
     for key in keys:
@@ -67,7 +66,7 @@ def feistel(values: np.ndarray, half_bits: np.ndarray, keys: np.ndarray) -> np.n
 
 
 def ranks_within(lengths: np.ndarray) -> np.ndarray:
-    """The rank of each sequence among those of its length, in order.
+    """The rank of each sequence among those of its length.
 
     >>> ranks_within(np.array([7, 5, 7, 7, 5]))
     array([0, 0, 1, 2, 1])

@@ -1,4 +1,4 @@
-"""Blocks of rows: pieces of a data set that fit into memory, and work on them by several processes."""
+"""Blocks of rows: pieces of a data set that fit into memory, so that several processes can work on them."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,8 +15,6 @@ TOKENS_PER_BLOCK = 2**22  # a process holds one block (or output shard) at a tim
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of a shard, few enough to be held in memory."""
-
     number: int
     shard: Shard
     start: int
@@ -26,12 +24,10 @@ class Block:
         return read_rows(self.shard, keys, slice(self.start, self.stop))
 
     def row_name(self, index: int) -> str:
-        """How a message names a row of this block."""
         return f"{self.shard.path}: row {self.start + index}"
 
 
 def blocks_of(shards: list[Shard]) -> list[Block]:
-    """Cut the shards into blocks, in the order of the shards."""
     blocks = []
     for shard in shards:
         rows = max(1, TOKENS_PER_BLOCK // shard.sequence_length)

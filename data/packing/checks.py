@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.stats import binom
 
-SHOWN_AS_EXPECTED = 0.9  # of the masked tokens are shown as [MASK] or as themselves, the others as a random word
-ACCIDENT = 1e-12  # a sequence is faulty where so few of its tokens are that this is less likely
+SHOWN_AS_EXPECTED = 0.9  # proportion of the masked tokens that are [MASK] or unchanged; the others are random words
+ACCIDENT = 1e-12  # a sequence with so few of these is faulty if the probability of that is lower
 
 
 def faults(rows: dict[str, np.ndarray], cls_token: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every possible fault in words, and which rows have it, (n,) bool.
+    """Yield a description of each possible fault, and which rows have it, (n,) bool.
 
     Rows with wrong sequence numbers are not checked further.
     """
@@ -77,13 +77,13 @@ def prediction_faults(rows: dict[str, np.ndarray]) -> Iterator[tuple[str, np.nda
         np.where(used, labels <= 0, labels != 0)).any(axis=1)
     inside = np.where(outside, 0, positions)
     yield "a masked_lm_position is that of a [CLS] or [SEP]", (
-        used & np.take_along_axis(special_tokens(mask, rows["segment_ids"]), inside, axis=1)).any(axis=1)
+        used & np.take_along_axis(cls_and_sep(mask, rows["segment_ids"]), inside, axis=1)).any(axis=1)
     yield "the masked_lm_positions of a sequence do not point at [MASK] or at their own labels", misplaced_rows(
         rows, used & ~outside, inside)
 
 
 def misplaced_rows(rows: dict[str, np.ndarray], used: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Which rows, (n,), hold a sequence whose masked tokens do not look masked, as where its offset is wrong."""
+    """Which rows, (n,), hold a sequence whose masked tokens do not look masked: its positions may be shifted."""
     tokens = np.take_along_axis(rows["input_ids"], positions, axis=1)
     numbers = np.where(used, np.take_along_axis(rows["input_mask"], positions, axis=1), 0)
     bad = np.zeros(len(tokens), bool)
@@ -104,7 +104,7 @@ def sequence_starts(mask: np.ndarray) -> np.ndarray:
     return (mask != before) & (mask != 0)
 
 
-def special_tokens(mask: np.ndarray, segments: np.ndarray) -> np.ndarray:
+def cls_and_sep(mask: np.ndarray, segments: np.ndarray) -> np.ndarray:
     """Where [CLS] and [SEP] stand in sequences of the form [CLS] A [SEP] B [SEP], (n, S) bool."""
     after = np.concatenate([mask[:, 1:], np.zeros_like(mask[:, :1])], axis=1)
     segment_after = np.concatenate([segments[:, 1:], np.zeros_like(segments[:, :1])], axis=1)

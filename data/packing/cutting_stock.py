@@ -1,10 +1,9 @@
 """Packing with the fewest rows: the cutting-stock linear program, by column generation (Gilmore and Gomory, 1961).
 
-The program chooses how many rows follow each strategy so that there is a slot for every sequence, and minimises the
-number of rows.  It has far too many strategies to list at depth 4 and beyond, so it starts with a few; the dual values
-of each solution are prices of the lengths, a knapsack finds the strategies that are worth more than the one row they
-cost, they join the program, and it is solved again until there is none.  The same prices bound from below what any
-packing needs.
+The program chooses how many rows follow each strategy, so that there is a slot for every sequence and the number of
+rows is minimal.  From depth 4 on there are too many strategies to list, so it starts with a few.  The dual values of
+each solution are prices of the lengths; a knapsack finds the strategies that are worth more than the one row they cost.
+They join the program, and it is solved again, until there are none.  The prices also give a lower bound on the rows.
 
 Two things make it fast.  A slot may hold a shorter sequence, which needs few strategies and keeps the prices ascending.
 And each program starts from the solution of one of half the row length, where a slot of 2n stands for the lengths
@@ -22,26 +21,21 @@ from data.packing.lpfhp import fill_rows, longest_pack_first
 from data.packing.recipe import Recipe, elementary_bound, knapsack
 
 PRICE_UNIT = 2**40        # prices are whole numbers of 1 / PRICE_UNIT rows: sums of them are exact, and so are bounds
-SMALLEST_PROGRAM = 64     # row length from which on it pays to solve a coarser program first
-WORTH_KEEPING = 0.9       # a strategy priced below this many rows is dropped; it may come back
-NEAR_ENOUGH = 1e-6        # a share of the rows too small for a further round; above the solver's own tolerances
+SMALLEST_PROGRAM = 64     # row length above which a coarser program is solved first
+WORTH_KEEPING = 0.9       # a strategy with a price below this many rows is dropped; it may come back
+NEAR_ENOUGH = 1e-6        # relative to the rows: smaller gains end the search; above the solver's own tolerances
 
 
 @dataclass(frozen=True)
 class Solution:
-    """`counts[i]` rows, not whole, with slots of the lengths `strategies[i]` (zero padded); prices in rows a length."""
-
-    strategies: np.ndarray  # (strategies, depth)
-    counts: np.ndarray      # (strategies,)
-    prices: np.ndarray      # (row length + 1,)
+    strategies: np.ndarray  # (strategies, depth), lengths of the slots, zero padded
+    counts: np.ndarray      # (strategies,), rows that follow each strategy, not whole
+    prices: np.ndarray      # (row length + 1,), of each length, in rows
     bound: int
 
 
 def cutting_stock(histogram: np.ndarray, depth: int) -> Recipe:
-    """The recipe with the fewest rows: the program's solution in whole rows, or longest pack first if that needs fewer.
-
-    It is within a few rows of the bound.
-    """
+    """The program's solution in whole rows, a few above the bound; or that of LPFHP if it needs fewer."""
     greedy = longest_pack_first(histogram, depth)
     if greedy.total() == elementary_bound(histogram, depth):
         return Recipe(greedy, greedy.total())
@@ -51,7 +45,6 @@ def cutting_stock(histogram: np.ndarray, depth: int) -> Recipe:
 
 
 def fewest_rows(histogram: np.ndarray, depth: int) -> Solution:
-    """Solve the linear program; counts in `histogram` need not be whole."""
     strategies, prices = starting_point(histogram, depth)
     fresh, bound = worthwhile_strategies(prices, histogram, depth)
     strategies, fewest = np.concatenate([strategies, fresh]), np.inf
@@ -71,7 +64,7 @@ def fewest_rows(histogram: np.ndarray, depth: int) -> Solution:
 
 
 def starting_point(histogram: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Strategies that hold copies of one length each, then those of a coarser program; and its prices."""
+    """Strategies that hold copies of one length each, then those of a coarser program; and prices."""
     lengths = np.arange(len(histogram))
     row_length = len(histogram) - 1
     copies = np.minimum(depth, row_length // lengths[1:])
@@ -87,8 +80,8 @@ def starting_point(histogram: np.ndarray, depth: int) -> tuple[np.ndarray, np.nd
 def solve_program(strategies: np.ndarray, histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The optimal number of rows for each of these strategies, and the price of each length.
 
-    One constraint a length: the slots of that length, and those handed down by the next longer one, less those handed
-    down to the next shorter one, are at least as many as its sequences.
+    One constraint for each length: its slots, plus those handed down by the next longer length, minus those handed down
+    to the next shorter one, are at least as many as its sequences.
     """
     row_length = len(histogram) - 1
     strategy, slot = np.nonzero(strategies)
@@ -109,10 +102,9 @@ def solve_program(strategies: np.ndarray, histogram: np.ndarray) -> tuple[np.nda
 
 
 def worthwhile_strategies(prices: np.ndarray, histogram: np.ndarray, depth: int) -> tuple[np.ndarray, int]:
-    """For each length the most valuable strategy that has it, (strategies, depth), and a lower bound on the rows.
+    """For each length the most valuable strategy with it, (strategies, depth), and a lower bound on the rows.
 
-    The bound: all sequences are worth so much, and no row can hold more than the best strategy is worth.  In
-    whole PRICE_UNITs it holds exactly.
+    The bound is the value of all sequences, divided by that of the most valuable row.
     """
     prices = np.rint(prices * PRICE_UNIT).astype(np.int64)
     best, choices = knapsack(prices, depth)

@@ -24,11 +24,10 @@ def bucket_sums(values: np.ndarray) -> np.ndarray:
     return sums
 
 
-def fingerprints(rows: dict[str, np.ndarray]) -> np.ndarray:
-    """A number for each sequence of sound rows of either form, row by row, (sequences,) uint64.
+def sequence_fingerprints(rows: dict[str, np.ndarray]) -> np.ndarray:
+    """A number for each sequence of valid rows of either form, row by row, (sequences,) uint64.
 
-    It depends on the tokens with their segments and positions in the sequence, the masked tokens with their positions
-    (in any order) and the label, but not on where the sequence stands.
+    It depends on everything in the sequence, but not on its place in the set or on the order of the masked tokens.
     """
     mask = rows["input_mask"].astype(np.int64)
     starts, real = sequence_starts(mask), mask != 0
@@ -50,5 +49,5 @@ def fingerprints(rows: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def hashed(ids: np.ndarray, positions: np.ndarray, kind) -> np.ndarray:
-    """A well-mixed number for each id at a position; `kind`, below 8, tells labels and the two segments apart."""
+    """A hash of each id at its position; `kind` (below 8) distinguishes labels and the two segments."""
     return scrambled((ids.astype(np.int64) << 32 | positions << 3 | kind).astype(np.uint64))

@@ -1,5 +1,6 @@
 """The packing methods.  A new one is one entry here, and one file with its function."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,15 +14,10 @@ from data.packing.recipe import Recipe
 
 @dataclass(frozen=True)
 class PackingMethod:
-    """How the rows are worked out: solve(histogram, depth) for at most `max_depth` sequences a row (None: any)."""
-
     name: str
-    solve: Callable[[np.ndarray, int], Recipe]
+    solve: Callable[[np.ndarray, int], Recipe]  # (histogram, depth), the most sequences in a row
     help: str
-    max_depth: int | None = None
-
-    def supports(self, depth: int) -> bool:
-        return self.max_depth is None or depth <= self.max_depth
+    max_depth: float = math.inf
 
 
 METHODS = {method.name: method for method in (  # the first is the default

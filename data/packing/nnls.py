@@ -1,9 +1,8 @@
 """Packing as published: non-negative least squares histogram packing (NNLSHP, Krell et al., arXiv 2107.02027).
 
-The strategies are all multisets of at most three lengths that fill a row to the last token, 22,102 for rows of 512.  Of
-all the histograms that such rows can hold, NNLSHP takes the one nearest to the histogram of the data, in weighted least
-squares: the residuals of the lengths up to 8 count 0.09.  That histogram is unique; the mix of strategies that makes it
-is not, and any will do.
+The strategies are all multisets of at most three lengths that fill a row exactly: 22,102 for rows of 512.  Of all the
+histograms that such rows can have, NNLSHP takes the one nearest to the histogram of the data, in weighted least squares
+(the lengths up to 8 have the weight 0.09).  That histogram is unique; the counts of strategies that give it are not.
 """
 
 import numpy as np
@@ -18,14 +17,12 @@ from data.packing.recipe import Recipe, elementary_bound
 MAX_DEPTH = 3
 SHORT_LENGTHS, SHORT_WEIGHT = 8, 0.09
 MAX_ROUNDS = 200
-LARGEST_RATIO = 1e12  # keeps the Newton equations solvable where a slack is all but 0
-NEAR_ENOUGH = 1e-12  # of the interior point to the optimum, where the largest count is 1
+LARGEST_RATIO = 1e12  # keeps the Newton equations solvable where a slack is almost 0
+NEAR_ENOUGH = 1e-12  # distance to the optimum, where the largest count is 1
 
 
 def nnls(histogram: np.ndarray, depth: int) -> Recipe:
-    """The recipe of NNLSHP in whole rows.  Where those have a slot too many, a shorter sequence takes it; sequences
-    without a slot are packed longest first (as published, both become padding).
-    """
+    """The recipe of NNLSHP in whole rows.  fill_rows handles what rounding leaves, which is padding as published."""
     weights = published_weights(len(histogram) - 1)
     strategies = full_strategies(len(histogram) - 1, depth)
     with threadpool_limits(1, user_api="blas"):  # more threads are slower here, far slower on a busy machine
@@ -36,7 +33,6 @@ def nnls(histogram: np.ndarray, depth: int) -> Recipe:
 
 
 def published_weights(row_length: int) -> np.ndarray:
-    """What the residual of each length from 0 to the row length counts."""
     return np.where(np.arange(row_length + 1) <= SHORT_LENGTHS, SHORT_WEIGHT, 1.0)
 
 
@@ -57,7 +53,7 @@ def full_strategies(row_length: int, depth: int) -> np.ndarray:
 
 
 def nearest_counts(strategies: np.ndarray, histogram: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The counts x >= 0 of the strategies that minimise ||W (A x - histogram)||, with W = diag(weights).
+    """The counts x >= 0 of the strategies that minimise ||W (A x - h)||, with W = diag(weights) and h the histogram.
 
     A primal-dual interior-point method with Mehrotra's predictor and corrector: x and its slacks s = (WA)'W(Ax - h) are
     positive, and x * s goes to 0.
@@ -85,9 +81,9 @@ def nearest_counts(strategies: np.ndarray, histogram: np.ndarray, weights: np.nd
 
 
 def few_strategies(strategies: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most one strategy a length, with counts that make the same histogram: a vertex of all such mixes.
+    """At most one strategy for each length, with counts that give the same histogram: a vertex of the solutions.
 
-    An interior point mixes thousands of strategies, and in a small data set each of them less than once.
+    The interior point uses thousands of strategies; in a small data set, each of them less than once.
     """
     used = counts > 1e-6 * counts.max()
     strategies, counts, scale = strategies[used], counts[used] / counts.max(), counts.max()
@@ -99,14 +95,14 @@ def few_strategies(strategies: np.ndarray, counts: np.ndarray) -> tuple[np.ndarr
 
 
 def weighted_counts(strategies: np.ndarray, weights: np.ndarray) -> csc_array:
-    """W A: how often each length (row, 0 included) is in each strategy (column), times the weight of the length."""
+    """W A: how often each length (row, from 0) is in each strategy (column), times the weight of the length."""
     strategy, slot = np.nonzero(strategies)
     lengths = strategies[strategy, slot]
     return csc_array((weights[lengths], (lengths, strategy)), shape=(len(weights), len(strategies)))
 
 
 def newton_solver(matrix: csc_array, counts: np.ndarray, slacks: np.ndarray, infeasibility: np.ndarray):
-    """A function from a wanted change of counts * slacks to the Newton steps of both.
+    """A function from a change of counts * slacks to the Newton steps of both.
 
     The matrix has far more columns than rows, so the equations are reduced (Woodbury) to one for each length.
     """

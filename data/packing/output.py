@@ -1,4 +1,4 @@
-"""The folder of a packed set: what it may hold before, how finished shards get there, and the metadata beside it."""
+"""The output folder of the packing: checks before, replacing its contents, and the metadata beside it."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from data.packing.recipe import Recipe
 from data.shards import metadata_path
 
 PART_NAME = "mixed_strategies_part_{}.hdf5"
-UNFINISHED = "packing_in_progress"  # the folder inside the output folder that holds everything until all is written
+UNFINISHED = "packing_in_progress"  # the temporary folder inside the output folder
 
 
 def packed_parts(folder: Path) -> list[Path]:
@@ -22,7 +22,7 @@ def packed_parts(folder: Path) -> list[Path]:
 
 
 def check_output_dir(output_dir: Path, input_dir: Path, overwrite: bool) -> None:
-    """Refuse an output folder inside the input folder, one that is no folder, and one that holds shards already."""
+    """UserError where the output folder must not be written to."""
     if input_dir.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
         raise UserError(f"--output_dir {output_dir} lies inside --input_dir {input_dir}: choose another")
     if output_dir.exists() and not output_dir.is_dir():
@@ -40,7 +40,7 @@ def check_output_dir(output_dir: Path, input_dir: Path, overwrite: bool) -> None
 
 @contextmanager
 def staged(output_dir: Path):
-    """Yield a temporary folder inside the output folder; an output folder that is empty afterwards is removed, too."""
+    """Yield a temporary folder inside the output folder.  Removes it, and the output folder if that is left empty."""
     folder = output_dir / UNFINISHED
     try:
         if folder.exists():
@@ -51,12 +51,12 @@ def staged(output_dir: Path):
         raise UserError(f"--output_dir {output_dir}: {error}; no new file is left there") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # it holds something, or could not be made
+        with suppress(OSError):  # it is not empty, or could not be made
             output_dir.rmdir()
 
 
 def check_space(needed: int, folder: Path) -> None:
-    """Print how large the temporary files will be; raise UserError where the disk has less space."""
+    """Print the size of the temporary files; UserError where the disk has less space."""
     free = shutil.disk_usage(folder).free
     print(f"temporary files: {needed / 1e9:.2f} GB in {folder}, of {free / 1e9:.2f} GB free; removed at the end",
           file=sys.stderr)
@@ -65,7 +65,7 @@ def check_space(needed: int, folder: Path) -> None:
 
 
 def publish(folder: Path, output_dir: Path, metadata: dict) -> None:
-    """Replace the packed set of the output folder by the finished shards in `folder`, then write the metadata."""
+    """Replace the packed set in the output folder with the shards in `folder`.  The metadata are written last."""
     metadata_path(output_dir).unlink(missing_ok=True)
     for path in packed_parts(output_dir):
         path.unlink()
@@ -75,7 +75,7 @@ def publish(folder: Path, output_dir: Path, metadata: dict) -> None:
 
 
 def packing_figures(recipe: Recipe, histogram: np.ndarray) -> dict:
-    """What the metadata say about the packing itself.  A sample is a row: of one sequence before, of several after."""
+    """The statistics in the metadata.  A sample is a row: of one sequence before packing, of several after it."""
     sequences, rows, row_length = int(histogram.sum()), recipe.row_count, len(histogram) - 1
     tokens = int(histogram @ np.arange(row_length + 1))
     return {

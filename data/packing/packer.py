@@ -22,10 +22,13 @@ from data.packing.scatter_gather import Layout, Survey, gather, scatter, survey,
 from data.shards import Shard, find_shards
 from data.workers import open_pool
 
+RECORDED_OPTIONS = ("packing_method", "max_sequences_per_pack", "max_sequence_length", "max_predictions_per_sequence",
+                    "seed", "input_dir")  # in the metadata
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackingOptions:
-    """The flags of pack_pretraining_data_pytorch.py, whose --help explains them."""
+    """The flags of pack_pretraining_data_pytorch.py; its --help explains them."""
 
     input_dir: str
     output_dir: str
@@ -39,12 +42,14 @@ class PackingOptions:
     plot: str | None
     disable_progress_bar: bool
 
+    @property
+    def prediction_slots(self) -> int:
+        """Room for masked tokens in a packed row."""
+        return self.max_predictions_per_sequence + self.max_sequences_per_pack
+
 
 def pack(options: PackingOptions) -> dict:
-    """Pack the unpacked shards of a folder into another; returns the metadata of the packed set.
-
-    Raises UserError, before anything is written, where the folders, the shards or the options do not fit.
-    """
+    """Pack the shards of a folder; returns the metadata.  UserError, before anything is written, for bad input."""
     output_dir = Path(os.path.abspath(options.output_dir))
     check_output_dir(output_dir, Path(options.input_dir), options.overwrite)
     shards = find_unpacked(options)
@@ -56,25 +61,18 @@ def pack(options: PackingOptions) -> dict:
         histogram = sum(survey.histogram for survey in surveys)
         start = time.perf_counter()
         recipe = METHODS[options.packing_method].solve(histogram, options.max_sequences_per_pack)
-        print(f"{options.packing_method}: {recipe.row_count:,} rows by {len(recipe.rows):,} strategies, worked out in "
+        print(f"{options.packing_method}: {recipe.row_count:,} rows by {len(recipe.rows):,} strategies, computed in "
               f"{time.perf_counter() - start:.2f} s; no packing has fewer than {recipe.bound:,}", file=sys.stderr)
-        metadata = packing_figures(recipe, histogram) | {
-            "packing_method": options.packing_method,
-            "max_sequences_per_pack": options.max_sequences_per_pack,
-            "max_sequence_length": options.max_sequence_length,
-            "max_predictions_per_sequence": options.max_predictions_per_sequence,
-            "seed": options.seed,
-            "input_dir": options.input_dir,
-            "input_files": [shard.path.name for shard in shards],
-        }
+        metadata = (packing_figures(recipe, histogram) | {name: getattr(options, name) for name in RECORDED_OPTIONS}
+                    | {"input_files": [shard.path.name for shard in shards]})
         with staged(output_dir) as folder:
-            layout = Layout(
-                row_count=recipe.row_count, row_length=options.max_sequence_length, folder=folder, rule=shards[0].rule,
-                max_sequences=options.max_sequences_per_pack, max_predictions=options.max_predictions_per_sequence)
+            layout = Layout(row_count=recipe.row_count, row_length=options.max_sequence_length,
+                            max_sequences=options.max_sequences_per_pack, prediction_slots=options.prediction_slots,
+                            folder=folder, rule=shards[0].rule)
             write_rows(run, blocks, surveys, RowAssignment(recipe, histogram, options.seed), layout)
             publish(folder, output_dir, metadata)
     if options.plot:
-        plot.draw(recipe, histogram, options.plot)
+        plot.plot_packing(recipe, histogram, options.plot)
     return metadata
 
 
@@ -93,19 +91,19 @@ def find_unpacked(options: PackingOptions) -> list[Shard]:
 
 
 def check_predictions_fit(options: PackingOptions, surveys: list[Survey]) -> None:
-    """Raise UserError where sequences that may share a row have more masked tokens than it has room for."""
+    """UserError where sequences that may share a row have more masked tokens than it has room for."""
     depth = options.max_sequences_per_pack
     most_predictions = np.max([survey.most_predictions for survey in surveys], axis=0)
     most = int(knapsack(most_predictions, depth)[0][-1])
-    room = options.max_predictions_per_sequence + depth
-    if most > room:
+    if most > options.prediction_slots:
         raise UserError(f"--max_predictions_per_sequence {options.max_predictions_per_sequence}: a row of up to "
-                        f"{depth} sequences can have {most} masked tokens, but has room for {room}; "
+                        f"{depth} sequences can have {most} masked tokens, but has room for "
+                        f"{options.prediction_slots}; "
                         f"--max_predictions_per_sequence {most - depth} fits")
 
 
 def write_rows(run, blocks: list[Block], surveys: list[Survey], assignment: RowAssignment, layout: Layout) -> None:
-    """Write the packed shards into the layout's folder, by way of temporary files there."""
+    """Write the packed shards and the temporary files into the layout's folder."""
     check_space(temporary_bytes(surveys, layout.part_count), layout.folder)
     ranks_before = accumulate((survey.histogram for survey in surveys), initial=np.zeros_like(assignment.histogram))
     list(run("placing sequences", scatter,

@@ -1,4 +1,4 @@
-"""A picture of a packing: how long the sequences are, how full the rows, and how many sequences they hold."""
+"""Plots a packing: how long the sequences are, how full the rows are, and how many sequences they hold."""
 
 import numpy as np
 
@@ -6,8 +6,8 @@ from common.files import replacing
 from data.packing.recipe import Recipe
 
 
-def draw(recipe: Recipe, histogram: np.ndarray, output) -> None:
-    """Draw the three as a PNG file.  `histogram` counts the sequences of each length, from 0 to the row length."""
+def plot_packing(recipe: Recipe, histogram: np.ndarray, output) -> None:
+    """Write the three plots to a PNG file."""
     from matplotlib.figure import Figure
 
     row_length = len(histogram) - 1
@@ -25,7 +25,7 @@ def draw(recipe: Recipe, histogram: np.ndarray, output) -> None:
     fill.step(np.arange(row_length + 1), np.cumsum(used) / recipe.row_count, where="mid", label="packed")
     real_tokens = used @ np.arange(row_length + 1) / recipe.row_count / row_length
     fill.set(title=f"Fill: {real_tokens:.2%} of all tokens are real",
-             xlabel="real tokens in a row", ylabel="share of the rows with at most so many")
+             xlabel="real tokens in a row", ylabel="share of the rows with at most this many")
     fill.legend()
     sequences.bar(np.arange(1, len(held)), held[1:] / recipe.row_count)
     sequences.set(title=f"{recipe.row_count:,} rows, {histogram.sum() / recipe.row_count:.3f} sequences each",

@@ -1,8 +1,8 @@
-"""Packing recipes: which lengths share a row, worked out from the histogram of the sequence lengths alone.
+"""Packing recipes: which lengths share a row, computed from the histogram of the sequence lengths.
 
 A strategy is the lengths of one row's sequences, longest first, for example (300, 212).  A recipe says how many rows
-follow each strategy.  `histogram[length]` counts the sequences of that length, so it has row length + 1 entries;
-`depth` is the most sequences a row may hold.
+follow each strategy.  `histogram[length]` counts the sequences of that length, so it has row length + 1 entries.
+`depth` is the largest number of sequences in a row.
 """
 
 from collections import Counter
@@ -23,7 +23,6 @@ class Recipe:
         return self.rows.total()
 
     def histogram(self, row_length: int) -> np.ndarray:
-        """How many sequences of each length the recipe places."""
         placed = np.zeros(row_length + 1, np.int64)
         for strategy, count in self.rows.items():
             np.add.at(placed, list(strategy), count)
@@ -31,7 +30,7 @@ class Recipe:
 
 
 def elementary_bound(histogram: np.ndarray, depth: int) -> int:
-    """The fewest rows that the number of tokens, of sequences, and of sequences too long to share a row allow.
+    """A lower bound on the rows from the number of tokens, of sequences, and of sequences longer than half a row.
 
     >>> elementary_bound(np.array([0, 0, 0, 0, 0, 5, 0, 0, 0]), depth=3)  # five sequences of 5 in rows of 8
     5
@@ -47,8 +46,8 @@ def elementary_bound(histogram: np.ndarray, depth: int) -> int:
 def knapsack(values: np.ndarray, depth: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """The greatest value of a row filled up to each number of tokens, with at most `depth` sequences.
 
-    `values[length]` (int64) is what one sequence of that length is worth.  Returns the values, (row length + 1,), and
-    for 1, 2, … sequences the length to choose next with so much room, each (row length + 1,); 0 stands for none.  Among
+    `values[length]` (int64) is the value of one sequence of that length.  Returns the greatest values and, for 1, 2, …
+    sequences, the length to choose next for each number of tokens left (0: none); all are (row length + 1,).  Among
     equals the longest is chosen.  The list ends early where more sequences add nothing.
 
     >>> knapsack(np.array([0, 0, 3, 4, 0, 0]), depth=2)[0]  # 2 + 3 tokens hold 3 + 4

@@ -3,12 +3,9 @@
 Three passes, each of independent tasks that may run in parallel processes:
 
 1. survey:  check the rows of each block of the input and count their lengths.  The counts give the recipe.
-2. scatter: read every block again; each sequence looks up its row and slot, and goes to the temporary files of its
-            block, sorted by the part (output shard) that the row is in.
+2. scatter: read every block again, and write its sequences to temporary files, sorted by the part (output shard) that
+            they go to (assignment.py).
 3. gather:  for each part, collect its sequences from all blocks and write the packed shard.
-
-Where a sequence goes is a pure function of its length, its rank among the sequences of that length (in the order of the
-input) and the seed, so the result does not depend on the number of processes.
 """
 
 from dataclasses import dataclass
@@ -35,7 +32,7 @@ INDEX_LINE = len(RECORDS) * 8  # bytes: where a part begins in each of the three
 
 @dataclass(frozen=True)
 class Survey:
-    """What the recipe needs from a block; the arrays are indexed by length, from 0 to the row length."""
+    """What packing needs to know of a block; the arrays are indexed by length, from 0 to the row length."""
 
     histogram: np.ndarray
     most_predictions: np.ndarray  # the most masked tokens in a sequence of that length
@@ -43,13 +40,18 @@ class Survey:
 
 
 def survey(block: Block) -> Survey:
-    """Count the lengths of a block's sequences.  Raises UserError naming file and row where a row cannot be packed."""
+    """Count the lengths of a block's sequences.  UserError naming file and row where a row cannot be packed."""
     keys = [key for key in block.shard.keys if key in ("input_mask", "masked_lm_positions")]
     rows = block.read(keys)
     lengths = checked_lengths(block, rows["input_mask"])
     rule = block.shard.rule
-    predictions = (rule.predictions(lengths) if rule else
-                   checked_predictions(block, rows["masked_lm_positions"], lengths))
+    if rule:
+        predictions = rule.predictions(lengths)
+    else:
+        positions = rows["masked_lm_positions"]
+        refuse_rows(block, ((positions < 0) | (positions >= lengths[:, None])).any(axis=1),
+                    "has a masked_lm_position outside its sequence")
+        predictions = np.count_nonzero(positions, axis=1)
     most_predictions = np.zeros(block.shard.sequence_length + 1, np.int64)
     np.maximum.at(most_predictions, lengths, predictions)
     histogram = np.bincount(lengths, minlength=block.shard.sequence_length + 1)
@@ -67,13 +69,6 @@ def checked_lengths(block: Block, input_mask: np.ndarray) -> np.ndarray:
     return lengths
 
 
-def checked_predictions(block: Block, positions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The number of masked tokens in each row, (n,); each must lie inside its sequence."""
-    refuse_rows(block, ((positions < 0) | (positions >= lengths[:, None])).any(axis=1),
-                "has a masked_lm_position outside its sequence")
-    return np.count_nonzero(positions, axis=1)
-
-
 def refuse_rows(block: Block, bad: np.ndarray, fault: str) -> None:
     if bad.any():
         raise UserError(f"{block.row_name(np.argmax(bad))} {fault}")
@@ -81,20 +76,16 @@ def refuse_rows(block: Block, bad: np.ndarray, fault: str) -> None:
 
 # --- scatter ---
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """The shape of the output, and the folder of the temporary files."""
 
     row_count: int
     row_length: int
-    max_sequences: int    # N
-    max_predictions: int  # P
+    max_sequences: int  # in a row
+    prediction_slots: int  # in a row
     folder: Path
-    rule: MaskingRule | None = None  # of shards without masks
-
-    @property
-    def prediction_slots(self) -> int:
-        return self.max_predictions + self.max_sequences
+    rule: MaskingRule | None  # of shards without masks
 
     @property
     def rows_per_part(self) -> int:
@@ -112,7 +103,6 @@ class Layout:
 
 
 def temporary_bytes(surveys: list[Survey], part_count: int) -> int:
-    """The size of the temporary files of all blocks."""
     histogram = sum(survey.histogram for survey in surveys)
     sequences, tokens = int(histogram.sum()), int(histogram @ np.arange(len(histogram)))
     predictions = sum(survey.predictions for survey in surveys)
@@ -121,7 +111,7 @@ def temporary_bytes(surveys: list[Survey], part_count: int) -> int:
 
 
 def scatter(block: Block, assignment: RowAssignment, ranks_before: np.ndarray, layout: Layout) -> None:
-    """Write the sequences of a block to its temporary files, sorted by the part that they go to.
+    """Write the sequences of a block to its temporary files.
 
     `ranks_before[length]` counts the sequences of that length in the blocks before this one.
     """
@@ -133,7 +123,7 @@ def scatter(block: Block, assignment: RowAssignment, ranks_before: np.ndarray, l
     rows = {key: values[order] for key, values in rows.items()}
     sequences, tokens, predictions = records_of(rows, lengths[order], rows_in_part[order], slots[order])
 
-    # the index: for each of the three files, where every part begins, and where the last one ends
+    # The index: where each part begins in each of the three files, and where the last one ends.
     firsts = np.searchsorted(parts[order], np.arange(layout.part_count + 1))
     amounts = np.stack([np.ones(len(order), np.int64), sequences["length"], sequences["predictions"]], axis=1)
     begins = np.concatenate([np.zeros((1, 3), np.int64), np.cumsum(amounts, axis=0)])[firsts]
@@ -143,7 +133,7 @@ def scatter(block: Block, assignment: RowAssignment, ranks_before: np.ndarray, l
 
 
 def records_of(rows: dict, lengths, output_rows, slots) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The sequences, tokens and predictions of unpacked rows, without their padding, in the order of the rows."""
+    """The records of unpacked rows, in the order of the rows."""
     is_token = rows["input_mask"] != 0
     tokens = np.empty(np.count_nonzero(is_token), TOKEN)
     for key in TOKEN.names:
@@ -167,7 +157,7 @@ def records_of(rows: dict, lengths, output_rows, slots) -> tuple[np.ndarray, np.
 # --- gather ---
 
 def gather(part: int, block_count: int, layout: Layout, path: Path) -> int:
-    """Write one packed shard from the temporary files of all blocks; returns the number of sequences in it."""
+    """Write one packed shard; returns the number of sequences in it."""
     pieces = [read_piece(block_number, part, layout) for block_number in range(block_count)]
     sequences, tokens, predictions = (np.concatenate(records) for records in zip(*pieces, strict=True))
     rows = packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part))
@@ -176,7 +166,7 @@ def gather(part: int, block_count: int, layout: Layout, path: Path) -> int:
 
 
 def read_piece(block_number: int, part: int, layout: Layout) -> list[np.ndarray]:
-    """The sequences, tokens and predictions that a block holds for a part."""
+    """The records that a block holds for a part: sequences, tokens and predictions."""
     begins, ends = np.fromfile(layout.file(block_number, "index"), np.int64, count=6,
                                offset=part * INDEX_LINE).reshape(2, 3)
     return [np.fromfile(layout.file(block_number, name), record, count=end - begin, offset=begin * record.itemsize)
@@ -184,10 +174,7 @@ def read_piece(block_number: int, part: int, layout: Layout) -> list[np.ndarray]
 
 
 def packed_rows(sequences, tokens, predictions, layout: Layout, row_count: int) -> dict[str, np.ndarray]:
-    """Lay sequences out in rows: the packed form of the schema, from records in any order.
-
-    Within a row the sequences stand in the order of their slots, which are 0, 1, … without a gap.
-    """
+    """Rows of the packed form, from records in any order.  The slots of a row are 0, 1, … without a gap."""
     shape = (row_count, layout.max_sequences)
     row_and_slot = (sequences["row"], sequences["slot"])
     lengths, prediction_counts, labels = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int8)

@@ -1,7 +1,8 @@
-"""Verification of a packed set: every row by itself, the totals, and its sequences against the unpacked set."""
+"""Verification of a packed set: each row by itself, the totals, and the sequences against the unpacked set."""
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from common.errors import UserError
 from data.masking import ranges
 from data.packing.blocks import Block, blocks_of, with_progress
 from data.packing.checks import faults
-from data.packing.fingerprints import bucket_of, bucket_sums, fingerprints
+from data.packing.fingerprints import bucket_of, bucket_sums, sequence_fingerprints
 from data.packing.output import UNFINISHED
 from data.shard_checks import tokens_to_predict
 from data.shards import Shard, find_shards, metadata_path, read_rows
@@ -21,17 +22,14 @@ from data.workers import open_pool
 
 @dataclass
 class Report:
-    """What was checked, how many faults there are, and the first of them in words."""
-
-    rows: int
     shards: int
-    sequences: int = 0
+    rows: int
+    sequences: int = 0  # in rows without fault
     faults: int = 0
-    first_fault: str = ""
+    first_fault: str = ""  # a description
 
-    def add(self, count: int, fault: str) -> None:
-        """Count faults; `fault` describes the first of them."""
-        self.first_fault = self.first_fault or fault
+    def add(self, count: int, first_fault: str) -> None:
+        self.first_fault = self.first_fault or first_fault
         self.faults += count
 
 
@@ -44,50 +42,48 @@ def find_of_form(folder: str, packed: bool, flag: str) -> list[Shard]:
 
 
 def verify(packed: list[Shard], unpacked: list[Shard], n_processes: int, show_progress: bool) -> Report:
-    """Check a packed set, and where there are unpacked shards, that both hold the same sequences."""
-    report = Report(rows=sum(shard.rows for shard in packed), shards=len(packed))
+    """Check a packed set; with unpacked shards, also that both sets hold the same sequences."""
+    report = Report(shards=len(packed), rows=sum(shard.rows for shard in packed))
     with open_pool(n_processes) as pool:
         run = partial(with_progress, pool, show_progress)
-        sums = check_rows(run, packed, report)
+        sums = verify_rows(run, packed, report)
         check_totals(packed[0].path.parent, report)
         if unpacked and not report.faults:
             compare(run, packed, unpacked, sums, report)
     return report
 
 
-def check_rows(run, packed: list[Shard], report: Report) -> np.ndarray:
+def verify_rows(run, packed: list[Shard], report: Report) -> np.ndarray:
     """Check every row by itself; returns the bucket_sums of the sequences in rows without fault."""
     first = next(shard for shard in packed if shard.rows)
     cls_token = int(read_rows(first, ["input_ids"], slice(1))["input_ids"][0, 0])
     total = 0
-    for faulty_rows, fault, sums in run("checking rows", check_block,
-                                        [(block, cls_token) for block in blocks_of(packed)]):
-        if faulty_rows:
-            report.add(faulty_rows, fault)
+    for faulty_rows, first_fault, sums in run("checking rows", check_block,
+                                              [(block, cls_token) for block in blocks_of(packed)]):
+        report.add(faulty_rows, first_fault)
         total += sums
     report.sequences = int(total[0].sum())
     return total
 
 
 def check_block(block: Block, cls_token: int) -> tuple[int, str, np.ndarray]:
-    """How many rows of a block have a fault, the first of them in words, and the bucket_sums of the others."""
+    """How many rows of a block have a fault, a description of the first, and the bucket_sums of the other rows."""
     rows = block.read()
-    faulty = np.zeros(block.stop - block.start, bool)
-    first = (len(faulty), "")
     found = list(faults(rows, cls_token))
     if block.shard.rule:
         crowded = tokens_to_predict(block.shard, rows["input_mask"]) > block.shard.prediction_slots
         found.append(("has more tokens to predict than room for them", crowded))
-    for fault, bad in found:
-        if bad.any():
-            faulty |= bad
-            first = min(first, (int(np.argmax(bad)), fault), key=lambda found: found[0])
+    faulty = np.any([bad for _, bad in found], axis=0)
+    description = ""
+    if faulty.any():
+        first = int(np.argmax(faulty))
+        description = f"{block.row_name(first)}: {next(fault for fault, bad in found if bad[first])}"
     sound = {key: values[~faulty] for key, values in rows.items()}
-    return np.count_nonzero(faulty), f"{block.row_name(first[0])}: {first[1]}", bucket_sums(fingerprints(sound))
+    return np.count_nonzero(faulty), description, bucket_sums(sequence_fingerprints(sound))
 
 
 def check_totals(folder: Path, report: Report) -> None:
-    """Compare the set with its metadata, where there is such a file."""
+    """Compare the set with its metadata, if there are any."""
     unfinished = Path(os.path.abspath(folder)) / UNFINISHED
     if unfinished.exists():
         report.add(1, f"{unfinished}: the packing of this folder was cut short")
@@ -104,11 +100,10 @@ def check_totals(folder: Path, report: Report) -> None:
                       f"and {report.sequences}")
 
 
-# --- comparison with the unpacked set ---
-
 def compare(run, packed: list[Shard], unpacked: list[Shard], sums: np.ndarray, report: Report) -> None:
-    """Count a fault for each bucket that differs, and name a sequence that only one set has: where possible, one that
-    the packed set should not have.
+    """Count a fault for each bucket that differs, and name a sequence that only one of the sets has.
+
+    Where possible, that is one that the packed set should not have.
     """
     if packed[0].rule != unpacked[0].rule:
         report.add(1, f"{packed[0].path} is {packed[0].description}, {unpacked[0].path} is {unpacked[0].description}")
@@ -122,17 +117,17 @@ def compare(run, packed: list[Shard], unpacked: list[Shard], sums: np.ndarray, r
     in_packed, in_unpacked = (
         [found for part in run("finding the difference", members, [(block, bucket) for block in blocks_of(shards)])
          for found in part] for shards in (packed, unpacked))
-    report.add(len(different), first_difference(in_packed, in_unpacked))
+    report.add(len(different), first_unmatched(in_packed, in_unpacked))
 
 
 def sums_of_block(block: Block) -> np.ndarray:
-    return bucket_sums(fingerprints(block.read()))
+    return bucket_sums(sequence_fingerprints(block.read()))
 
 
 def members(block: Block, bucket: int) -> list[tuple[int, str]]:
-    """The fingerprints of one bucket, with the row and the sequence each belongs to."""
+    """The fingerprints of one bucket, and the names of their sequences."""
     rows = block.read()
-    values = fingerprints(rows)
+    values = sequence_fingerprints(rows)
     counts = rows["input_mask"].max(axis=1, initial=0)
     row = np.repeat(np.arange(len(counts)), counts)
     number = ranges(np.ones_like(counts, np.int64), counts)
@@ -140,13 +135,12 @@ def members(block: Block, bucket: int) -> list[tuple[int, str]]:
     return [(int(values[index]), f"{block.row_name(row[index])}, sequence {number[index]}") for index in chosen]
 
 
-def first_difference(in_packed: list[tuple[int, str]], in_unpacked: list[tuple[int, str]]) -> str:
-    """The first sequence that stands in one of two lists more often than in the other."""
-    for ours, theirs, verdict in ((in_packed, in_unpacked, "is not in the unpacked set, or less often"),
-                                  (in_unpacked, in_packed, "is not in the packed set, or less often")):
-        missing = [value for value, _ in theirs]
+def first_unmatched(in_packed: list[tuple[int, str]], in_unpacked: list[tuple[int, str]]) -> str:
+    """The first sequence that one list of fingerprints and names holds more often than the other."""
+    for ours, theirs, other in ((in_packed, in_unpacked, "unpacked"), (in_unpacked, in_packed, "packed")):
+        unmatched = Counter(value for value, _ in theirs)
         for value, name in ours:
-            if value not in missing:
-                return f"{name}: {verdict}"
-            missing.remove(value)
+            if not unmatched[value]:
+                return f"{name}: is not in the {other} set, or less often"
+            unmatched[value] -= 1
     raise AssertionError("two multisets that differ have no difference")

@@ -1,6 +1,7 @@
-"""Archives: unpacked into one folder, never outside it."""
+"""Unpacks archives into a folder, and never outside it."""
 
 import io
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -12,32 +13,27 @@ from common.errors import UserError
 from common.files import replacing
 from common.remote_sources import Interrupted, remote_source
 
-BLOCK = 1 << 20
 ENDINGS = (".zip", ".whl", ".tar", ".gz", ".tgz", ".bz2", ".xz")
 BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)
 
 
-def unpack(archive, folder, wanted: list[str] | None = None) -> list[Path]:
-    """Unpack a .zip or .tar(.gz, .bz2, .xz), all files or those wanted, below `folder`; returns their paths.
-
-    Raises UserError, before anything is written, if a member would leave the folder or is a link or a device.
-    """
-    archive, folder = Path(archive), Path(folder)
+def unpack(archive, folder: Path, wanted: list[str] | None = None) -> list[Path]:
+    """Unpack a .zip or .tar(.gz, .bz2, .xz), all files or those wanted, below `folder`; returns their paths."""
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
                 return unpack_zip(archive, file, folder, wanted)
         with tarfile.open(archive) as file:
             members = {info.name: info for info in file if not info.isdir()}
-            check_names(archive, members, [name for name, info in members.items() if not info.isreg()])
-            return write_members(archive, folder, members, wanted, file.extractfile)
+            special = [name for name, info in members.items() if not info.isreg()]
+            return write_members(archive, folder, members, special, wanted, file.extractfile)
     except BROKEN as error:
         raise UserError(f"{archive}: no readable archive ({error})") from None
     except OSError as error:
         raise UserError(f"{archive}: {error}") from None
 
 
-def unpack_remote(archive: str, folder, wanted: list[str]) -> list[Path]:
+def unpack_remote(archive: str, folder: Path, wanted: list[str]) -> list[Path]:
     """Unpack some files of a .zip that may be remote, downloading little more than these files.
 
     Raises Interrupted if the server does not support range requests, or fails.
@@ -46,13 +42,13 @@ def unpack_remote(archive: str, folder, wanted: list[str]) -> list[Path]:
         return unpack(archive, folder, wanted)
     try:
         with zipfile.ZipFile(io.BufferedReader(RemoteFile(archive), 1 << 16)) as file:
-            return unpack_zip(archive, file, Path(folder), wanted)
+            return unpack_zip(archive, file, folder, wanted)
     except BROKEN as error:
         raise UserError(f"{archive}: no readable archive ({error})") from None
 
 
 class RemoteFile(io.RawIOBase):
-    """A remote file as a seekable stream: sequential reads use the open response, others request a range."""
+    """A remote file as a seekable stream.  Sequential reads use one response; others request a range."""
 
     def __init__(self, url: str):
         self.source, self.position, self.served = remote_source(url), 0, -1
@@ -75,9 +71,6 @@ class RemoteFile(io.RawIOBase):
         self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
         return self.position
 
-    def tell(self) -> int:
-        return self.position
-
     def readinto(self, buffer) -> int:
         if self.position >= self.size:
             return 0
@@ -93,26 +86,24 @@ class RemoteFile(io.RawIOBase):
 
 def unpack_zip(archive, file: zipfile.ZipFile, folder: Path, wanted) -> list[Path]:
     members = {info.filename: info for info in file.infolist() if not info.is_dir()}
-    check_names(archive, members, [name for name, info in members.items() if stat.S_ISLNK(info.external_attr >> 16)])
-    return write_members(archive, folder, members, wanted, file.open)
+    links = [name for name, info in members.items() if stat.S_ISLNK(info.external_attr >> 16)]
+    return write_members(archive, folder, members, links, wanted, file.open)
 
 
-def check_names(archive, members, special: list[str]) -> None:
-    """UserError if a member would leave the folder or is one of `special` (links and devices)."""
+def write_members(archive, folder: Path, members: dict, special: list[str], wanted, open_member) -> list[Path]:
+    """Write the members, or those wanted, below `folder`.
+
+    UserError, before anything is written, if a member would leave the folder or is `special` (a link or a device).
+    """
     for name in members:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or name in special:
             raise UserError(f"{archive}: {name!r} would leave the folder, or is no regular file; nothing was unpacked")
-
-
-def write_members(archive, folder: Path, members: dict, wanted, open_member) -> list[Path]:
-    """Write the members, or those wanted, below `folder`."""
     wanted = list(members) if wanted is None else wanted
     missing = [name for name in wanted if name not in members]
     if missing:
         raise UserError(f"{archive}: no {', '.join(missing)} in it")
     for name in wanted:
         with replacing(folder / name) as temporary, open_member(members[name]) as packed, open(temporary, "wb") as file:
-            while block := packed.read(BLOCK):
-                file.write(block)
+            shutil.copyfileobj(packed, file)
     return [folder / name for name in wanted]

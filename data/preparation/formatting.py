@@ -1,7 +1,7 @@
 """text_formatting: from dumps and books to text files of one document a line.
 
-The input is cut into batches, which the workers turn into lines.  A fixed number of batches makes a part file with a
-record of its own: after an interruption the finished parts are kept, and their input is only read past.
+The input is cut into batches, which the workers turn into lines.  A fixed number of batches makes a part file with its
+own record: after an interruption the finished parts are kept, and their input is read without being processed.
 """
 
 from collections import Counter
@@ -14,19 +14,17 @@ from common.files import replacing
 from data.preparation import records
 from data.workers import ordered_map
 
-BATCHES_PER_PART = 512  # about 500 MB of XML; an interruption loses at most so much, 15 seconds on 16 cores
-COUNT_WORDS = {"random_next": "pairs with a random second segment"}  # where the name in a record says too little
+BATCHES_PER_PART = 512  # about 500 MB of XML: what an interruption loses at most, 15 seconds on 16 cores
+COUNT_WORDS = {"random_next": "pairs with a random second segment"}  # where the name in a record is not enough
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFormat:
-    """A kind of files, and how they become documents of one line each."""
-
     batches: Callable  # (paths, progress): yields tasks for the workers; progress takes the bytes read
     read_batch: Callable  # what a worker does: (*task) gives (lines, counts, what was skipped and why)
-    pattern: str = ""  # the names of such files in a folder; "": only single files are taken
-    extracted: bool = False  # wikiextractor has written them already
-    fingerprints: Callable = records.fingerprints  # of the files, for the record
+    pattern: str = ""  # of the files in a folder; "": only single files are accepted
+    extracted: bool = False  # wikiextractor wrote them
+    fingerprints: Callable = records.file_fingerprints  # of the files, for the record
 
     def options(self) -> dict:
         """What decides the text besides the input, for the record."""
@@ -36,8 +34,7 @@ class TextFormat:
 def format_documents(folder, dataset: str, text_format: TextFormat, batches, inputs: dict, pool) -> dict:
     """Write the documents of all batches to folder/DATASET/part_N.txt and return the record.
 
-    inputs: fingerprints of what the batches come from.  Parts that a record says were made from the same inputs are
-    not made again.
+    inputs: the fingerprints of the input files.
     """
     options = text_format.options()
     records.delete_record(folder, dataset)
@@ -46,12 +43,10 @@ def format_documents(folder, dataset: str, text_format: TextFormat, batches, inp
     for part, tasks in grouped(batches, BATCHES_PER_PART):
         name = f"{dataset}/part_{part:05d}.txt"
         record = records.finished_record(folder, name, inputs, options)
-        if record:
-            for _ in tasks:  # read past
-                pass
-        else:
+        if not record:
+            results = ordered_map(pool, text_format.read_batch, tasks)
             record = records.write_record(folder, name, inputs, options, {name: {}},
-                                          *write_part(folder / name, ordered_map(pool, text_format.read_batch, tasks)))
+                                          *write_part(folder / name, results))
         outputs[name] = record["counts"]
         skipped += record["skipped"]
     totals = sum((Counter(counts) for counts in outputs.values()), Counter())
@@ -62,13 +57,13 @@ def format_documents(folder, dataset: str, text_format: TextFormat, batches, inp
 
 
 def grouped(items, size: int):
-    """Yield (number, iterator over up to `size` items) until there are no more."""
+    """Yield (number, iterator over up to `size` items) until there are no more; what is not iterated is skipped."""
     for number, group in groupby(enumerate(items), key=lambda pair: pair[0] // size):
         yield number, (item for _, item in group)
 
 
 def write_part(path, results) -> tuple[dict, list[str]]:
-    """Write the lines of the results to one file, atomically; returns their counts and what was skipped."""
+    """Write the lines of the results to one file; returns their counts and what was skipped."""
     totals, skipped = Counter(), []
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for lines, counts, skipped_here in results:

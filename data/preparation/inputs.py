@@ -1,4 +1,4 @@
-"""Which files a stage reads: those that --input_files names, else those that the stage before has finished."""
+"""Which files a stage reads: those that --input_files names, else the output of the stage before."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def named_files(names: list[str]) -> list[Path]:
 
 
 def recorded_files(stage: str, folder: Path, dataset: str) -> list[Path]:
-    """The files that a finished stage recorded; those of an interrupted run are not among them."""
+    """The output of a finished stage."""
     record = records.read_record(folder, dataset)
     if record is None:
         raise UserError(f"{folder}: no finished {dataset} in it; run --action {stage} --dataset {dataset} first, "
@@ -30,7 +30,7 @@ def recorded_files(stage: str, folder: Path, dataset: str) -> list[Path]:
 
 
 def for_text_formatting(dataset: Dataset, text_format: TextFormat, names: list[str]) -> list[Path]:
-    """The files of this format that --input_files names or that lie in the folders it names, or those downloaded."""
+    """The files of this format in what --input_files names, else those downloaded or extracted."""
     if not text_format.pattern:
         return named_files(names) or recorded_files("download", layout.download_folder(), dataset.name)
     places = [local_file(name) for name in names]
@@ -41,7 +41,7 @@ def for_text_formatting(dataset: Dataset, text_format: TextFormat, names: list[s
 
 
 def files_below(place: Path, pattern: str) -> list[Path]:
-    """The file itself, or the files below a folder whose names fit the pattern, in the order of their names."""
+    """The file itself, or the files below a folder that match the pattern, in the order of their names."""
     if place.is_file():
         return [place]
     found = [path for path in sorted(place.rglob(pattern)) if not path.name.startswith(".")]

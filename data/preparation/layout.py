@@ -6,13 +6,11 @@
     sharded_…/DATASET/DATASET_training_N.txt, DATASET_test_N.txt
     hdf5_…/DATASET/DATASET_training_N.hdf5, DATASET_test_N.hdf5
     vocab/DATASET/vocab.txt                a vocabulary trained on a data set (DATASET_cased with --do_lower_case 0)
-    records/ in each of them               what each file was made from (records.py)
+    records/ in each of them               what each file was made from
 """
 
 import os
 from pathlib import Path
-
-SPLITS = ("training", "test")
 
 
 def working_folder() -> Path:
@@ -47,6 +45,6 @@ def hdf5_folder(options) -> Path:
 
 
 def shard_names(dataset: str, training_shards: int, test_shards: int) -> list[str]:
-    """DATASET_training_0 … DATASET_test_0 …, without a suffix."""
-    return [f"{dataset}_{split}_{number}" for split, count in zip(SPLITS, (training_shards, test_shards), strict=True)
+    """The names of the text shards and HDF5 shards, without a suffix."""
+    return [f"{dataset}_{split}_{number}" for split, count in (("training", training_shards), ("test", test_shards))
             for number in range(count)]

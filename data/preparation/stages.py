@@ -1,4 +1,4 @@
-"""The stages of data preparation: each finds out whether there is anything to do, does it, and records it.
+"""The stages of data preparation: each does what its record does not show as done.
 
 download → text_formatting → sharding → (create_vocabulary) → create_hdf5_files
 """
@@ -27,7 +27,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions:
-    """What the stages are given: the data set, how samples are made, and the values of bertPrep.py's flags."""
+    """The flags of bertPrep.py."""
 
     dataset: Dataset
     samples: SampleOptions
@@ -47,28 +47,24 @@ class StageOptions:
         return layout.sharded_folder(self.n_training_shards, self.n_test_shards, self.fraction_test_set)
 
     def text_shards(self) -> list[Path]:
-        """The text shards of --input_files, or those of the data set."""
         return (inputs.named_files(self.input_files)
                 or inputs.recorded_files("sharding", self.sharded_folder(), self.dataset.name))
 
     def trained_vocabulary(self) -> Path:
-        """Where create_vocabulary writes the vocabulary."""
         return layout.vocabulary_file(self.dataset.name, self.samples.do_lower_case)
 
 
 def run_stage(action: str, options: StageOptions) -> None:
-    """Run the stage that --action names."""
     try:
         ACTIONS[action](options)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
-        raise UserError(f"{error.filename or layout.working_folder()}: {error.strerror}; what is finished is whole and "
-                        f"kept: make room, and the same command continues from there") from None
+        raise UserError(f"{error.filename or layout.working_folder()}: {error.strerror}; finished files are kept: "
+                        f"free some space, and the same command continues from there") from None
 
 
 def estimate(options: StageOptions) -> None:
-    """Print what the whole chain will take."""
     dataset, parts = options.dataset, options.dataset.parts or (options.dataset,)
     if not any(part.download_bytes for part in parts):
         raise UserError(f"--dataset {dataset.name}: no estimate; its size is not known in advance")
@@ -83,7 +79,7 @@ def download(options: StageOptions) -> None:
         raise UserError(f"--dataset {dataset.name}: download {' and '.join(part.name for part in dataset.parts)} one "
                         f"by one")
     paths = inputs.named_files(options.input_files)
-    made_from, recorded_options = records.fingerprints(paths), {"dump_date": options.dump_date}
+    made_from, recorded_options = records.file_fingerprints(paths), {"dump_date": options.dump_date}
     record = records.finished_record(folder, dataset.name, made_from, recorded_options)
     if not record or record["skipped"]:
         remove_leftovers(folder / dataset.name, folder / "records")
@@ -119,7 +115,7 @@ def format_text(options: StageOptions) -> None:
 def shard_text(options: StageOptions) -> None:
     folder, dataset = options.sharded_folder(), options.dataset.name
     texts = inputs.for_sharding(options.dataset, options.input_files)
-    made_from = records.fingerprints(texts)
+    made_from = records.file_fingerprints(texts)
     recorded_options = {"training_shards": options.n_training_shards, "test_shards": options.n_test_shards,
                         "fraction_test_set": options.fraction_test_set,
                         "segmentation_method": options.segmentation_method}
@@ -131,11 +127,11 @@ def shard_text(options: StageOptions) -> None:
 
 
 def create_vocabulary(options: StageOptions) -> Path:
-    """Train a vocabulary on the training shards of a data set.  Returns its file."""
+    """Train a vocabulary on the training shards; returns its file."""
     path, lower_case = options.trained_vocabulary(), options.samples.do_lower_case
     folder, name = path.parent.parent, f"{path.parent.name}/{path.name}"
     texts = [text for text in options.text_shards() if "_training_" in text.name]
-    made_from = records.fingerprints(texts)
+    made_from = records.file_fingerprints(texts)
     recorded_options = {"vocab_size": options.vocab_size, "do_lower_case": lower_case}
     record = records.finished_record(folder, name, made_from, recorded_options)
     if not record:
@@ -152,8 +148,8 @@ def create_hdf5_files(options: StageOptions) -> None:
     texts, recorded_options = options.text_shards(), asdict(options.samples)
     vocab_file = find_vocabulary(options)
     tokens = load_vocabulary(vocab_file)
-    vocabulary = {"vocabulary": records.fingerprint(vocab_file)}
-    made_from = {text: records.fingerprints([text]) | vocabulary for text in texts}
+    vocabulary = {"vocabulary": records.file_fingerprint(vocab_file)}
+    made_from = {text: records.file_fingerprints([text]) | vocabulary for text in texts}
     names = {text: f"{dataset}/{text.stem}.hdf5" for text in texts}
     finished = {text: records.finished_record(folder, names[text], made_from[text], recorded_options)
                 for text in texts}
@@ -175,11 +171,11 @@ def create_hdf5_files(options: StageOptions) -> None:
 
 
 def find_vocabulary(options: StageOptions) -> Path:
-    """--vocab_file, else one that create_vocabulary trained, else Google's, else, if it may, one trained here."""
+    """--vocab_file, else one that create_vocabulary trained, else Google's, else one trained here where allowed."""
     trained, may_train = options.trained_vocabulary(), options.dataset.may_train_vocabulary
     if options.vocab_file:
         return local_file(options.vocab_file)
-    if trained.is_file():  # one that was made without being asked for is kept up to date in the same way
+    if trained.is_file():  # where the stage trained it by itself, it follows changes of the text
         return create_vocabulary(options) if may_train else trained
     if not options.samples.do_lower_case:
         raise UserError("--do_lower_case 0: Google's vocabulary is of lower case; give --vocab_file, or train one with "
@@ -197,7 +193,7 @@ def find_vocabulary(options: StageOptions) -> Path:
 
 @contextmanager
 def stage_pool(stage: str, paths, share: float, options: StageOptions, folder: Path):
-    """The worker pool of a stage that has work to do.  Leftovers of a killed run are deleted, the estimate printed.
+    """Delete the leftovers of a killed run, print an estimate, and yield the worker pool of a stage.
 
     share: the bytes that the stage writes for each byte that it reads.
     """
@@ -209,7 +205,6 @@ def stage_pool(stage: str, paths, share: float, options: StageOptions, folder: P
 
 
 def print_result(stage: str, record: dict, where: Path) -> None:
-    """Print what a stage made, and what it skipped."""
     print(f"{stage}: {describe_counts(record['counts'])} in {where}", flush=True)
     for line in record["skipped"]:
         print(f"  skipped {line}")

@@ -1,11 +1,11 @@
-"""Wikipedia: its dumps, downloaded, and their articles, read as a stream (the .bz2 is never unpacked to disk).
+"""Wikipedia: downloads its dumps, and reads their articles as a stream (the .bz2 is never unpacked to disk).
 
 Wikimedia's multistream dumps are cut between their bzip2 streams, and the workers decompress them.  Any other dump is
 decompressed by the main process and cut between pages.  The workers extract the articles with functions of
 `wikiextractor` (its own command decompresses in one process and cannot resume).
 
-Templates are dropped, not expanded: expanding needs all 900,000 template pages of a dump in memory, and they add little
-running text.  So nothing in the output depends on today's date, as {{CURRENTYEAR}} would.
+Templates are dropped: expanding them needs all 900,000 template pages of a dump in memory, adds little running text,
+and would make the output depend on the date ({{CURRENTYEAR}}).
 """
 
 import bz2
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from wikiextractor.extract import Extractor, clean, compact
 
-from common.download import checksum
+from common.download import file_checksum
 from common.errors import UserError
 from data.preparation import archives
 from data.preparation.downloads import DownloadOptions, fetch_or_copy, mirrored, pip_download
@@ -34,7 +34,7 @@ SAMPLE_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2
 SAMPLE_FILE = "enwiki-sample-pages-articles.xml.bz2"
 
 BATCH_BYTES = 1 << 20  # XML handed to a worker at a time
-LONGEST_PAGE = 1 << 28  # bytes; a file without the end of a page in so many is no dump
+LONGEST_PAGE = 1 << 28  # bytes; a file without the end of a page within this is no dump
 STREAM_BYTES = 1 << 18  # compressed streams handed to a worker at a time
 LOOKAHEAD = 1 << 24  # bytes; a multistream dump has a second stream within this
 
@@ -52,7 +52,7 @@ def download_dump(folder: Path, options: DownloadOptions) -> tuple[list[Path], l
     """English Wikipedia's dump of a date (YYYYMMDD), or the newest.
 
     Wikimedia's list of checksums says which dump is the newest.  The list is kept, so that an interrupted download
-    continues with the same dump when a newer one appears.  Delete the list, or name a date, for another dump.
+    continues with the same dump when a newer one appears; delete it to get the newer one.
     """
     sums = folder / f"enwiki-{options.dump_date}-sha1sums.txt"
     if not sums.is_file():
@@ -66,22 +66,22 @@ def download_dump(folder: Path, options: DownloadOptions) -> tuple[list[Path], l
 
 
 def download_sample(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[str]]:
-    """106 articles of English Wikipedia, out of the test data in the wheel of gensim; only that file is kept."""
+    """106 articles of English Wikipedia, from the test data in the wheel of gensim."""
     target = folder / SAMPLE_FILE
-    if target.is_file() and checksum(target) == SAMPLE_SHA256:
+    if target.is_file() and file_checksum(target) == SAMPLE_SHA256:
         return [target], []
     origin = mirrored(SAMPLE_WHEEL, options.mirrors)
     with tempfile.TemporaryDirectory() as scratch:
         wheel = pip_download(origin.removeprefix("pip:"), scratch) if origin.startswith("pip:") \
             else fetch_or_copy(SAMPLE_WHEEL, Path(scratch) / "gensim.whl", options)
-        file, = archives.unpack(wheel, scratch, [SAMPLE_MEMBER])
+        file, = archives.unpack(wheel, Path(scratch), [SAMPLE_MEMBER])
         return [fetch_or_copy(str(file), target, options, sha256=SAMPLE_SHA256)], []
 
 
-def batches(paths, progress=lambda size: None, end: bytes = PAGE_END):
+def dump_batches(paths, progress=lambda size: None, end: bytes = PAGE_END):
     """Yield dumps as (bytes of whole pages, whether they are still compressed), each about 1 MB of XML.
 
-    `progress` is called with the number of bytes read since its last call.  Raises UserError for a damaged file, or one
+    `progress` is called with the number of bytes read since its last call.  UserError for a damaged file, or one
     without pages.
     """
     for path in paths:
@@ -91,13 +91,13 @@ def batches(paths, progress=lambda size: None, end: bytes = PAGE_END):
 
 
 def is_multistream(path) -> bool:
-    """Whether a file consists of many bzip2 streams, as Wikimedia's multistream dumps do: one for every 100 pages."""
+    """Whether a file consists of many bzip2 streams: Wikimedia's multistream dumps have one for every 100 pages."""
     with open(path, "rb") as file:
         return len(STREAM_START.findall(file.read(LOOKAHEAD))) > 1
 
 
 def stream_batches(path, progress):
-    """Yield whole bzip2 streams, as they are, in pieces of about 256 kB.  Pages do not cross streams."""
+    """Yield whole bzip2 streams, still compressed, in pieces of about 256 kB.  Pages do not cross streams."""
     waiting = b""
     with open(path, "rb") as file:
         while block := file.read(STREAM_BYTES):
@@ -111,7 +111,7 @@ def stream_batches(path, progress):
 
 
 def page_batches(path, progress, end: bytes):
-    """Yield the XML of a dump in pieces of about 1 MB that end with a page; this process decompresses it."""
+    """Yield the decompressed XML of a dump in pieces of about 1 MB that end with a page."""
     rest, found, position = b"", False, 0
     try:
         with open(path, "rb") as raw, decompressed(path, raw) as stream:
@@ -133,7 +133,7 @@ def page_batches(path, progress, end: bytes):
 
 
 def decompressed(path, raw):
-    """The bytes of the open file `raw`, decompressed as the ending of its name says."""
+    """The decompressed bytes of the open file `raw`; the suffix of `path` names the compression."""
     if Path(path).suffix == ".bz2":
         return bz2.open(raw)
     if Path(path).suffix == ".xz":
@@ -142,11 +142,10 @@ def decompressed(path, raw):
 
 
 def extract_articles(xml: bytes, compressed: bool) -> tuple[list[str], dict, list[str]]:
-    """The articles of a batch of pages, each as one line; counts of the pages that were kept, and of those skipped by
-    reason; and the titles of the pages that could not be read.
+    """The articles of a batch of pages, each as one line; counts of the pages by outcome; and the titles of those that
+    could not be read.
 
-    Redirects and pages of other namespaces (talk, templates, files) are skipped, and so are pages that are not UTF-8 or
-    that the extractor cannot read.
+    Redirects and pages of other namespaces (talk, templates, files) are skipped, too.
     """
     articles, counts, skipped = [], Counter(), []
     if compressed:
@@ -173,17 +172,18 @@ def decompress(streams: bytes) -> bytes:
 
 
 def read_extracted(docs: bytes, compressed: bool) -> tuple[list[str], dict, list[str]]:
-    """The same for a batch of <doc …> elements, as wikiextractor's own command writes them."""
+    """The same for a batch of <doc …> elements, which wikiextractor's own command writes."""
     articles, counts = [], Counter()
     for doc in DOC.findall(docs.decode("utf-8", errors="replace")):
         text = one_line(html.unescape(doc).split("\n")[1:])  # without the title
         counts["documents" if text else "empty"] += 1
-        articles += [text] if text else []
+        if text:
+            articles.append(text)
     return articles, dict(counts), []
 
 
 def article_text(page: str) -> tuple[str, str]:
-    """The article in the XML of a page as one line, and "documents"; or "" and the reason why it is none."""
+    """The article in the XML of a page as one line, and "documents"; or "" and the reason why there is none."""
     namespace, text = NAMESPACE.search(page), TEXT.search(page)
     if not namespace or namespace.group(1) != "0":
         return "", "other_namespaces"
@@ -198,17 +198,16 @@ def article_text(page: str) -> tuple[str, str]:
 
 
 def plain_text(title: str, wikitext: str) -> str:
-    """The running text of an article on one line, its paragraphs separated by tabs."""
     extractor = Extractor("", "", "", title, [])
     text = clean(extractor, wikitext, expand_templates=True, html_safe=False)
     return one_line(compact(text, extractor=extractor))
 
 
 def one_line(paragraphs) -> str:
-    """Paragraphs on one line: single spaces inside, tabs between."""
+    """Paragraphs on one line, separated by tabs; other white space becomes single spaces."""
     return "\t".join(filter(None, (" ".join(paragraph.split()) for paragraph in paragraphs)))
 
 
-DUMP = TextFormat(batches=batches, read_batch=extract_articles)
-EXTRACTED = TextFormat(batches=partial(batches, end=DOC_END), read_batch=read_extracted, pattern="wiki_*",
+DUMP = TextFormat(batches=dump_batches, read_batch=extract_articles)
+EXTRACTED = TextFormat(batches=partial(dump_batches, end=DOC_END), read_batch=read_extracted, pattern="wiki_*",
                        extracted=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer
 
 from common.errors import UserError
-from data.tokenizer import PROBE, SPECIAL_TOKENS, Encoder, load_vocabulary
+from data.tokenizer import PROBE, SPECIAL_TOKENS, WordPieceEncoder, load_vocabulary
 from tests.support.preparation import ROOT, SAMPLE, sentences, text_shards, write_vocabulary
 
 ODD = [
@@ -48,7 +48,7 @@ def rows(encoded) -> list[list[int]]:
 def test_tokens_of_every_sentence_of_the_sample_are_berttokenizers(sample, tokens, fast):
     lines = [line for path in text_shards(sample) for line in path.read_text().split("\n") if line]
     lines = lines if fast else lines[::20]
-    encoder = Encoder(tokens, True, fast)
+    encoder = WordPieceEncoder(tokens, True, fast)
     assert encoder.description.split()[0] == ("nanotoken" if fast else "tokenizers")
     assert rows(encoder.encode(lines)) == reference(tokens, True)(lines)
 
@@ -57,27 +57,28 @@ def test_tokens_of_every_sentence_of_the_sample_are_berttokenizers(sample, token
 @pytest.mark.parametrize("lower_case", [True, False])
 def test_tokens_of_odd_text_are_berttokenizers(tokens, fast, lower_case):
     vocab = [*tokens, *sorted({character for line in ODD for character in line if character > "\x80"} - set(tokens))]
-    assert rows(Encoder(vocab, lower_case, fast).encode(ODD)) == reference(vocab, lower_case)(ODD)
+    assert rows(WordPieceEncoder(vocab, lower_case, fast).encode(ODD)) == reference(vocab, lower_case)(ODD)
 
 
 @given(st.lists(st.text(max_size=30), max_size=5))
 @settings(max_examples=300, deadline=None)
 def test_nanotoken_gives_the_ids_of_tokenizers(texts):
     tokens = [*SPECIAL_TOKENS, *"abcdeé漢", *(f"##{letter}" for letter in "abcde")]
-    assert rows(Encoder(tokens, True).encode(texts)) == rows(Encoder(tokens, True, fast=False).encode(texts))
+    fast, slow = WordPieceEncoder(tokens, True), WordPieceEncoder(tokens, True, fast=False)
+    assert rows(fast.encode(texts)) == rows(slow.encode(texts))
 
 
 def test_special_tokens_in_a_text_are_ordinary_text(tokens):
-    encoded, = rows(Encoder(tokens, True).encode(["the [SEP] and [MASK]"]))
+    encoded, = rows(WordPieceEncoder(tokens, True).encode(["the [SEP] and [MASK]"]))
     assert not set(encoded) & {tokens.index("[SEP]"), tokens.index("[MASK]"), tokens.index("[UNK]")}
 
 
 def test_an_encoder_whose_fast_library_errs_goes_on_with_the_reference(tokens):
-    encoder = Encoder(tokens, True)
-    encoder.fast = Encoder(tokens[::-1], True).fast  # other ids, as a faulty library would give
+    encoder = WordPieceEncoder(tokens, True)
+    encoder.fast = WordPieceEncoder(tokens[::-1], True).fast  # other ids, as a faulty library would give
     with pytest.warns(UserWarning, match="gave other ids"):
         wrong = rows(encoder.encode(["the sea"]))
-    assert wrong == rows(Encoder(tokens, True, fast=False).encode(["the sea"])) and encoder.fast is None
+    assert wrong == rows(WordPieceEncoder(tokens, True, fast=False).encode(["the sea"])) and encoder.fast is None
 
 
 def test_training_gives_the_same_vocabulary_in_every_process(tmp_path):
@@ -118,5 +119,5 @@ def test_a_vocabulary_of_other_line_ends_or_missing_is_read_or_named(tmp_path):
 
 
 def test_encoding_nothing_gives_nothing(tokens):
-    ids, offsets = Encoder(tokens, True).encode([])
+    ids, offsets = WordPieceEncoder(tokens, True).encode([])
     assert len(ids) == 0 and np.array_equal(offsets, [0])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from data.packing import scatter_gather
-from data.packing.fingerprints import fingerprints
+from data.packing.fingerprints import sequence_fingerprints
 from data.shards import columns
 from pack_pretraining_data_pytorch import main as pack
 from pytorch_packed_data_checker import main as check
@@ -226,15 +226,15 @@ def test_what_is_no_packed_set_cannot_be_checked(folder):
 def test_fingerprint_changes_with_any_part_of_a_sequence_and_not_with_its_row(key, seed):
     rng = np.random.default_rng(seed)
     rows = unpacked_rows(rng.integers(5, 25, 6), rng, 24, 4)
-    before = fingerprints(rows)
+    before = sequence_fingerprints(rows)
     assert len(set(before.tolist())) == 6
     order = rng.permutation(6)
-    assert (fingerprints({name: values[order] for name, values in rows.items()}) == before[order]).all()
+    assert (sequence_fingerprints({name: values[order] for name, values in rows.items()}) == before[order]).all()
     spoiled = {name: values.copy() for name, values in rows.items()}
     if key == "next_sentence_labels":
         spoiled[key][2] ^= 1
     else:
         spoiled[key][2, 0] += 1
-    after = fingerprints(spoiled)
+    after = sequence_fingerprints(spoiled)
     assert after[2] != before[2]
     assert (np.delete(after, 2) == np.delete(before, 2)).all()

@@ -114,7 +114,7 @@ def test_packing_keeps_any_multiset_of_sequences(tmp_path_factory, lengths, dept
     folder = tmp_path_factory.mktemp("any")
     for number, in_shard in enumerate(lengths):
         write_unpacked_shard(folder / "unpacked" / f"a_training_{number}.hdf5", np.array(in_shard, int), seed, 40, 6)
-    depth = min(depth, method.max_depth or depth)
+    depth = min(depth, method.max_depth)
     pack(folder / "unpacked", folder / "packed", "--packing_method", method.name, "--seed", str(seed),
          length=40, predictions=6, depth=depth)
     assert packed_sequences(folder / "packed") == unpacked_sequences(folder / "unpacked")

@@ -38,7 +38,7 @@ def check(recipe, histogram, depth):
 @given(histogram=histograms(), depth=st.sampled_from([1, 2, 3, 5, 200]))
 @settings(max_examples=60, deadline=None)
 def test_packing_keeps_every_sequence_in_rows_neither_too_long_nor_too_deep(method, histogram, depth):
-    depth = min(depth, method.max_depth or depth)
+    depth = min(depth, method.max_depth)
     check(method.solve(histogram, depth), histogram, depth)
 
 
@@ -55,7 +55,7 @@ def test_bounds_are_never_above_the_true_optimum(lengths, depth):
     optimum = fewest_rows(tuple(sorted(lengths)), 12, depth)
     histogram = np.bincount(lengths, minlength=13)
     for method in METHODS.values():
-        if method.supports(depth):
+        if depth <= method.max_depth:
             found = method.solve(histogram, depth)
             assert found.bound <= optimum <= found.row_count
 

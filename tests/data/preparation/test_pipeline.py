@@ -15,7 +15,7 @@ import pytest
 from data.preparation import estimates, samples, sentences
 from data.preparation.datasets import DATASETS
 from data.shards import find_shards, read_rows
-from data.tokenizer import Encoder, load_vocabulary
+from data.tokenizer import WordPieceEncoder, load_vocabulary
 from tests.support.preparation import ROOT, SAMPLE, STAGES, command, files_below, prepare, text_shards
 
 MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
@@ -121,7 +121,7 @@ def test_no_pair_of_the_same_document_is_labelled_random(sample):
     """Every second segment that stands behind its first in some document of the shard is labelled a true one."""
     path = sample / "vocab" / SAMPLE / "vocab.txt"
     block, = samples.document_blocks(text_shards(sample)[-1])
-    documents = samples.tokenize(block, Encoder(load_vocabulary(path), True))
+    documents = samples.tokenize(block, WordPieceEncoder(load_vocabulary(path), True))
     pairs = samples.plan_pairs(documents, samples.SampleOptions(max_seq_length=128), random.Random(3))
     bounds = documents.bounds[documents.first]
     a, b = (np.searchsorted(bounds, start, side="right") for start in (pairs.a_start, pairs.b_start))

@@ -62,7 +62,7 @@ def test_pairs_fit_and_random_segments_come_from_other_documents(sizes, length, 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(2, 50))
 def test_truncation_equals_removing_tokens_one_by_one(a, b, longest):
-    pairs = samples.Pairs(*(np.array([value]) for value in (0, a, 1000, b, 0)))
+    pairs = np.array([(0, a, 1000, b, 0)], samples.PAIR).view(np.recarray)
     cut = samples.truncate(pairs, options(max_seq_length=longest + 3), np.random.default_rng(a))
     while a + b > longest:  # as Devlin et al. do it
         a, b = (a - 1, b) if a > b else (a, b - 1)

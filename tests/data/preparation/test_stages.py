@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.download import checksum
+from common.download import file_checksum
 from common.errors import UserError
 from data import bertPrep
 from data.preparation import archives, books, downloads, formatting, sentences, sharding, wikipedia
@@ -103,10 +103,10 @@ def test_a_dump_of_many_streams_gives_what_one_stream_gives(folder, tmp_path, mo
     streams = [bz2.compress(b"".join(pages[start:start + 3])) for start in range(0, 40, 3)]
     many = tmp_path / "many.xml.bz2"
     many.write_bytes(bz2.compress(b"<mediawiki>\n") + b"".join(streams) + bz2.compress(b"</mediawiki>\n"))
-    assert len(list(wikipedia.batches([many]))) > 5 and wikipedia.is_multistream(many)
+    assert len(list(wikipedia.dump_batches([many]))) > 5 and wikipedia.is_multistream(many)
     for dumps in ([many, many], [tmp_path / "x.xml.bz2"]):
         sizes = []
-        list(wikipedia.batches(dumps, sizes.append))
+        list(wikipedia.dump_batches(dumps, sizes.append))
         assert sum(sizes) == sum(path.stat().st_size for path in dumps), "the progress bar ends at 100 %"
     stage("text_formatting", "--input_files", many)
     assert lines_of(folder) == one and len(one) == 40
@@ -192,7 +192,7 @@ def test_batches_hold_every_book_once(sizes):
 
     shelf = [Book(size) for size in sizes]
     read = []
-    batches = [batch for batch, in books.batches(shelf, read.append)]
+    batches = [batch for batch, in books.book_batches(shelf, read.append)]
     assert [book for batch in batches for book in batch] == shelf and sum(read) == sum(sizes)
     assert all(sum(book.size for book in batch[:-1]) < books.BATCH_BYTES for batch in batches)
 
@@ -357,7 +357,7 @@ def test_a_full_disk_ends_in_one_line_and_finished_shards_stay_whole(folder, sha
                     dataset="wikicorpus_en"),
             cwd=ROOT, env=os.environ, preexec_fn=limit_file_size, capture_output=True, text=True, check=False)
         assert outcome.returncode == 2 and "Traceback" not in outcome.stderr
-        assert "File too large; what is finished is whole and kept" in outcome.stderr
+        assert "File too large; finished files are kept" in outcome.stderr
     left = hdf5_files(folder)
     assert left.items() >= small.items()
     assert all(read_header(folder / name).rows for name in left)
@@ -391,7 +391,7 @@ def wikimedia(root: Path, dump: Path, date: str = "20260101") -> list[str]:
     (root / "latest").mkdir(parents=True, exist_ok=True)
     (root / date).mkdir(exist_ok=True)
     (root / date / name).write_bytes(dump.read_bytes())
-    sums = f"{'0' * 40}  enwiki-{date}-pages-articles.xml.bz2\n{checksum(dump, 'sha1')}  {name}\n"
+    sums = f"{'0' * 40}  enwiki-{date}-pages-articles.xml.bz2\n{file_checksum(dump, 'sha1')}  {name}\n"
     for folder, day in (("latest", "latest"), (date, date)):
         (root / folder / f"enwiki-{day}-sha1sums.txt").write_text(sums)
     return ["--mirror", wikipedia.DUMPS, str(root)]
