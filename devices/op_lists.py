@@ -1,4 +1,4 @@
-"""Op lists for bf16 training: reads, checks and translates them for Gaudi's autocast.  This file must not load torch.
+"""Op lists for bf16 training: reads, checks and translates them for Gaudi's autocast.  No torch here.
 
 A list is a text file with one op a line, in the names of hmp, Gaudi's first mixed-precision package
 (ops_bf16_bert_pt.txt, ops_fp32_bert_pt.txt).  Gaudi's software reads its lists while torch is imported.
