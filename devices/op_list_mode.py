@@ -129,7 +129,8 @@ def op_name(function_name: str) -> str:
     name = function_name.strip("_")
     if is_in_place(function_name) and function_name not in IN_PLACE_OPERATORS:
         name = "i" + name
-    return op_lists.canonical(REFLECTED.get(name, name))
+    name = REFLECTED.get(name, name)
+    return op_lists.SAME_OP.get(name, name)
 
 
 def is_in_place(function_name: str) -> bool:

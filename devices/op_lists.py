@@ -63,11 +63,8 @@ def read_list(path, flag: str) -> frozenset[str]:
     for number, line in enumerate(lines, start=1):
         if len(line.split()) != 1:
             raise UserError(f"{flag} {path}: line {number} is {line[:50]!r}, not the name of one op")
-    return frozenset(canonical(line.strip()) for line in lines)
-
-
-def canonical(name: str) -> str:
-    return SAME_OP.get(name, name)
+    names = [line.strip() for line in lines]
+    return frozenset(SAME_OP.get(name, name) for name in names)
 
 
 def aten_names(ops) -> list[str]:
