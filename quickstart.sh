@@ -59,7 +59,7 @@ device=(--seed 42)
 "$PYTHON" -c 'import habana_frameworks.torch' 2>/dev/null && device+=(--use_habana)
 
 stage "2/7  From text to samples: 106 articles of English Wikipedia, sequences of 128 and of 512 tokens"
-# A vocabulary of its own comes first: the stages below would use Google's, four times as large, if it can be downloaded.
+# The sample gets a small vocabulary of its own: without one, the stages below use Google's, four times as large.
 for action in download text_formatting sharding create_vocabulary; do
     "$PYTHON" data/bertPrep.py --action "$action" --dataset "$dataset"
 done

@@ -1,8 +1,7 @@
 """The interface to a device, the CPU, and the choice of a run's device.
 
-Only devices/ calls a device's own software; other modules ask a Device and never test which kind it is.  Methods that
-mean nothing on a device do nothing there.  To support another accelerator, add a subclass in a file of its own, and
-choose it in select_device().
+Only devices/ calls a device's own software; other modules use a Device and never test which kind it is.  To support
+another accelerator, add a subclass in a file of its own, and choose it in select_device().
 """
 
 import os
@@ -32,8 +31,8 @@ class Device:
     hmp = None  # Gaudi's first mixed-precision package
     runs_cpu_kernels = True  # tensors lie in the CPU's own memory, where code compiled for the CPU works on them
     has_foreach_kernels = True  # PyTorch's kernels for lists of tensors
-    # Rows and columns of the matrices that measure the peak: enough to reach it, too few to delay a run.  None where
-    # graphs are built: a measurement would be graphs of its own.
+    # Rows and columns of the matrices that measure the peak FLOP/s: enough to reach it, too few to delay a run.  None
+    # on devices that record graphs: the measurement would add graphs to those of the training.
     matmul_size_for_peak: int | None = 1024
 
     def __init__(self, name: str = "cpu"):
@@ -73,7 +72,7 @@ class Device:
         return proc_bytes("/proc/self/status", "VmRSS")
 
     def peak_memory(self) -> int | None:
-        """The peak of these."""
+        """Their largest number so far; None where that is not known."""
         return proc_bytes("/proc/self/status", "VmHWM")
 
     def free_memory(self) -> int | None:
@@ -81,7 +80,7 @@ class Device:
         return proc_bytes("/proc/meminfo", "MemAvailable")
 
     def reset_peak_memory(self) -> None:
-        """Start the peak anew."""
+        """Measure the peak from now on."""
 
     def graphs(self) -> dict:
         """Counts of compiled graphs (graph_compilation) and of ops run on the host for lack of a device kernel

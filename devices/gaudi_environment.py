@@ -1,4 +1,4 @@
-"""The environment variables that Gaudi's software reads while torch is imported.  This file must not load torch."""
+"""The environment variables that Gaudi's software reads while torch is imported.  No torch here."""
 
 import os
 from contextlib import contextmanager
@@ -26,16 +26,14 @@ def prepared(device: DeviceOptions, precision: PrecisionOptions):
     with TemporaryDirectory(prefix="op_lists_") as folder:
         settings = {LAZY_MODE: "1" if lazy_mode(device, os.environ) else "0",
                     **list_variables(precision, os.environ, Path(folder))}
-        before = {name: os.environ.get(name) for name in settings}
+        before = {name: os.environ[name] for name in settings if name in os.environ}
         os.environ.update(settings)
         try:
             yield
         finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+            for name in settings:
+                del os.environ[name]
+            os.environ.update(before)
 
 
 def lazy_mode(device: DeviceOptions, environ) -> bool:
@@ -43,7 +41,7 @@ def lazy_mode(device: DeviceOptions, environ) -> bool:
     asked = False if device.use_torch_compile else device.use_lazy_mode
     value = environ.get(LAZY_MODE)
     if value is None:
-        return True if asked is None else asked
+        return asked is not False
     if value not in ("0", "1"):
         raise UserError(f"{LAZY_MODE} is {value!r} in the environment, neither 0 (eager, compiled) nor 1 (lazy)")
     if asked is not None and asked != (value == "1"):
@@ -55,8 +53,8 @@ def lazy_mode(device: DeviceOptions, environ) -> bool:
 def list_variables(precision: PrecisionOptions, environ, folder: Path) -> dict[str, str]:
     """Write the given op lists to files in `folder`, in the op names of Gaudi's autocast; {variable: path of a file}.
 
-    Only lists that are given are set: each replaces the whole default list of autocast.  (Software with hmp, Gaudi's
-    older mixed-precision package, reads the given files itself and ignores these variables.)
+    A list replaces the whole default list of autocast, so only given lists are set.  UserError where a list that the
+    environment names already differs.  (Software with hmp reads the given files itself and ignores these variables.)
     """
     lists = op_lists.read_lists(precision) if precision.bf16 else None
     if lists is None:
@@ -65,17 +63,12 @@ def list_variables(precision: PrecisionOptions, environ, folder: Path) -> dict[s
     for variable, flag, path, ops in ((BF16_LIST, "--hmp_bf16", precision.bf16_list, lists.bf16),
                                       (FP32_LIST, "--hmp_fp32", precision.fp32_list, lists.fp32)):
         if path and variable in environ:
-            check_same(variable, environ[variable], f"{flag} {path}", ops)
+            differing = sorted((op_lists.read_list(environ[variable], variable) ^ ops) - op_lists.IN_PLACE)
+            if differing:
+                raise UserError(f"{variable}={environ[variable]} in the environment contradicts {flag} {path}: "
+                                f"they differ in {', '.join(differing)}")
         elif path:
             file = folder / f"{variable}.txt"
             file.write_text("".join(f"{name}\n" for name in op_lists.aten_names(ops)))
             variables[variable] = str(file)
     return variables
-
-
-def check_same(variable: str, path: str, flag: str, ops: frozenset[str]) -> None:
-    """UserError where the list named in the environment differs from the one that a flag names."""
-    differing = sorted((op_lists.read_list(path, variable) ^ ops) - op_lists.IN_PLACE)
-    if differing:
-        raise UserError(f"{variable}={path} in the environment contradicts {flag}: "
-                        f"they differ in {', '.join(differing)}")

@@ -21,7 +21,7 @@ class HpuDevice(Device):
     reads_op_lists = True
     runs_cpu_kernels = False
     has_foreach_kernels = False
-    matmul_size_for_peak = None  # not measured: the matmuls would be graphs of their own
+    matmul_size_for_peak = None
 
     def __init__(self, lazy: bool):
         try:

@@ -15,7 +15,7 @@ class LazyDevice(Device):
     has_autocast = False
     runs_cpu_kernels = False
     has_foreach_kernels = False
-    matmul_size_for_peak = None  # not measured: the matmuls would be graphs of their own
+    matmul_size_for_peak = None
 
     def __init__(self):
         start_lazy_backend()

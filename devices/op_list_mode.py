@@ -3,7 +3,6 @@
 Within its block, a TorchFunctionMode intercepts each call of a function of torch, nn.functional and Tensor.
 """
 
-from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -16,14 +15,14 @@ from devices.options import PrecisionOptions
 
 CAST = (torch.bfloat16, torch.float32)
 
-# Ops that, when they are in neither list, run in fp32 if any argument is fp32.
+# Ops that run in fp32 if any argument is fp32, where they are in neither list.
 WIDEST_INPUT = {"add", "addcmul", "addcdiv", "cat", "div", "exp", "mul", "pow", "sub", "stack"}
 REFLECTED = {"radd": "add", "rmul": "mul", "rdiv": "div", "rtruediv": "div", "rpow": "pow", "rmatmul": "matmul"}
 IN_PLACE_OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__imatmul__"}
 FIRST_ARGUMENT_ONLY = {"layer_norm", "group_norm", "batch_norm", "instance_norm"}
 
 
-def check_names(lists: OpLists, precision: PrecisionOptions) -> None:
+def check_op_names(lists: OpLists, precision: PrecisionOptions) -> None:
     """UserError where a list names an op that PyTorch does not have."""
     known = {op_name(name) for name in function_names()}
     for flag, path, ops in (("--hmp_bf16", precision.bf16_list, lists.bf16),
@@ -47,26 +46,35 @@ class OpListMode(TorchFunctionMode):
     ops of FIRST_ARGUMENT_ONLY have their first argument cast only.  In-place ops cast to the dtype of the tensor that
     they change.  Ops of WIDEST_INPUT that are in neither list run in float32 if any argument is float32.  Other ops are
     not cast.
-
-    The rule is looked up by the function's name, which torch.compile can trace.
     """
 
     def __init__(self, lists: OpLists, mixed_layer_norm: bool = True):
         super().__init__()
-        rules = {name: rule_of(name, lists) for name in function_names()}
-        self.rules = {name: rule for name, rule in rules.items() if rule}
+        # The names of functions, which torch.compile can look up while it traces.
+        self.in_place = {name for name in function_names() if is_in_place(name)}
+        ops = {name: op_name(name) for name in function_names() - self.in_place}
+        self.listed = {name: torch.bfloat16 for name, op in ops.items() if op in lists.bf16}
+        self.listed |= {name: torch.float32 for name, op in ops.items() if op in lists.fp32}
+        self.widest = {name for name, op in ops.items() if op in WIDEST_INPUT - lists.bf16 - lists.fp32}
         self.first_only = FIRST_ARGUMENT_ONLY if mixed_layer_norm else set()
         self.active = True
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        rule = self.rules.get(func.__name__) if self.active else None
-        target = rule(args, kwargs) if rule else None
+        target = self.target_dtype(func.__name__, args, kwargs) if self.active else None
         if target is None:
             return func(*args, **kwargs) if torch.compiler.is_compiling() else call_uncast(func, args, kwargs)
         if func.__name__ in self.first_only and args:
             return func(cast(args[0], target), *args[1:], **kwargs)
         return func(*cast(args, target), **{name: cast(value, target) for name, value in kwargs.items()})
+
+    def target_dtype(self, function_name: str, args, kwargs) -> torch.dtype | None:
+        """The dtype that a function's arguments are cast to; None: they are not cast."""
+        if function_name in self.in_place:
+            return next(iter(dtypes(args)), None)
+        if function_name in self.widest and torch.float32 in dtypes([args, kwargs]):
+            return torch.float32
+        return self.listed.get(function_name)
 
     @torch.compiler.disable  # a compiled block would ignore the change of `active`
     @contextmanager
@@ -89,34 +97,6 @@ def call_uncast(func, args, kwargs):
             raise
         raise UserError(f"--hmp_bf16, --hmp_fp32: {op_name(func.__name__)} is in neither list, and its arguments are "
                         f"partly bfloat16, partly float32: {error}") from error
-
-
-def rule_of(function_name: str, lists: OpLists) -> Callable | None:
-    """The rule of a function: from its (args, kwargs) the dtype to cast to.  No rule, or a rule's None, is no cast."""
-    op = op_name(function_name)
-    if is_in_place(function_name):
-        return dtype_of_first
-    if op in lists.bf16:
-        return always_bf16
-    if op in lists.fp32:
-        return always_fp32
-    return fp32_if_any if op in WIDEST_INPUT else None
-
-
-def dtype_of_first(args, kwargs) -> torch.dtype | None:
-    return next(iter(dtypes(args)), None)
-
-
-def always_bf16(args, kwargs) -> torch.dtype:
-    return torch.bfloat16
-
-
-def always_fp32(args, kwargs) -> torch.dtype:
-    return torch.float32
-
-
-def fp32_if_any(args, kwargs) -> torch.dtype | None:
-    return torch.float32 if torch.float32 in dtypes([args, kwargs]) else None
 
 
 class DtypeReport(TorchFunctionMode):
@@ -149,7 +129,8 @@ def op_name(function_name: str) -> str:
     name = function_name.strip("_")
     if is_in_place(function_name) and function_name not in IN_PLACE_OPERATORS:
         name = "i" + name
-    return op_lists.canonical(REFLECTED.get(name, name))
+    name = REFLECTED.get(name, name)
+    return op_lists.SAME_OP.get(name, name)
 
 
 def is_in_place(function_name: str) -> bool:

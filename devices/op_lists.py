@@ -1,4 +1,4 @@
-"""Op lists for bf16 training: reads, checks and translates them for Gaudi's autocast.  This file must not load torch.
+"""Op lists for bf16 training: reads, checks and translates them for Gaudi's autocast.  No torch here.
 
 A list is a text file with one op a line, in the names of hmp, Gaudi's first mixed-precision package
 (ops_bf16_bert_pt.txt, ops_fp32_bert_pt.txt).  Gaudi's software reads its lists while torch is imported.
@@ -63,11 +63,8 @@ def read_list(path, flag: str) -> frozenset[str]:
     for number, line in enumerate(lines, start=1):
         if len(line.split()) != 1:
             raise UserError(f"{flag} {path}: line {number} is {line[:50]!r}, not the name of one op")
-    return frozenset(canonical(line.strip()) for line in lines)
-
-
-def canonical(name: str) -> str:
-    return SAME_OP.get(name, name)
+    names = [line.strip() for line in lines]
+    return frozenset(SAME_OP.get(name, name) for name in names)
 
 
 def aten_names(ops) -> list[str]:

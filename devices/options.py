@@ -1,4 +1,4 @@
-"""What a command asks of the device and of the precision, as plain values.  This file must not load torch."""
+"""What a command asks of the device and of the precision, as plain values.  No torch here."""
 
 from dataclasses import dataclass
 

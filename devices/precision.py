@@ -18,7 +18,7 @@ import torch
 from common.errors import UserError
 from devices import op_lists
 from devices.device import Device
-from devices.op_list_mode import DtypeReport, OpListMode, check_names
+from devices.op_list_mode import DtypeReport, OpListMode, check_op_names
 from devices.op_lists import OpLists
 from devices.options import PrecisionOptions
 
@@ -131,7 +131,7 @@ def choose_casts(options: PrecisionOptions, device: Device) -> Casts:
         return Casts("float32")
     lists = op_lists.read_lists(options)
     if lists:
-        check_names(lists, options)
+        check_op_names(lists, options)
     by_lists = f" by op lists: {len(lists.bf16)} ops in bf16, {len(lists.fp32)} in fp32" if lists else ""
     if device.hmp:
         device.hmp.convert(opt_level=options.opt_level, bf16_file_path=options.bf16_list,

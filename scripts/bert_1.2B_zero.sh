@@ -8,7 +8,7 @@
 #     CARDS       8                ranks, one per card; each keeps an eighth of LAMB's 9.5 GB
 #     OUTPUT      results_1.2B     a folder of its own, not that of the BERT-Large recipes
 #
-# It shows the sharding at work.  Rate and batch were not tuned for this model.
+# This is an example of the sharding: rate and batch were not tuned for this model.
 OUTPUT=${OUTPUT:-results_1.2B}
 source "$(dirname "$0")/recipe.sh"
 

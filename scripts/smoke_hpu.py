@@ -1,6 +1,6 @@
-"""The checks of smoke_hpu.sh: short runs of the training command, on the CPU and on HPU, and what their logs say.
+"""The checks of smoke_hpu.sh: they compare short training runs on the CPU and on HPU by their logs.
 
-This process imports no torch and holds no card: every run, and what asks a card, is a process of its own.
+This process neither imports torch nor holds a card: every run and every question to a card is a process of its own.
 """
 
 import json
@@ -22,30 +22,30 @@ CONFIG = {"attention_probs_dropout_prob": 0.0, "hidden_act": "gelu", "hidden_dro
           "initializer_range": 0.02, "intermediate_size": 128, "max_position_embeddings": 128,
           "num_attention_heads": 4, "num_hidden_layers": 2, "type_vocab_size": 2, "vocab_size": 30522}
 LISTS = ["--hmp", "--hmp_bf16=ops_bf16_bert_pt.txt", "--hmp_fp32=ops_fp32_bert_pt.txt"]
-# The largest difference of a step's loss that passes, as a share of how far the losses fall.  Devices may differ most:
-# HPU's GELU is the tanh approximation.
+# The largest difference of a step's loss that passes, as a fraction of how far the losses fall.  Devices differ by more
+# than rounding: HPU's GELU is the tanh approximation.
 BETWEEN_DEVICES, BETWEEN_OPTIMIZERS, BETWEEN_PRECISIONS, BETWEEN_RANKS = 2e-2, 1e-3, 5e-2, 1e-3
 
 
 def main(argv=None) -> int | None:
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("part", nargs="?", choices=("all", "cards", "all_reduce"), default="all",
-                        help="cards and all_reduce are what the checks start: the number of cards; a rank's all-reduce")
-    parser.add_argument("--config_file", default="bert_config.json", help="the model whose seconds per step are taken")
+                        help="all checks; they start the other two: print the number of cards, all-reduce on one rank")
+    parser.add_argument("--config_file", default="bert_config.json", help="config of the model to time")
     parser.add_argument("--train_batch_size", type=cli.positive_int, default=128,
-                        help="sequences of one of its steps, in 2 micro-batches")
-    parser.add_argument("--folder", type=Path, help="where data and logs go (default: a temporary folder, kept)")
+                        help="sequences per step of the timed model, in 2 micro-batches")
+    parser.add_argument("--folder", type=Path, help="folder for data and logs (default: a temporary folder, kept)")
     args = parser.parse_args(argv)
     if args.part == "cards":
         return print_cards()
     if args.part == "all_reduce":
-        return all_reduce()
+        return check_all_reduce()
     return Checks(args, args.folder or Path(mkdtemp(prefix="smoke_hpu_"))).run()
 
 
 @dataclass
-class Run:
-    """A run of the training command: what it logged, or its last words."""
+class LoggedRun:
+    """The log lines of a run's steps, or why it failed."""
 
     problem: str | None
     lines: list[dict]
@@ -56,7 +56,7 @@ class Run:
 
 
 class Checks:
-    """Runs of the training command in a folder, and one line for each claim about them."""
+    """Runs the training command in a folder, and prints one line per check."""
 
     def __init__(self, args, folder: Path):
         self.args = args
@@ -75,7 +75,7 @@ class Checks:
         fused = self.on_hpu("fused_lamb", "--use_lazy_mode=True", "--use_fused_lamb")
         self.compare("FusedLamb against NVLAMB", fused, lazy, BETWEEN_OPTIMIZERS)
         lists = self.on_hpu("op_lists", "--use_lazy_mode=True", *LISTS)
-        self.compare("bf16 op lists against fp32", lists, lazy, BETWEEN_PRECISIONS, least=1e-6)  # else nothing was cast
+        self.compare("bf16 op lists against fp32", lists, lazy, BETWEEN_PRECISIONS, least=1e-6)  # less: no op was cast
         self.time_steps()
         self.check_all_cards()
         print(f"{self.failed} failed" if self.failed else "all passed")
@@ -90,30 +90,31 @@ class Checks:
         write_unpacked_shard(self.folder / "data" / "smoke_training_0.hdf5", lengths, 0, SEQUENCE_LENGTH, PREDICTIONS)
         (self.folder / "config.json").write_text(json.dumps(CONFIG))
 
-    def on_hpu(self, name: str, *flags: str, launcher=()) -> Run:
+    def on_hpu(self, name: str, *flags: str, launcher=()) -> LoggedRun:
         return self.train(name, "--use_habana", *flags, launcher=launcher)
 
-    def train(self, name: str, *flags: str, launcher=()) -> Run:
-        """Run the training command; flags given here win over the common ones."""
+    def train(self, name: str, *flags: str, launcher=()) -> LoggedRun:
+        """Run the training command; `flags` override the common ones."""
         log = self.folder / f"{name}.json"
-        words = [sys.executable, *launcher, "run_pretraining.py", "--do_train", f"--input_dir={self.folder / 'data'}",
-                 f"--output_dir={self.folder / name}", f"--config_file={self.folder / 'config.json'}",
-                 f"--json_summary={log}", f"--max_seq_length={SEQUENCE_LENGTH}", f"--max_steps={STEPS}",
-                 f"--max_predictions_per_seq={PREDICTIONS}", "--train_batch_size=8", "--gradient_accumulation_steps=2",
-                 "--learning_rate=0.05", "--warmup_proportion=0.1", "--skip_checkpoint", *flags]
-        done = start(words)
+        command = [sys.executable, *launcher, "run_pretraining.py", "--do_train", f"--input_dir={self.folder / 'data'}",
+                   f"--output_dir={self.folder / name}", f"--config_file={self.folder / 'config.json'}",
+                   f"--json_summary={log}", f"--max_seq_length={SEQUENCE_LENGTH}", f"--max_steps={STEPS}",
+                   f"--max_predictions_per_seq={PREDICTIONS}", "--train_batch_size=8",
+                   "--gradient_accumulation_steps=2", "--learning_rate=0.05", "--warmup_proportion=0.1",
+                   "--skip_checkpoint", *flags]
+        done = start(command)
         (self.folder / f"{name}.txt").write_text(done.stdout + done.stderr)
         if done.returncode:
-            return Run(last_words(done), [])
+            return LoggedRun(error_line(done), [])
         logged = [json.loads(line.removeprefix("DLLL ")) for line in log.read_text().splitlines()]
-        return Run(None, [line["data"] for line in logged if "step_loss" in line["data"]])
+        return LoggedRun(None, [line["data"] for line in logged if "step_loss" in line["data"]])
 
     def report(self, passed: bool, claim: str, detail: str) -> None:
         self.failed += not passed
         print(f"{'PASS' if passed else 'FAIL'}  {claim}: {detail}", flush=True)
 
-    def compare(self, claim: str, run: Run, reference: Run, limit: float, least: float = 0.0) -> None:
-        """The largest difference of a step's loss, as a share of how far the loss falls; it must learn to say much."""
+    def compare(self, claim: str, run: LoggedRun, reference: LoggedRun, limit: float, least: float = 0.0) -> None:
+        """Compare the losses of all steps: the largest difference, as a fraction of how far the reference falls."""
         problem = run.problem or reference.problem
         if problem:
             return self.report(False, claim, problem)
@@ -123,7 +124,7 @@ class Checks:
                            f"losses differ by at most {difference:.1e} of their fall (limit {limit:.0e}; "
                            f"{reference.losses[0]:.3f} to {min(reference.losses):.3f} in {STEPS} steps)")
 
-    def check_graphs(self, run: Run) -> None:
+    def check_graphs(self, run: LoggedRun) -> None:
         if run.problem:
             return self.report(False, "graphs and fallbacks", run.problem)
         settled, last = run.lines[WARM_UP - 1], run.lines[-1]
@@ -141,7 +142,7 @@ class Checks:
         claim = f"seconds per step, {self.args.config_file}, {size} × {SEQUENCE_LENGTH} tokens, bf16"
         if run.problem:
             return self.report(False, claim, run.problem)
-        last = run.lines[-1]  # of the second half: the first compiles
+        last = run.lines[-1]  # averages over the second half of the steps: the first half compiles graphs
         return self.report(True, claim, f"{last['average_training_time_step']:.3f} s, "
                            f"{last['average_perf_per_step']:.1f} sequences/s")
 
@@ -149,12 +150,12 @@ class Checks:
         """An all-reduce over all cards; then training on them, against one card with the same global batch."""
         counted = self.process("cards")
         if counted.returncode:
-            return self.report(False, "cards", last_words(counted))
+            return self.report(False, "cards", error_line(counted))
         cards = int(counted.stdout.split()[-1])
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cards}"]
         reduced = self.process("all_reduce", launcher)
         good = reduced.returncode == 0 and reduced.stdout.count("all-reduce is right") == cards
-        self.report(good, f"all-reduce over {cards} cards", "right on every rank" if good else last_words(reduced))
+        self.report(good, f"all-reduce over {cards} cards", "right on every rank" if good else error_line(reduced))
         if cards == 1:
             return self.report(True, "training on all cards", "there is one card only")
         alone = self.on_hpu("one_card", f"--train_batch_size={2 * cards}", f"--gradient_accumulation_steps={cards}")
@@ -166,14 +167,14 @@ class Checks:
         return start([sys.executable, *launcher, "scripts/smoke_hpu.py", part], PT_HPU_LAZY_MODE="1")
 
 
-def start(words: list[str], **variables: str) -> subprocess.CompletedProcess:
-    """Run a process to its end, without a mode in its environment: the flags of each run choose one."""
+def start(command: list[str], **variables: str) -> subprocess.CompletedProcess:
+    """Run a process to its end.  The flags of each run choose the mode, so the caller's PT_HPU_LAZY_MODE is removed."""
     environment = {name: value for name, value in os.environ.items() if name != "PT_HPU_LAZY_MODE"}
-    return subprocess.run(words, cwd=ROOT, env=environment | variables, text=True, capture_output=True,
+    return subprocess.run(command, cwd=ROOT, env=environment | variables, text=True, capture_output=True,
                           stdin=subprocess.DEVNULL)
 
 
-def last_words(done: subprocess.CompletedProcess) -> str:
+def error_line(done: subprocess.CompletedProcess) -> str:
     lines = [line for line in (done.stderr + done.stdout).splitlines() if "rror" in line]
     return lines[0] if lines else f"exit code {done.returncode}"
 
@@ -184,8 +185,8 @@ def print_cards() -> None:
     print(HpuDevice(lazy=True).cards())
 
 
-def all_reduce() -> None:
-    """What each rank does: sum the numbers of all ranks, in fp32 and bf16, as the gradients are."""
+def check_all_reduce() -> None:
+    """On each rank: sum the numbers of all ranks in fp32 and in bf16, the types of the gradients on the wire."""
     import torch
     import torch.distributed as dist
 
@@ -201,7 +202,7 @@ def all_reduce() -> None:
         device.mark_step()
         total = set(values.float().tolist())
         if total != {ranks * (ranks + 1) / 2}:
-            raise UserError(f"rank {rank}: the {dtype} sum of 1 to {ranks} came out as {sorted(total)}")
+            raise UserError(f"rank {rank}: the {dtype} sum of 1 to {ranks} is {sorted(total)}")
     print(f"rank {rank}: all-reduce is right")
     dist.destroy_process_group()
 

@@ -1,10 +1,9 @@
-"""Give malformed inputs to the training command, thousands of them, and see that each is refused in one line.
+"""Give the training command thousands of malformed inputs, and check that it refuses each in one line.
 
-Configs, op lists, metadata, shards, checkpoints and folders of transformers are spoiled by Hypothesis
-(tools/malformed.py), and run_pretraining.main() is called with them, in this process; shards are read in its child
-process, as always.  A run may end with a UserError, whose line names the file or a flag, or with exit code 2.  Where
-the change left the input sound, it may train.  Anything else is a failure: an exception that would be a traceback, a
-hang, a crash, a checkpoint that is not there any more, a payload that was executed.
+Hypothesis damages configs, op lists, metadata, shards, checkpoints and Hugging Face model folders (tools/malformed.py),
+and run_pretraining.main() is called with them in this process; shards are read in its child process, as in any run.  A
+run may end with a UserError whose line names the file or a flag, or with exit code 2.  It may train if the change left
+the input valid.  Anything else is a failure: a traceback, a hang, a crash, a missing checkpoint, an executed payload.
 
     python tools/fuzz.py --inputs 10000
 """
@@ -37,16 +36,16 @@ from data.shard_reader import ShardReader  # noqa: E402
 from tools import malformed  # noqa: E402
 from tools.malformed import Kind  # noqa: E402
 
-ROUND = 100  # inputs that Hypothesis draws in one go
-LONGEST_ROUND = 600.0  # seconds; a round without an end is a hang
+ROUND = 100  # inputs that Hypothesis draws at a time
+LONGEST_ROUND = 600.0  # seconds; a longer round is a hang
 LONGEST_READ = 20.0  # seconds of processor time for the six rows of a shard
 CHILD_OUTPUT = "child_output.txt"
-LONGEST_LINE = 1000  # characters that still are one clear line
+LONGEST_LINE = 1000  # characters of an error line
 
 
 @dataclass
-class Tally:
-    """What became of the inputs of one kind."""
+class Counts:
+    """Counts of the inputs of one kind, by outcome."""
 
     inputs: int = 0
     refused: int = 0
@@ -57,9 +56,9 @@ class Tally:
 def main(argv=None) -> None:
     parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=cli.positive_int, default=10_000,
-                        help="how many must be refused, over all kinds; those that train do not count")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
-    parser.add_argument("--failed_dir", help="keep the inputs that failed here")
+                        help="stop after this many inputs were refused, over all kinds")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the inputs")
+    parser.add_argument("--failed_dir", help="folder to which failed inputs are written")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     args = parser.parse_args(argv)
     before = os.getcwd()
@@ -70,13 +69,13 @@ def main(argv=None) -> None:
             tallies = fuzz(Path(folder), args.inputs, args.seed, failed_dir)
         finally:
             os.chdir(before)
-    print(json.dumps({name: asdict(tally) for name, tally in tallies.items()}) if args.json else describe(tallies))
+    print(json.dumps({name: asdict(tally) for name, tally in tallies.items()}) if args.json else in_words(tallies))
     if any(tally.failures for tally in tallies.values()):
         raise UserError("some inputs were not refused as they should be: see above")
 
 
-def describe(tallies: dict[str, Tally]) -> str:
-    lines = [f"{name}: {tally.inputs} inputs, {tally.refused} refused in one line, {tally.trained} still sound and "
+def in_words(tallies: dict[str, Counts]) -> str:
+    lines = [f"{name}: {tally.inputs} inputs, {tally.refused} refused in one line, {tally.trained} still valid and "
              f"trained, {len(tally.failures)} failures" for name, tally in tallies.items()]
     total = [sum(getattr(tally, name) for tally in tallies.values()) for name in ("inputs", "refused", "trained")]
     failures = {f"{name}: {failure}": 1 for name, tally in tallies.items() for failure in tally.failures}
@@ -85,8 +84,8 @@ def describe(tallies: dict[str, Tally]) -> str:
 
 
 @contextmanager
-def children_unheard():
-    """A block in which what child processes and libraries print goes to a file; it yields the screen."""
+def stderr_to_file():
+    """A block in which the stderr of child processes and libraries goes to CHILD_OUTPUT; it yields the screen."""
     with os.fdopen(os.dup(2), "w") as screen, open(CHILD_OUTPUT, "ab") as file:
         os.dup2(file.fileno(), 2)
         try:
@@ -97,7 +96,7 @@ def children_unheard():
 
 @contextmanager
 def no_longer_than(seconds: float, screen):
-    """A block that ends the process, with a traceback of all threads, where it takes longer."""
+    """A block that ends the process with a traceback of all threads if it takes longer."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=screen)
     try:
         yield
@@ -105,17 +104,17 @@ def no_longer_than(seconds: float, screen):
         faulthandler.cancel_dump_traceback_later()
 
 
-def fuzz(folder: Path, inputs: int, seed: int, failed_dir: Path | None = None) -> dict[str, Tally]:
-    """Inputs of all kinds in turn, until so many were refused.  The working folder must be `folder`."""
+def fuzz(folder: Path, inputs: int, seed: int, failed_dir: Path | None = None) -> dict[str, Counts]:
+    """Try inputs of all kinds in turn until `inputs` were refused.  The working folder must be `folder`."""
     kinds = malformed.kinds(folder)
-    found = {kind.name: Tally() for kind in kinds}
+    found = {kind.name: Counts() for kind in kinds}
     rng = random.Random(seed)
-    with (children_unheard() as screen, ShardReader(LONGEST_READ) as reader,
+    with (stderr_to_file() as screen, ShardReader(LONGEST_READ) as reader,
           tqdm(total=inputs, unit="input", disable=None, file=screen) as bar):
         for kind in kinds:
             Path(kind.file).write_bytes(kind.sound)
             with redirect_stdout(StringIO()):
-                train(kind.flags, reader)  # what nobody spoiled must train, or refusing it shows nothing
+                train_one_step(kind.flags, reader)  # a valid input must train, else a refusal proves nothing
         while (missing := inputs - sum(tally.refused for tally in found.values())) > 0:
             for kind in kinds:
                 count = min(ROUND, -(-missing // len(kinds)))
@@ -126,8 +125,8 @@ def fuzz(folder: Path, inputs: int, seed: int, failed_dir: Path | None = None) -
     return found
 
 
-def run_round(kind: Kind, tally: Tally, count: int, seed: int, reader: ShardReader, failed_dir: Path | None) -> None:
-    """Draw and try so many inputs.  One process for them all: neither torch nor the reader starts anew."""
+def run_round(kind: Kind, tally: Counts, count: int, seed: int, reader: ShardReader, failed_dir: Path | None) -> None:
+    """Draw and try `count` inputs in this process, so that neither torch nor the reader starts again."""
     @hypothesis_seed(seed)
     @settings(max_examples=count, phases=[Phase.generate], database=None, deadline=None,
               suppress_health_check=list(HealthCheck))
@@ -143,21 +142,21 @@ def run_round(kind: Kind, tally: Tally, count: int, seed: int, reader: ShardRead
     Path(kind.file).write_bytes(kind.sound)
 
 
-def try_input(kind: Kind, tally: Tally, reader: ShardReader) -> str | None:
-    """Train with the input that lies in its place; what went wrong, in words."""
+def try_input(kind: Kind, tally: Counts, reader: ShardReader) -> str | None:
+    """Train with the input that kind.file holds; a description of the failure, None where there is none."""
     tally.inputs += 1
     files = listing()
     screen = StringIO()
     try:
         with redirect_stdout(screen), redirect_stderr(screen):
-            train(kind.flags, reader)
+            train_one_step(kind.flags, reader)
     except UserError as error:
         line = " ".join(str(error).split())
     except SystemExit as end:
         line = screen.getvalue().strip()
         if end.code != 2 or len(line.splitlines()) != 1:
             return f"ended with {end.code}: {line}"
-    except Exception:  # whatever it is, it would be a traceback on the user's screen
+    except Exception:  # of any type: the user would see a traceback
         return traceback.format_exc()
     else:
         tally.trained += 1
@@ -166,7 +165,7 @@ def try_input(kind: Kind, tally: Tally, reader: ShardReader) -> str | None:
     return wrong_with(line, kind) or wrong_with_child() or wrong_with_files(files, listing())
 
 
-def train(flags: dict, reader: ShardReader) -> None:
+def train_one_step(flags: dict, reader: ShardReader) -> None:
     """One step of a tiny model, its shards read by a child process that outlives this training."""
     values = {"do_train": True, "config_file": "config.json", "input_dir": "data", "output_dir": "new",
               "max_seq_length": malformed.LENGTH, "max_predictions_per_seq": 2 * malformed.PREDICTIONS,
@@ -177,7 +176,7 @@ def train(flags: dict, reader: ShardReader) -> None:
 
 
 def wrong_with(line: str, kind: Kind) -> str | None:
-    """What is not clear about the line that a run was refused with."""
+    """What is wrong with the error line of a refused run."""
     if not 10 < len(line) <= LONGEST_LINE:
         return f"a line of {len(line)} characters: {line[:300]}"
     if not any(part in line for part in (*Path(kind.file).parts, "--")):
@@ -192,7 +191,7 @@ def wrong_with_child() -> str | None:
 
 
 def listing() -> dict[str, int]:
-    """The files that are there, with their sizes, without those that a run may write."""
+    """The sizes of all files, except those that a run may write."""
     return {str(path): path.stat().st_size for path in Path().rglob("*")
             if path.is_file() and path.name not in ("log.json", CHILD_OUTPUT)}
 

@@ -1,8 +1,8 @@
 """Malformed inputs for tools/fuzz.py, as strategies of Hypothesis that draw the bytes of one file.
 
-Each kind of input has a sound file, which a training takes.  What is drawn is that file with bytes cut, flipped, put in
-or taken out, or with its contents changed and written anew as a writer of the format would: a key gone, a value of
-another type, a shape that does not fit.  Some changes leave the input sound.
+Each kind of input has a sound file, which a training accepts.  Drawn is that file with bytes removed, flipped or
+inserted, or with its contents changed and written in the same format: a missing key, a value of another type, a wrong
+shape.  Some changes leave the input valid.
 """
 
 import io
@@ -35,7 +35,7 @@ HOSTILE_NUMBERS = (0, 1, -1, 2, 3, 5, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 10**30
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of input: the file that is replaced, the flags that lead to it, sound contents, and what is drawn."""
+    """One kind of input: the file that is replaced, the flags that use it, sound contents, and damaged contents."""
 
     name: str
     file: str
@@ -45,8 +45,8 @@ class Kind:
 
 
 def kinds(folder: Path) -> list[Kind]:
-    """Write sound inputs to a folder; the kinds that they can be spoiled in."""
-    write_data(folder)
+    """Write sound inputs to a folder, and describe how each is damaged."""
+    write_sound_data(folder)
     write_checkpoints(folder)
     config, metadata, index, theirs, a_shard, packed_shard, without_masks, a_checkpoint, weights = (
         (folder / name).read_bytes() for name in (
@@ -72,7 +72,7 @@ def kinds(folder: Path) -> list[Kind]:
 
 # --- sound inputs ---
 
-def write_data(folder: Path) -> None:
+def write_sound_data(folder: Path) -> None:
     """A config with a small vocabulary, two shards of each form, and metadata."""
     samples.write_config(folder / "config.json", vocab_size=VOCABULARY)
     for name, seed in (("a", 0), ("b", 1)):
@@ -90,7 +90,7 @@ def write_data(folder: Path) -> None:
 
 
 def write_checkpoints(folder: Path) -> None:
-    """A checkpoint of step 1, one whose optimizer state is sharded, and a folder of transformers; untrained weights."""
+    """Untrained weights: a checkpoint of step 1, one with sharded optimizer state, and a Hugging Face model folder."""
     from checkpoint import huggingface
     from lamb import NVLAMB
     from modeling import BertConfig, BertForPreTraining
@@ -132,7 +132,7 @@ def cut(data: bytes, place: int, piece: bytes) -> bytes:
 
 
 def flip(data: bytes, place: int, piece: bytes) -> bytes:
-    """One bit of one byte turned over."""
+    """Flip one bit of one byte."""
     flipped = bytes(byte ^ (1 << (piece[0] % 8)) for byte in data[place:place + 1])
     return data[:place] + flipped + data[place + 1:]
 
@@ -170,7 +170,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.di
 
 
 def json_texts(sound: bytes) -> st.SearchStrategy[bytes]:
-    """The JSON object `sound` with bytes changed, with keys gone, renamed or of other values, or something else."""
+    """The JSON object `sound` with bytes changed, with keys removed, renamed or replaced, or another text."""
     objects = edited(json.loads(sound), values).map(lambda value: json.dumps(value).encode())
     return st.one_of(changed(sound), objects, objects, values.map(lambda value: json.dumps(value).encode()),
                      st.sampled_from([b"", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000, b"\xff\xfe{}", b"NaN"]))
@@ -187,7 +187,7 @@ def edited(draw, sound, replacements):
 
 
 def draw_path(draw, value) -> tuple:
-    """The way to some value inside nested dicts and lists: half of them at the top, a quarter one step below, …"""
+    """The path to a value inside nested dicts and lists: half of all at the top, a quarter one level below, …"""
     keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
     if not keys:
         return ()
@@ -211,7 +211,7 @@ def edit(value, path: tuple, action: str, replacement):
 
 
 def op_lists() -> st.SearchStrategy[bytes]:
-    """Lines of true and invented names, with and without the faults that a text file can have."""
+    """Lines of real and invented names, with and without the faults that a text file can have."""
     names = st.sampled_from(OP_NAMES)
     line = names | st.text(max_size=9) | st.sampled_from(["", " ", "#", "linear matmul", "\0", "é", "x" * 10_000])
     texts = st.lists(line, max_size=6).map(lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass"))
@@ -221,7 +221,7 @@ def op_lists() -> st.SearchStrategy[bytes]:
 # --- shards ---
 
 def shard_files(sound: bytes) -> st.SearchStrategy[bytes]:
-    """A shard with bytes changed, or written anew with one data set that is not what it should be."""
+    """A shard with bytes changed, or rewritten with one wrong data set."""
     with h5py.File(io.BytesIO(sound)) as file:
         rows, attributes = {key: file[key][...] for key in file}, dict(file.attrs)
     numbers = st.integers(-2**40, 2**40) | st.sampled_from([-1, 2, 24, 99, 2**31, 2**62])
@@ -231,7 +231,7 @@ def shard_files(sound: bytes) -> st.SearchStrategy[bytes]:
 
 
 def with_other_attributes(sound: bytes) -> st.SearchStrategy[bytes]:
-    """A shard without masks, of whose attributes one is gone or another."""
+    """A shard without masks, with one attribute removed or replaced."""
     with h5py.File(io.BytesIO(sound)) as file:
         names = sorted(file.attrs)
     whole = st.integers(-2**63, 2**63 - 1) | st.integers(-2, VOCABULARY)
@@ -261,7 +261,7 @@ def written_anew(rows: dict, attributes: dict, key: str, spoil, number: int, pla
 
 
 def leave_out(file, key, data, number, place) -> None:
-    """The data set is not there."""
+    """Leave the data set out."""
 
 
 def impossible_value(file, key, data, number, place) -> None:
@@ -311,7 +311,7 @@ def ragged(file, key, data, number, place) -> None:
 
 
 def promises(file, key, data, number, place) -> None:
-    """As many rows as the file has not."""
+    """Declare more rows than the file holds."""
     file.create_dataset(key, (abs(number) + 1, *data.shape[1:]), data.dtype, chunks=(1, *data.shape[1:]))
 
 
@@ -331,14 +331,14 @@ TENSORS = (torch.zeros(0), torch.zeros(3, 5), torch.tensor(7.0), torch.tensor(3)
 
 
 class Payload:
-    """What a malicious file makes of itself where its pickle is executed: a file named EXECUTED."""
+    """Creates a file named EXECUTED if a malicious pickle is executed."""
 
     def __reduce__(self):
         return open, ("EXECUTED", "w")
 
 
 def checkpoint_files(sound: bytes, drawn: Path) -> st.SearchStrategy[bytes]:
-    """A checkpoint with bytes changed, or saved anew with other contents, with and without our seal."""
+    """A checkpoint with bytes changed, or rewritten with other contents, with and without our checksum."""
     state = torch.load(io.BytesIO(sound), weights_only=True)
     state = edited({**state, "model": dict(state["model"])}, values | st.sampled_from(TENSORS))
     contents = state | values

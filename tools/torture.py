@@ -1,12 +1,12 @@
-"""Kill a training again and again at random moments, and compare it with one that was left in peace.
+"""A crash test: kill a training at random moments, restart it, and compare it with an undisturbed one.
 
-Small runs of run_pretraining.py through both phases, on unpacked and on packed data in turn.  Each is killed while it
-starts, anywhere in its steps, or while a checkpoint is being written, and started again, until it is done.  Then every
-logged step must have the very numbers of the undisturbed run, the last checkpoint its very weights, and at no time may
-a checkpoint have been lost.
+It runs run_pretraining.py on a small scale through both phases, on unpacked and packed data in turn.  Each run is
+killed while it starts, during its steps, or while a checkpoint is being written, and restarted until it is done.  Then
+every logged step must have exactly the numbers of the undisturbed run, and the last checkpoint exactly its weights; no
+checkpoint may have been lost at any time.
 
-With SIGTERM a run must save the step that it is in, and end with 0.  With several ranks, one of them is killed, or all
-at once; the optimizer's state is sharded over them where the data is packed.
+After SIGTERM a run must save the current step and exit with 0.  With several ranks, one of them or all at once are
+killed; the optimizer state is sharded over the ranks where the data is packed.
 
     python tools/torture.py --kills 50
     python tools/torture.py --kills 20 --signal SIGTERM
@@ -40,17 +40,17 @@ LENGTHS = {1: 24, 2: 32}  # tokens, by phase
 STEPS = {1: 17, 2: 13}
 PREDICTIONS = 4
 COMPARED = ("step_loss", "average_loss", "mlm_loss", "nsp_loss", "learning_rate", "gradient_norm", "skipped_steps")
-PATIENCE = 30  # seconds that a rank waits for one that was killed before they met: no launcher tells it
-LONGEST_RUN = 300.0  # seconds without an end: a hang
+COLLECTIVE_TIMEOUT = 30  # seconds that a rank waits for one that was killed before it connected
+LONGEST_RUN = 300.0  # seconds; a longer run is a hang
 
 
-class Broken(UserError):
-    """A run did what it must never do."""
+class TestFailure(UserError):
+    """A run hung, failed without having been killed, or left processes behind."""
 
 
 @dataclass
 class Tally:
-    """What happened so far."""
+    """Counts of what happened so far."""
 
     kills: int = 0
     while_saving: int = 0
@@ -64,20 +64,20 @@ class Tally:
 
 def main(argv=None) -> None:
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=cli.positive_int, default=50, help="how often to kill")
-    parser.add_argument("--signal", choices=("SIGKILL", "SIGTERM"), default="SIGKILL", help="by what")
-    parser.add_argument("--ranks", type=cli.positive_int, default=1, help="processes of a training")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--kills", type=cli.positive_int, default=50, help="number of kills")
+    parser.add_argument("--signal", choices=("SIGKILL", "SIGTERM"), default="SIGKILL", help="signal to kill with")
+    parser.add_argument("--ranks", type=cli.positive_int, default=1, help="ranks of a training")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the moments")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         tally = Torturer(Path(folder), args).run()
-    print(json.dumps(vars(tally)) if args.json else describe(tally, args))
+    print(json.dumps(vars(tally)) if args.json else summarize(tally, args))
     if tally.mismatches or tally.checkpoints_lost:
-        raise UserError("a training that was killed is not the one that was not: see above")
+        raise UserError("a training that was killed differs from the undisturbed one: see above")
 
 
-def describe(tally: Tally, args) -> str:
+def summarize(tally: Tally, args) -> str:
     return "\n".join([f"{tally.kills} kills by {args.signal}, {tally.while_saving} of them while a checkpoint was "
                       f"being written; {tally.resumes} resumes; {tally.runs_compared} trainings of two phases on "
                       f"{args.ranks} rank(s) compared",
@@ -86,7 +86,7 @@ def describe(tally: Tally, args) -> str:
 
 
 class Torturer:
-    """Disturbs trainings until there were so many kills, and the last of them to its end."""
+    """Kills trainings until there were `args.kills` kills, and lets the last training end."""
 
     def __init__(self, folder: Path, args):
         self.folder = folder
@@ -108,24 +108,24 @@ class Torturer:
                 output = self.folder / f"disturbed_{self.tally.runs_compared}"
                 for phase in LENGTHS:
                     self.disturb(output, form, phase)
-                compare(peaceful[form], output, self.tally)
+                compare_with_undisturbed(peaceful[form], output, self.tally)
         return self.tally
 
     def undisturbed(self, form: str) -> Path:
         output = self.folder / f"peaceful_{form}"
         for phase in LENGTHS:
-            codes = Run(self.folder, output, form, phase, self.ranks).wait()
+            codes = TrainingProcesses(self.folder, output, form, phase, self.ranks).wait()
             if any(codes):
-                raise Broken(f"an undisturbed run ended with {codes}: {last_words(self.folder)}")
+                raise TestFailure(f"an undisturbed run ended with {codes}: {last_words(self.folder)}")
         return output
 
     def disturb(self, output: Path, form: str, phase: int) -> None:
-        """One phase, killed and started again until it is done; once there were enough kills, it is left in peace."""
+        """One phase, killed and restarted until it is done; after the last kill it runs undisturbed."""
         before = None
         while not finished(output, phase):
             self.tally.resumes += before is not None
             before = whole_checkpoints(output)
-            run = Run(self.folder, output, form, phase, self.ranks)
+            run = TrainingProcesses(self.folder, output, form, phase, self.ranks)
             killed = self.tally.kills < self.kills and self.kill(run, output)
             codes = run.wait()
             check_checkpoints(output, before, self.tally)
@@ -133,10 +133,10 @@ class Torturer:
             if killed and self.signal == signal.SIGTERM and not any(codes):
                 check_saved(output, phase, self.tally)
             elif not killed and not finished(output, phase):
-                raise Broken(f"a run ended well, but not at its last step: {last_words(self.folder)}")
+                raise TestFailure(f"a run ended without an error, but not at its last step: {last_words(self.folder)}")
 
-    def kill(self, run: "Run", output: Path) -> bool:
-        """At a random moment; whether the run had not ended by then."""
+    def kill(self, run: "TrainingProcesses", output: Path) -> bool:
+        """Kill a run at a random moment; False where it ended before."""
         wait_for_moment(run, output, self.rng)
         if not run.is_running():
             return False
@@ -168,14 +168,14 @@ def command(folder: Path, output: Path, form: str, phase: int, sharded: bool) ->
               "max_seq_length": LENGTHS[phase], "max_predictions_per_seq": PREDICTIONS, "train_batch_size": 8,
               "gradient_accumulation_steps": 2, "max_steps": STEPS[phase], "warmup_proportion": 0.3,
               "learning_rate": 0.01, "num_steps_per_checkpoint": 2, "phase1_end_step": STEPS[1],
-              "use_zero_optimizer": sharded, "collective_timeout": PATIENCE,
+              "use_zero_optimizer": sharded, "collective_timeout": COLLECTIVE_TIMEOUT,
               "json_summary": output / f"log_{phase}.json"}
     switches = ["do_train", "no_cuda", "resume_from_checkpoint", *(["phase2"] if phase == 2 else [])]
     return [sys.executable, str(ROOT / "run_pretraining.py"), *(f"--{name}" for name in switches),
             *(f"--{name}={value}" for name, value in values.items())]
 
 
-class Run:
+class TrainingProcesses:
     """The processes of one training."""
 
     def __init__(self, folder: Path, output: Path, form: str, phase: int, ranks: int):
@@ -193,25 +193,25 @@ class Run:
         return all(process.poll() is None for process in self.processes)
 
     def is_saving(self, output: Path) -> bool:
-        """Whether a temporary file is there that no earlier run has left."""
-        with suppress(FileNotFoundError):  # it has just got its name
+        """Whether a temporary file exists that is newer than this run's start."""
+        with suppress(FileNotFoundError):  # it has just been renamed
             return any(path.stat().st_mtime > self.started for path in output.glob(".ckpt_*.tmp"))
         return False
 
     def send(self, number: signal.Signals, rng: random.Random) -> None:
-        """To one of the processes; a SIGKILL every second time to all of them, as if the power went."""
+        """Send a signal to one process; in half of all cases a SIGKILL to all of them, as in a power failure."""
         all_of_them = number == signal.SIGKILL and rng.random() < 0.5
         for process in self.processes if all_of_them else [rng.choice(self.processes)]:
             process.send_signal(number)
 
     def wait(self) -> list[int]:
-        """The exit codes of all processes, once their own children are gone too."""
+        """The exit codes of all processes, after their own children have ended too."""
         try:
             codes = [process.wait(LONGEST_RUN) for process in self.processes]
         except subprocess.TimeoutExpired:
             for process in self.processes:
                 process.kill()
-            raise Broken(f"a run did not end within {LONGEST_RUN:.0f} seconds") from None
+            raise TestFailure(f"a run did not end within {LONGEST_RUN:.0f} seconds") from None
         for process in self.processes:
             wait_for_children(process)
         return codes
@@ -223,7 +223,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for_moment(run: Run, output: Path, rng: random.Random) -> None:
+def wait_for_moment(run: TrainingProcesses, output: Path, rng: random.Random) -> None:
     """Return at a random moment of the run, or when it has ended."""
     place = rng.choice(("starting", "stepping", "saving"))
     if place == "starting":
@@ -239,13 +239,13 @@ def wait_for_moment(run: Run, output: Path, rng: random.Random) -> None:
             wait_until(run, time.monotonic() + rng.uniform(0.0, 0.02))
 
 
-def wait_until(run: Run, moment: float = float("inf"), condition=lambda: False) -> None:
+def wait_until(run: TrainingProcesses, moment: float = float("inf"), condition=lambda: False) -> None:
     while run.is_running() and time.monotonic() < moment and not condition():
         time.sleep(0.0005)
 
 
 def wait_for_children(process: subprocess.Popen) -> None:
-    """No process of a killed run may stay behind."""
+    """Wait until the children of a killed process have ended."""
     give_up = time.monotonic() + 30.0
     while time.monotonic() < give_up:
         try:
@@ -253,34 +253,34 @@ def wait_for_children(process: subprocess.Popen) -> None:
         except ProcessLookupError:
             return
         time.sleep(0.01)
-    raise Broken("30 seconds after a run was killed, a process of it was still there")
+    raise TestFailure("30 seconds after a run was killed, a process of it was still there")
 
 
 def last_words(folder: Path) -> str:
     return (folder / "output.txt").read_text(errors="replace")[-2000:]
 
 
-# --- what they leave ---
+# --- checks of what the runs leave ---
 
 def finished(output: Path, phase: int) -> bool:
-    """Whether the last checkpoint of a phase is there."""
+    """Whether the last checkpoint of a phase exists."""
     from checkpoint.folder import checkpoint_path
 
     return checkpoint_path(output, sum(STEPS[number] for number in range(1, phase + 1))).exists()
 
 
 def check_ending(codes: list[int], expected: int, where: str, words: str) -> None:
-    """A run that was not disturbed ends with 0.  Of one that was, some rank ends as the signal does and the others by
-    themselves with an error, or, where it could still save, all with 0."""
+    """Check the exit codes.  An undisturbed run ends with 0.  Of a killed run, either some rank ends by the signal and
+    the others with an error, or, where it could still save, all end with 0."""
     if any(codes) and (not expected or expected not in codes):
-        raise Broken(f"{where} ended with {codes}: {words}")
+        raise TestFailure(f"{where} ended with {codes}: {words}")
 
 
 def check_saved(output: Path, phase: int, tally: Tally) -> None:
-    """A run that was asked to stop has a checkpoint of the last step that it logged."""
+    """Check that a run that was asked to stop has a checkpoint of the last step that it logged."""
     from checkpoint.folder import checkpoint_path
 
-    last = max((step for place, step in dict(log_lines(output)) if place == phase), default=0)
+    last = max((step for place, step in dict(logged_figures(output)) if place == phase), default=0)
     number = last + (STEPS[1] if phase == 2 else 0)
     if last and not checkpoint_path(output, number).exists():
         tally.checkpoints_lost += 1
@@ -303,7 +303,7 @@ def whole_checkpoints(output: Path) -> list[int]:
 
 
 def check_checkpoints(output: Path, before: list[int], tally: Tally) -> None:
-    """There must be as many checkpoints as before, up to three, none of them damaged, and the newest no older."""
+    """Check that there are as many checkpoints as before, up to three, none damaged, and the newest no older."""
     from checkpoint.folder import saved_steps
 
     now, named = whole_checkpoints(output), saved_steps(output)
@@ -313,8 +313,8 @@ def check_checkpoints(output: Path, before: list[int], tally: Tally) -> None:
         tally.problems.append(f"{output.name}: checkpoints {before} became {named}, of which {now} can be read")
 
 
-def log_lines(output: Path) -> list[tuple[tuple[int, int], dict]]:
-    """((phase, step), what of its figures is compared) of each logged step.  A line may have been cut by a kill."""
+def logged_figures(output: Path) -> list[tuple[tuple[int, int], dict]]:
+    """((phase, step), its COMPARED figures) of each logged step.  A kill may have truncated a line."""
     found = []
     for phase in LENGTHS:
         path = output / f"log_{phase}.json"
@@ -329,16 +329,16 @@ def log_lines(output: Path) -> list[tuple[tuple[int, int], dict]]:
 
 
 def count_lines(output: Path) -> int:
-    return len(log_lines(output))
+    return len(logged_figures(output))
 
 
-def compare(peaceful: Path, output: Path, tally: Tally) -> None:
-    """Every logged step against the undisturbed run's, and the weights at the end."""
+def compare_with_undisturbed(peaceful: Path, output: Path, tally: Tally) -> None:
+    """Compare every logged step and the final weights with those of the undisturbed run."""
     import torch
 
     from checkpoint.folder import checkpoint_path, read_checkpoint
 
-    expected, found = dict(log_lines(peaceful)), log_lines(output)
+    expected, found = dict(logged_figures(peaceful)), logged_figures(output)
     for place, figures in found:
         tally.steps_compared += 1
         if figures != expected[place]:

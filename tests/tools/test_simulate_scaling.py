@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tools import simulate_scaling
-from tools.simulate_scaling import LATENCY, PHASES, all_reduce, buckets, exposed, simulate, tensor_sizes
+from tools.simulate_scaling import LATENCY, PHASES, all_reduce_seconds, bucket_sizes, exposed, simulate, tensor_sizes
 
 CARDS = [8, 32, 256, 1024]
 
@@ -14,8 +14,8 @@ CARDS = [8, 32, 256, 1024]
 def test_all_reduce_by_hand(monkeypatch):
     monkeypatch.setattr(simulate_scaling, "INSIDE", 10.0)
     inside = 2 * 7 / 8 * 80 / 10 + 14 * LATENCY
-    assert all_reduce(80, 8, outside=5.0) == pytest.approx(inside)
-    assert all_reduce(80, 32, outside=5.0) == pytest.approx(inside + 2 * 3 / 4 * 10 / 5 + 6 * LATENCY)
+    assert all_reduce_seconds(80, 8, outside=5.0) == pytest.approx(inside)
+    assert all_reduce_seconds(80, 32, outside=5.0) == pytest.approx(inside + 2 * 3 / 4 * 10 / 5 + 6 * LATENCY)
 
 
 def test_buckets_that_set_off_early_hide_behind_the_backward_pass():
@@ -26,8 +26,8 @@ def test_buckets_that_set_off_early_hide_behind_the_backward_pass():
 
 def test_buckets_are_those_of_the_training():
     sizes = tensor_sizes("bert_config.json")
-    assert [weight for bucket in buckets(sizes) for weight in bucket] == sizes
-    assert len(buckets(sizes)) == 6
+    assert [weight for bucket in bucket_sizes(sizes) for weight in bucket] == sizes
+    assert len(bucket_sizes(sizes)) == 6
 
 
 @pytest.mark.parametrize("links", ["card", "host"])
