@@ -198,4 +198,4 @@ def evaluation_seconds(trainer) -> float:
         trainer.evaluator.batch_sums(trainer.model, batch).tolist()
         seconds = time.perf_counter() - began
     trainer.model.train()
-    return seconds * -(-sum(shard.rows for shard in trainer.held_out) // (rows * trainer.process.world_size))
+    return seconds * -(-sum(shard.rows for shard in trainer.evaluator.shards) // (rows * trainer.ranks.world_size))
