@@ -62,7 +62,7 @@ class Evaluator:
         return torch.stack([value.float() for value in sums])
 
 
-def describe(figures: dict) -> str:
+def describe_figures(figures: dict) -> str:
     return (f"MLM loss {figures['mlm_loss']:.4f}, MLM accuracy {figures['mlm_accuracy']:.2%} "
             f"({figures['masked_tokens']} masked tokens), NSP accuracy {figures['nsp_accuracy']:.2%} "
             f"({figures['sequences']} sequences)")

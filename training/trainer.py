@@ -23,7 +23,7 @@ from parallel.gradient_reduction import Reduction
 from parallel.ranks import SingleRank
 from parallel.stop_signal import StopSignals, StopVote
 from training.compilation import GraphWatch
-from training.evaluation import Evaluator, describe
+from training.evaluation import Evaluator, describe_figures
 from training.log import TrainingLog
 from training.metrics import Throughput, batch_flops, measured_peak
 from training.profiling import StepProfiler
@@ -253,7 +253,7 @@ class Trainer:
         with self.paused():
             figures = self.evaluator.evaluate(self.model)
         self.log.write([self.epoch, step], {f"eval_{name}": value for name, value in figures.items()})
-        self.log.print(f"held out after step {step}: {describe(figures)}")
+        self.log.print(f"held out after step {step}: {describe_figures(figures)}")
 
     def summary(self, seconds: float) -> dict:
         """The figures of the whole run, logged with an empty step."""
