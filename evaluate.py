@@ -46,7 +46,7 @@ def parse_arguments(argv):
     parser.add_argument("--checkpoint", help="the checkpoint (default: a freshly initialised model)")
     parser.add_argument("--config_file", required=True, help="its model config, JSON")
     parser.add_argument("--eval_dir", required=True, help="folder of shards (packed, or with 'test' in the name)")
-    parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="rows at a time")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="rows per batch")
     parser.add_argument("--seed", type=int, default=42, help="random seed of the weights without --checkpoint")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")

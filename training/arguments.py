@@ -16,7 +16,7 @@ Batch sizes are per card and optimizer step; steps are optimizer steps."""
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    """The flags as a namespace.  One line and exit code 2 where a flag is unknown or flags contradict each other."""
+    """The flags as a namespace.  Ends with one line and exit code 2 if a flag is unknown or flags are contradictory."""
     parser = ArgumentParser(description=DESCRIPTION)
     for add in (add_files, add_batches, add_schedule, add_precision, add_device, add_many_cards, add_checkpoints,
                 add_log, add_accepted):
@@ -30,7 +30,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def add_files(parser) -> None:
     add = parser.add_argument_group("model and data").add_argument
-    add("--do_train", action="store_true", help="train; this or --dry_run must be given")
+    add("--do_train", action="store_true", help="train; required unless --dry_run is given")
     add("--dry_run", action="store_true", help="instead of training, check everything and report what the run will "
         "take: steps, memory, disk, and time from two timed steps; writes nothing")
     add("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
@@ -46,7 +46,7 @@ def add_batches(parser) -> None:
     add = parser.add_argument_group("batches").add_argument
     add("--max_seq_length", type=positive_int, default=512, help="tokens in a row, as in the shards")
     add("--max_predictions_per_seq", type=positive_int, default=80,
-        help="most masked tokens in a sequence, at least as many as in the shards")
+        help="maximum number of masked tokens in a sequence, at least that of the shards")
     add("--train_batch_size", type=positive_int, default=32,
         help="sequences per card and optimizer step, over all accumulation steps")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per optimizer step; must "
@@ -70,8 +70,8 @@ def add_schedule(parser) -> None:
 def add_precision(parser) -> None:
     add = parser.add_argument_group("precision and memory").add_argument
     add("--hmp", "--autocast", action="store_true", help="bf16 mixed precision")
-    add("--hmp_bf16", default="", metavar="FILE", help="list of ops run in bf16; '' = the device's own")
-    add("--hmp_fp32", default="", metavar="FILE", help="list of ops run in fp32; '' = the device's own")
+    add("--hmp_bf16", default="", metavar="FILE", help="list of ops to run in bf16; '' = the device's own list")
+    add("--hmp_fp32", default="", metavar="FILE", help="list of ops to run in fp32; '' = the device's own list")
     add("--hmp_opt_level", choices=("O1", "O2"), default="O1", help="O2 ignores the lists")
     add("--hmp_verbose", action="store_true", help="print the dtypes of each op once")
     add("--fp16", "--amp", action="store_true", help="fp16 mixed precision with loss scaling (CUDA)")
@@ -92,21 +92,21 @@ def add_device(parser) -> None:
     add("--cuda_graphs", action="store_true", help="CUDA, with --use_torch_compile: record the compiled parts as CUDA "
         "graphs and replay them; faster where micro-batches are small")
     add("--attention", choices=("plain", "sdpa", "varlen"),
-        help="elementary operations; fused kernels with a mask; fused kernels for variable-length sequences (default: "
-        "the fastest on the device; CUDA measures the last two at the start)")
+        help="plain: elementary operations; sdpa: fused kernels with a mask; varlen: fused kernels for variable-length "
+        "sequences (default: the fastest on the device; CUDA measures the last two at the start)")
     add("--use_cpu_kernels", type=boolean, default=True, metavar="BOOL",
         help="CPU, fp32: run the layers in kernels that are compiled (C++) when the run starts (default: True; where "
         "they cannot be used, the run logs why and uses PyTorch's operations)")
     add("--use_fused_lamb", action="store_true",
-        help="the device's fused LAMB, where it has one; on a CPU one compiled kernel")
+        help="use the device's fused LAMB, if it has one; on a CPU, one compiled kernel")
 
 
 def add_device_choice(parser) -> None:
     add = parser.add_argument_group("device (default: CUDA where there is a GPU, else CPU)").add_argument
-    add("--use_habana", action="store_true", help="run on HPU; an error where no HPU can be used")
+    add("--use_habana", action="store_true", help="run on HPU; an error if no HPU can be used")
     add("--use_lazy_mode", type=boolean, metavar="BOOL", help="HPU: lazy mode with mark_step; False = eager or "
         "compiled (default: True, unless PT_HPU_LAZY_MODE or --use_torch_compile says otherwise)")
-    add("--no_cuda", action="store_true", help="CPU even where a GPU is present")
+    add("--no_cuda", action="store_true", help="use the CPU even if there is a GPU")
     add("--use_torch_lazy", action="store_true",
         help="PyTorch's own lazy tensors, to check a change against lazy mode without Gaudi")
 
@@ -130,7 +130,7 @@ def add_checkpoints(parser) -> None:
         help="the checkpoint to resume from, by the number in its name; -1 = the newest complete one")
     add("--num_steps_per_checkpoint", type=positive_int, default=100,
         help="steps between checkpoints; one is always written after the last step")
-    add("--skip_checkpoint", action="store_true", help="write no checkpoint")
+    add("--skip_checkpoint", action="store_true", help="do not write checkpoints")
     add("--max_skipped_steps", type=positive_int, default=10, help="end the run after this many skipped steps in a row "
         "(a step is skipped when its loss or gradient norm is not finite)")
     add("--skip_bad_shards", action="store_true", help="continue without a training shard that cannot be read or holds "
