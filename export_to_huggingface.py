@@ -62,11 +62,11 @@ def refuse_folder_in_use(folder) -> None:
 
 def logged_phases(log: str) -> list[dict]:
     """The flags and last figures of each phase in a log; a resumed run belongs to its phase."""
-    from training.log import log_lines
+    from training.log import read_log
 
     phases: dict[int, dict] = {}
     phase: dict = {}
-    for line in log_lines(log):
+    for line in read_log(log):
         data = line["data"]
         if line["step"] == "PARAMETER":
             number = 2 if data.get("phase2") else 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from common import cli
 from common.errors import UserError
 from common.files import replacing
-from training.log import FIGURES, log_lines
+from training.log import FIGURES, read_log
 
 
 @dataclass
@@ -44,7 +44,7 @@ def add_curves(runs: list[RunCurves], path: str) -> None:
     Of a step that was logged twice, before and after an interruption, the last line counts.
     """
     run, offset = None, 0
-    for line in log_lines(path):
+    for line in read_log(path):
         if line["step"] == "PARAMETER" or run is None:
             parameters = line["data"] if line["step"] == "PARAMETER" else {}
             run = run_of(runs, parameters, path)

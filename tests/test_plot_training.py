@@ -5,7 +5,7 @@ from matplotlib.image import imread
 
 import plot_training
 from common.errors import UserError
-from training.log import TrainingLog, log_lines
+from training.log import TrainingLog, read_log
 
 
 def write_log(path, steps, phase2=False, output_dir="out", held_out=True):
@@ -61,7 +61,7 @@ def test_the_readable_part_of_a_cut_log_is_drawn(tmp_path):
     path = tmp_path / "log.json"
     write_log(path, 20)
     path.write_bytes(path.read_bytes()[:-40])
-    assert len(log_lines(str(path))) == 22
+    assert len(read_log(str(path))) == 22
     path.write_text("no log\n")
     with pytest.raises(UserError, match="not a log of run_pretraining.py"):
         plot_training.main([str(path)])

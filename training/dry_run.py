@@ -61,7 +61,7 @@ def count_usable_rows(trainer) -> int:
 
 
 def steps_per_epoch(trainer, rows: int, steps: int) -> float:
-    """How many optimizer steps use so many rows once."""
+    """How many optimizer steps use `rows` rows once."""
     rows_per_step = trainer.plan.rows * trainer.ranks.world_size
     trainer.log.print(f"epoch: {rows:,} rows / {rows_per_step:,} rows a step of all ranks = "
                       f"{rows / rows_per_step:,.1f} steps; the {steps:,} steps of this run are "

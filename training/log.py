@@ -189,7 +189,7 @@ class TensorBoardLog:
         self.writer.close()
 
 
-def log_lines(path: str) -> list[dict]:
+def read_log(path: str) -> list[dict]:
     """The lines of a log; those that cannot be parsed, such as an unfinished last line, are skipped."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
