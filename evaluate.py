@@ -26,7 +26,7 @@ def print_figures(args) -> None:
     from modeling import BertConfig, BertForPreTraining
     from parallel.ranks import SingleRank
     from parallel.rendezvous import RankInfo
-    from training.evaluation import Evaluator, describe
+    from training.evaluation import Evaluator, describe_figures
 
     device = select_device(device_options(args))
     config = BertConfig.from_json_file(args.config_file)
@@ -36,19 +36,18 @@ def print_figures(args) -> None:
     if args.checkpoint:
         load_weights(model, args.checkpoint)
     model.to_device(device.torch_device)
-    evaluator = Evaluator(shards=held_out, batch_size=args.batch_size, device=device,
-                          ranks=SingleRank(RankInfo()))
+    evaluator = Evaluator(shards=held_out, batch_size=args.batch_size, device=device, ranks=SingleRank(RankInfo()))
     figures = evaluator.evaluate(model, progress=not args.disable_progress_bar)
-    print(json.dumps(figures, indent=2) if args.json else describe(figures))
+    print(json.dumps(figures, indent=2) if args.json else describe_figures(figures))
 
 
 def parse_arguments(argv):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", help="the checkpoint; without one, the freshly initialised model is evaluated")
+    parser.add_argument("--checkpoint", help="the checkpoint (default: a freshly initialised model)")
     parser.add_argument("--config_file", required=True, help="its model config, JSON")
     parser.add_argument("--eval_dir", required=True, help="folder of shards (packed, or with 'test' in the name)")
-    parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="rows at a time")
-    parser.add_argument("--seed", type=int, default=42, help="of the fresh weights, where no checkpoint is given")
+    parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="rows per batch")
+    parser.add_argument("--seed", type=int, default=42, help="random seed of the weights without --checkpoint")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
     add_device_choice(parser)

@@ -3,8 +3,8 @@
     python3 export_to_huggingface.py --checkpoint results/checkpoints/ckpt_8601.pt --config_file bert_config.json \\
         --vocab_file vocab.txt --output_dir exported --log results/phase1.json results/phase2.json
 
-Then, in Python: transformers.BertForPreTraining.from_pretrained("exported").  The other way, run_pretraining.py takes
-such a folder as its --init_checkpoint.  transformers itself is not needed here.
+Then, in Python: transformers.BertForPreTraining.from_pretrained("exported").  run_pretraining.py takes
+such a folder as its --init_checkpoint.  The export itself does not need transformers.
 """
 
 from pathlib import Path
@@ -28,12 +28,13 @@ def main(argv=None) -> None:
 
     config = BertConfig.from_json_file(args.config_file)
     tokens = huggingface.read_vocabulary(args.vocab_file, config)
-    runs = [facts for log in args.log for facts in runs_of(log)]
+    phases = [phase for log in args.log for phase in logged_phases(log)]
     model = BertForPreTraining(config)
-    state = load_weights(model, args.checkpoint)
-    card = model_card(args, model, state, runs)
+    contents = load_weights(model, args.checkpoint)
+    name = args.model_name or f"BERT with {config.num_hidden_layers} layers of {config.hidden_size}"
+    card = model_card(args, name, model, contents, phases)
     huggingface.write_folder(args.output_dir, model, tokens, args.do_lower_case, card, not args.skip_variants)
-    print(f"{args.output_dir}: {args.model_name or config_name(config)} from {args.checkpoint}; "
+    print(f"{args.output_dir}: {name} from {args.checkpoint}; "
           f"load it with transformers.BertForPreTraining.from_pretrained({args.output_dir!r})")
 
 
@@ -49,57 +50,56 @@ def parse_arguments(argv):
                         help="logs of the training (--json_summary), for the tables of the model card")
     parser.add_argument("--model_name", help="a name for the model card")
     parser.add_argument("--skip_variants", action="store_true",
-                        help="write model.safetensors alone, a third of the disk: transformers 5 then lists the "
-                        "weights that BertForMaskedLM and BertModel do not use")
+                        help="write model.safetensors only, which takes a third of the disk; transformers 5 then "
+                        "lists the weights that BertForMaskedLM and BertModel do not use")
     return parser.parse_args(argv)
 
 
 def refuse_folder_in_use(folder) -> None:
-    if Path(folder).exists() and not (Path(folder).is_dir() and not any(Path(folder).iterdir())):
+    if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise UserError(f"--output_dir {folder}: in use already; name a new or an empty folder")
 
 
-def runs_of(log: str) -> list[dict]:
-    """The flags and last figures of the runs in a log, one dict for each phase; a resumed run belongs to its phase."""
-    from training.log import log_lines
+def logged_phases(log: str) -> list[dict]:
+    """The flags and last figures of each phase in a log; a resumed run belongs to its phase."""
+    from training.log import read_log
 
-    phases: dict[bool, dict] = {}
-    facts: dict = {}
-    for line in log_lines(log):
+    phases: dict[int, dict] = {}
+    phase: dict = {}
+    for line in read_log(log):
         data = line["data"]
         if line["step"] == "PARAMETER":
-            facts = phases.setdefault(bool(data.get("phase2")), {})
-            facts |= {"phase": 2 if data.get("phase2") else 1} | {key: data[key] for key in CARD_FLAGS if key in data}
-        facts |= {key: data[key] for key in CARD_FIGURES if data.get(key) is not None}
+            number = 2 if data.get("phase2") else 1
+            phase = phases.setdefault(number, {"phase": number})
+            phase |= {key: data[key] for key in CARD_FLAGS if key in data}
+        phase |= {key: data[key] for key in CARD_FIGURES if data.get(key) is not None}
         if "average_loss" in data:
-            facts |= {"last step": line["step"][1]}
-    return list(phases.values()) or [facts]
+            phase["last step"] = line["step"][1]
+    return list(phases.values()) or [phase]
 
 
-def config_name(config) -> str:
-    return f"BERT with {config.num_hidden_layers} layers of {config.hidden_size}"
-
-
-def model_card(args, model, state: dict, runs: list[dict]) -> str:
+def model_card(args, name: str, model, contents: dict, phases: list[dict]) -> str:
     """README.md of the folder: the architecture, how it was trained as far as the logs say, and how to load it."""
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = {"Parameters": f"{parameters:,}", "Layers": config.num_hidden_layers, "Hidden size": config.hidden_size,
-             "Attention heads": config.num_attention_heads, "Vocabulary": f"{config.vocab_size:,} tokens, "
-             + ("lower-cased" if args.do_lower_case else "cased"), "Longest sequence": config.max_position_embeddings,
-             "Checkpoint": Path(args.checkpoint).name, "Phase": state.get("phase"), "Step of the phase":
-             state.get("step")}
-    tables = [f"## Phase {run.pop('phase', '')}, from its log\n\n{table(run)}" for run in map(dict, runs)]
-    start = next((run["init_checkpoint"] for run in runs if run.get("init_checkpoint")), None)
+    architecture = {
+        "Parameters": f"{parameters:,}", "Layers": config.num_hidden_layers, "Hidden size": config.hidden_size,
+        "Attention heads": config.num_attention_heads,
+        "Vocabulary": f"{config.vocab_size:,} tokens, {'lower-cased' if args.do_lower_case else 'cased'}",
+        "Longest sequence": config.max_position_embeddings, "Checkpoint": Path(args.checkpoint).name,
+        "Phase": contents.get("phase"), "Step of the phase": contents.get("step")}
+    tables = [f"## Phase {phase.pop('phase', '')}, from its log\n\n{markdown_table(phase)}"
+              for phase in map(dict, phases)]
+    initial = next((phase["init_checkpoint"] for phase in phases if phase.get("init_checkpoint")), None)
     added = config.padded_vocab_size - config.vocab_size
-    return CARD.format(name=args.model_name or config_name(config), facts=table(facts), training="\n\n".join(tables),
-                       start=f", starting from the weights of {start}" if start else "",
+    return CARD.format(name=name, architecture=markdown_table(architecture), training="\n\n".join(tables),
+                       initial=f", starting from the weights of {initial}" if initial else "",
                        padding=PADDING.format(added=added, padded=config.padded_vocab_size) if added else "")
 
 
-def table(facts: dict) -> str:
+def markdown_table(values: dict) -> str:
     rows = [f"| {name} | {value:.5g} |" if isinstance(value, float) else f"| {name} | {value} |"
-            for name, value in facts.items() if value is not None]
+            for name, value in values.items() if value is not None]
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
@@ -111,9 +111,9 @@ tags: [bert, masked-lm, next-sentence-prediction]
 
 # {name}
 
-BERT (Devlin et al., 2018), pre-trained on masked language modelling and next sentence prediction{start}.
+BERT (Devlin et al., 2018), pre-trained on masked language modelling and next sentence prediction{initial}.
 
-{facts}
+{architecture}
 
 {training}
 

@@ -1,4 +1,4 @@
-"""The best words for the [MASK] in a sentence, from a checkpoint.
+"""Predict the most likely words for each [MASK] in a sentence, with the model of a checkpoint.
 
     python3 fill_mask.py --checkpoint results/checkpoints/ckpt_8601.pt --config_file bert_config.json \\
         --vocab_file vocab.txt "The capital of France is [MASK]." "He put the [MASK] on the [MASK]."
@@ -11,30 +11,30 @@ import sys
 from common import cli
 from common.errors import UserError
 
-PROMPT = "a sentence with [MASK] (empty line: end)> "
-
 
 def main(argv=None) -> None:
     args = parse_arguments(argv)
     from checkpoint.huggingface import read_vocabulary, tokenizer_of
-    from modeling import BertConfig
+    from checkpoint.load import load_weights
+    from modeling import BertConfig, BertForPreTraining
 
     config = BertConfig.from_json_file(args.config_file)
     tokenizer = tokenizer_of(read_vocabulary(args.vocab_file, config), args.do_lower_case)
-    model = load_model(config, args.checkpoint)
+    model = BertForPreTraining(config).eval()
+    load_weights(model, args.checkpoint)
     for sentence in args.sentences:
         print(answer(model, tokenizer, sentence, args.top))
     for sentence in typed_sentences() if not args.sentences else ():
         try:
             print(answer(model, tokenizer, sentence, args.top))
-        except UserError as error:  # a mistyped sentence does not end the conversation
+        except UserError as error:  # a mistyped sentence does not end the command
             print(error)
 
 
 def parse_arguments(argv):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="text with one [MASK] or more")
-    parser.add_argument("--checkpoint", required=True, help="ckpt_<step>.pt, or a folder of transformers")
+    parser.add_argument("--checkpoint", required=True, help="ckpt_<step>.pt, or a Hugging Face model folder")
     parser.add_argument("--config_file", required=True, help="its model config, JSON")
     parser.add_argument("--vocab_file", required=True, help="the vocabulary that its data was tokenized with")
     parser.add_argument("--do_lower_case", type=cli.boolean, default=True, metavar="1|0",
@@ -43,20 +43,11 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def load_model(config, path: str):
-    from checkpoint.load import load_weights
-    from modeling import BertForPreTraining
-
-    model = BertForPreTraining(config).eval()
-    load_weights(model, path)
-    return model
-
-
 def typed_sentences():
     """Yield lines from standard input up to an empty one; on a terminal, after a prompt."""
     while True:
         if sys.stdin.isatty():
-            print(PROMPT, end="", flush=True)
+            print("a sentence with [MASK] (empty line: end)> ", end="", flush=True)
         line = sys.stdin.readline().strip()
         if not line:
             return
@@ -64,7 +55,7 @@ def typed_sentences():
 
 
 def answer(model, tokenizer, sentence: str, top: int) -> str:
-    """The sentence, and below it the best words for each [MASK] with their probabilities."""
+    """The sentence, and below it a line for each [MASK]: the most likely words and their probabilities."""
     lines = [sentence]
     for words in best_words(model, tokenizer, sentence, top):
         lines.append("    " + ", ".join(f"{word} ({probability:.1%})" for word, probability in words))
@@ -72,7 +63,7 @@ def answer(model, tokenizer, sentence: str, top: int) -> str:
 
 
 def best_words(model, tokenizer, sentence: str, top: int) -> list[list[tuple[str, float]]]:
-    """For each [MASK], the likeliest tokens and their probabilities, best first; special tokens are no words.
+    """For each [MASK], the most likely tokens with their probabilities, best first, without special tokens.
 
     Raises UserError where the sentence has no [MASK] or is too long for the model.
     """
@@ -82,27 +73,27 @@ def best_words(model, tokenizer, sentence: str, top: int) -> list[list[tuple[str
 
     ids = tokenizer.encode(sentence).ids
     mask = tokenizer.token_to_id("[MASK]")
-    places = [place for place, token in enumerate(ids) if token == mask]
-    if not places:
+    positions = [position for position, token in enumerate(ids) if token == mask]
+    if not positions:
         raise UserError(f"no [MASK] in {sentence!r}")
     if len(ids) > model.config.max_position_embeddings:
         raise UserError(f"{len(ids)} tokens in {sentence[:40]!r}…, but the model takes "
                         f"{model.config.max_position_embeddings}")
     with torch.no_grad():
-        scores, _ = model.logits(one_row(ids, places))  # (1, P, V)
-    scores = scores[0, :, :model.config.vocab_size]
-    scores[:, [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]] = float("-inf")
-    found = scores.softmax(-1).topk(min(top, scores.shape[-1] - len(SPECIAL_TOKENS)))
+        logits, _ = model.logits(one_row(ids, positions))  # (1, P, V)
+    logits = logits[0, :, :model.config.vocab_size]
+    logits[:, [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]] = float("-inf")
+    found = logits.softmax(-1).topk(min(top, logits.shape[-1] - len(SPECIAL_TOKENS)))
     return [[(tokenizer.id_to_token(token), probability) for token, probability in zip(*pair, strict=True)]
             for pair in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
 
 
-def one_row(ids: list[int], places: list[int]) -> dict:
-    """A batch of one sequence in the packed form of shards.SCHEMA, to be predicted at the given places."""
+def one_row(ids: list[int], masked_positions: list[int]) -> dict:
+    """A batch of one sequence in the packed form of shards.SCHEMA."""
     import torch
 
     row = {"input_ids": ids, "input_mask": [1] * len(ids), "segment_ids": [0] * len(ids),
-           "positions": range(len(ids)), "masked_lm_positions": places, "next_sentence_positions": [0]}
+           "positions": range(len(ids)), "masked_lm_positions": masked_positions, "next_sentence_positions": [0]}
     return {key: torch.tensor([list(values)], dtype=torch.int32) for key, values in row.items()}
 
 

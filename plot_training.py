@@ -3,7 +3,7 @@
     python3 plot_training.py results/phase1.json results/phase2.json --output curves.png
 
 The log of a resumed run or of its second phase (--resume_from_checkpoint, the same --output_dir) is joined to the
-first: both phases make one curve.  Other logs are separate runs.
+first into one curve.  Other logs are separate runs.
 """
 
 from dataclasses import dataclass, field
@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from common import cli
 from common.errors import UserError
 from common.files import replacing
-from training.log import FIGURES, log_lines
+from training.log import FIGURES, read_log
 
 
 @dataclass
-class Run:
-    """The figures of a run: key → {step over both phases: value}, and where its second phase starts."""
+class RunCurves:
+    """The figures of a run: key → {step over both phases: value}."""
 
     name: str
     output_dir: str
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
-    phase2_start: int | None = None
+    phase2_start: int = 0  # the last step of phase 1; 0 where there is no phase 2
 
 
 def main(argv=None) -> None:
@@ -29,20 +29,22 @@ def main(argv=None) -> None:
     parser.add_argument("logs", nargs="+", metavar="LOG", help="log files (--json_summary of run_pretraining.py)")
     parser.add_argument("--output", default="training.png", help="the picture, PNG")
     args = parser.parse_args(argv)
-    runs: list[Run] = []
+    runs: list[RunCurves] = []
     for log in args.logs:
-        add_log(runs, log)
+        add_curves(runs, log)
     if not any(run.curves for run in runs):
         raise UserError(f"{', '.join(args.logs)}: no training step in it")
-    draw(runs, args.output)
+    draw_panels(runs, args.output)
     print(f"drew {args.output}")
 
 
-def add_log(runs: list[Run], path: str) -> None:
-    """Add the figures of one log file to the run that they belong to.  A step that was logged twice, before and after
-    an interruption, counts as it was logged last."""
+def add_curves(runs: list[RunCurves], path: str) -> None:
+    """Add the figures of one log file to the run that they belong to.
+
+    Of a step that was logged twice, before and after an interruption, the last line counts.
+    """
     run, offset = None, 0
-    for line in log_lines(path):
+    for line in read_log(path):
         if line["step"] == "PARAMETER" or run is None:
             parameters = line["data"] if line["step"] == "PARAMETER" else {}
             run = run_of(runs, parameters, path)
@@ -54,18 +56,18 @@ def add_log(runs: list[Run], path: str) -> None:
                     run.curves.setdefault(key, {})[line["step"][1] + offset] = value
 
 
-def run_of(runs: list[Run], parameters: dict, path: str) -> Run:
+def run_of(runs: list[RunCurves], parameters: dict, path: str) -> RunCurves:
     """The run that these flags continue: the last one with their --output_dir where they resume, else a new one."""
     output_dir = parameters.get("output_dir", path)
     before = [run for run in runs if run.output_dir == output_dir]
     if before and parameters.get("resume_from_checkpoint"):
         return before[-1]
-    runs.append(Run(path if before else output_dir, output_dir))
+    runs.append(RunCurves(path if before else output_dir, output_dir))
     return runs[-1]
 
 
-def draw(runs: list[Run], output: str) -> None:
-    """One panel for each kind of figure that a run has, phase 2's start as a dotted line."""
+def draw_panels(runs: list[RunCurves], output: str) -> None:
+    """Draw a panel for each figure that a run has, with a dotted line where phase 2 starts."""
     from matplotlib.figure import Figure
 
     panels = [figure for figure in FIGURES if figure.title and any(figure.name in run.curves for run in runs)]
@@ -84,11 +86,12 @@ def draw(runs: list[Run], output: str) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def draw_curve(axis, run: Run, key: str, color: str) -> None:
+def draw_curve(axis, run: RunCurves, key: str, color: str) -> None:
     points = sorted(run.curves.get(key, {}).items())
-    if points:
-        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 15 else None, label=run.name, color=color)
-    if points and run.phase2_start:
+    if not points:
+        return
+    axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 15 else None, label=run.name, color=color)
+    if run.phase2_start:
         axis.axvline(run.phase2_start, linestyle=":", color=color)
 
 

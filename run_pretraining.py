@@ -2,9 +2,9 @@
 
     python3 run_pretraining.py --do_train --config_file bert_config.json --input_dir D --output_dir O …
 
-docs/training.md has the recipes.  This file reads the flags, checks everything that can be wrong, and puts the run
-together; training/trainer.py holds the loop.  torch is imported after the flags are read: Gaudi's software reads its
-environment then.
+docs/training.md has the recipes.  This file reads the flags, checks the input, and builds the parts of the run;
+training/trainer.py holds the loop.  torch is imported after the flags are read, because Gaudi's software reads the
+environment during that import.
 """
 
 from common import cli
@@ -22,15 +22,15 @@ def main(argv=None) -> None:
 
 
 def pretrain(args, reader) -> dict:
-    """Train as the flags say; the figures of the summary."""
+    """Train, or make the dry run; returns the figures of its summary."""
     from parallel.ranks import init_ranks
 
     with init_ranks(args.local_rank, args.collective_timeout) as ranks:
-        return run(args, ranks, reader)
+        return pretrain_rank(args, ranks, reader)
 
 
-def run(args, ranks, reader) -> dict:
-    """What one rank does of the training.  Nothing is written before everything has been checked."""
+def pretrain_rank(args, ranks, reader) -> dict:
+    """The work of one rank.  Nothing is written before everything has been checked."""
     from checkpoint.resume import Phase, find_resume_point
     from checkpoint.state import TrainingState
     from data.dataloader import BatchStream, average_sequences_per_row
@@ -79,21 +79,21 @@ def run(args, ranks, reader) -> dict:
                          skip_bad_shards=args.skip_bad_shards, warn=ranks.warn)
     state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision)
     resume_point.restore(state)
-    device.synchronize()  # copying the weights is no part of the first step's graph
+    device.synchronize()  # keeps copying the weights out of the first step's graph
     broadcast_weights(ranks, model)
     reduction = build_reduction(ranks, model, post_accumulation=args.allreduce_post_accumulation,
                                 in_16_bits=args.allreduce_post_accumulation_fp16, fp16=args.fp16)
-    descriptions = [layers_description, optimizer_description,
-                    f"ranks: {ranks.world_size}; reduction of gradients: {reduction.describe()}", compile_description]
 
     writes = ranks.first and not args.dry_run
     tensorboard = (TensorBoardLog(args.tensorboard_logdir, phase.first, resume_point.step)
                    if writes and args.tensorboard_logdir else None)
     log = TrainingLog(args.json_summary if writes else None, ranks.first, args.resume_from_checkpoint, tensorboard)
     log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})
-    for line in filter(None, [*opening(args, device, precision, stream.shards, model, plan, resume_point),
-                              *descriptions]):
-        log.print(line)
+    for line in (*header_lines(args, device, precision, stream.shards, model, plan, resume_point),
+                 layers_description, optimizer_description,
+                 f"ranks: {ranks.world_size}; reduction of gradients: {reduction.describe()}", compile_description):
+        if line:
+            log.print(line)
     stream.warn = log.warn
     evaluator = Evaluator(shards=held_out, batch_size=plan.micro_batch_size, device=device, ranks=ranks,
                           autocast=precision.autocast) if held_out else None
@@ -103,7 +103,7 @@ def run(args, ranks, reader) -> dict:
         if args.dry_run:
             return dry_run.dry_run(trainer)
         summary = trainer.train()
-        log.print(closing(args, summary))
+        log.print(final_line(args, summary))
         return summary
     finally:
         stream.close()
@@ -111,7 +111,7 @@ def run(args, ranks, reader) -> dict:
 
 
 def run_fingerprint(args, config, shards, device, resume_point) -> dict[str, str]:
-    """What must be the same on all ranks, by name: flags, config, data, software, and where to start."""
+    """What must be the same on all ranks, by name: flags, config, data, software and resume point."""
     import torch
 
     return {
@@ -125,7 +125,7 @@ def run_fingerprint(args, config, shards, device, resume_point) -> dict[str, str
     }
 
 
-def training_shards(args, config, reader, report) -> list:
+def training_shards(args, config, reader, warn) -> list:
     """The shards of --input_dir, checked against the flags and the config."""
     from data.dataloader import check_first_rows
     from data.shards import find_readable_shards, find_shards
@@ -133,7 +133,7 @@ def training_shards(args, config, reader, report) -> list:
     if args.skip_bad_shards:
         found, unreadable = find_readable_shards(args.input_dir, reader=reader)
         for fault in unreadable:
-            report(f"skipped from the start: {fault}")
+            warn(f"skipped from the start: {fault}")
     else:
         found = find_shards(args.input_dir, reader=reader)
     first = found[0]
@@ -145,12 +145,12 @@ def training_shards(args, config, reader, report) -> list:
         raise UserError(f"{first.path}: made with {predictions} predictions a sequence, "
                         f"but --max_predictions_per_seq is {args.max_predictions_per_seq}")
     if args.enable_packed_data_mode is not None:
-        report("--enable_packed_data_mode is deprecated: the shards decide")
+        warn("--enable_packed_data_mode is deprecated: the shards decide")
         if args.enable_packed_data_mode != first.packed:
             raise UserError(f"--enable_packed_data_mode {args.enable_packed_data_mode}, but the shards in "
                             f"{args.input_dir} are {'packed' if first.packed else 'not packed'}")
     if args.avg_seq_per_pack is not None:
-        report("--avg_seq_per_pack is deprecated and has no effect: the data decides")
+        warn("--avg_seq_per_pack is deprecated and has no effect: the data decides")
     check_length("--max_seq_length", args.max_seq_length, config)
     if not args.skip_bad_shards:
         check_first_rows(found, config.vocab_size, reader)
@@ -172,8 +172,8 @@ def check_length(what: str, length: int, config) -> None:
         raise UserError(f"{what} {length} is above max_position_embeddings {config.max_position_embeddings}")
 
 
-def opening(args, device, precision, shards, model, plan, resume_point) -> list[str]:
-    """What a person wants to know as the run starts."""
+def header_lines(args, device, precision, shards, model, plan, resume_point) -> list[str]:
+    """Lines for the console: model, data, batch and first step."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     form = "packed" if shards[0].packed else "unpacked"
     return [
@@ -186,7 +186,7 @@ def opening(args, device, precision, shards, model, plan, resume_point) -> list[
     ]
 
 
-def closing(args, summary: dict) -> str:
+def final_line(args, summary: dict) -> str:
     if summary["final_loss"] is None:
         return "nothing left to do: the last step was reached before"
     speed = summary["training_sequences_per_second"]

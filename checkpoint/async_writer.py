@@ -1,26 +1,26 @@
-"""Writing checkpoints beside the training, which waits only while its state is copied to host memory."""
+"""Writes checkpoints in a thread; the training waits only while its state is copied to host memory."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from checkpoint.folder import checkpoint_path, saved_steps, write_checkpoint
+from checkpoint.folder import newest_path, write_checkpoint
 from common.errors import UserError
 from common.files import remove_leftovers
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, one after the other, in a thread.
+    """Writes the checkpoints of a run, one after the other.
 
-    A disk that is full, or fails, ends no run: `warn` says so, the checkpoints before stay, and the next one is tried
-    when it is due.  Only the last one of the run must be written: close() tries again, and raises UserError.
+    A write error (a full disk) is reported to `warn` and does not end the run; older checkpoints are kept.  Only the
+    last one must be written: close() tries again, and raises UserError.
     """
 
-    def __init__(self, folder, device, say, warn, protected: int = -1):
+    def __init__(self, folder, device, report, warn, protected: int = -1):
         self.folder = folder
         self.device = device
-        self.say = say
+        self.report = report
         self.warn = warn
         self.protected = protected
         self.started = time.time()
@@ -30,7 +30,7 @@ class CheckpointWriter:
         self.unwritten: tuple[int, dict] | None = None  # number and state of the newest one, until it is on disk
 
     def save(self, number: int, state: dict) -> None:
-        """Begin to write ckpt_<number>.pt.  Waits for the one before, since both are copied to the same memory."""
+        """Begin to write ckpt_<number>.pt, after the one before, because both are copied to the same memory."""
         self.finish()
         self.unwritten = number, self.copied(state)
         self.device.synchronize()
@@ -39,7 +39,7 @@ class CheckpointWriter:
     def copied(self, state: dict) -> dict:
         """Nested dicts and lists with every tensor in host memory; a tensor that occurs twice is copied once.
 
-        The memory is that of the copy before, where there was one: fresh memory would take as long as the copy itself.
+        Reuses the memory of the copy before, because fresh memory would take as long as the copy itself.
         """
         before, self.copies = self.copies, {}
 
@@ -59,12 +59,12 @@ class CheckpointWriter:
         return write_checkpoint(self.folder, *self.unwritten, self.protected)
 
     def finish(self) -> None:
-        """Wait until what is being written is, and report what became of it."""
+        """Wait for the checkpoint that is being written, and report it or the error."""
         if self.writing is None:
             return
         writing, self.writing = self.writing, None
         try:
-            self.say(f"saved {writing.result()}")
+            self.report(f"saved {writing.result()}")
             self.unwritten = None
         except OSError as error:
             self.warn(f"ckpt_{self.unwritten[0]}.pt could not be written ({error}); those before it are kept, "
@@ -81,8 +81,7 @@ class CheckpointWriter:
         if self.unwritten is None:
             return
         try:
-            self.say(f"saved {self.write()}")
+            self.report(f"saved {self.write()}")
         except OSError as error:
-            kept = [str(checkpoint_path(self.folder, step)) for step in saved_steps(self.folder)]
             raise UserError(f"ckpt_{self.unwritten[0]}.pt, the last of this run, could not be written: {error}; "
-                            f"the newest is {kept[-1] if kept else 'none'}") from None
+                            f"the newest is {newest_path(self.folder) or 'none'}") from None

@@ -1,9 +1,8 @@
-"""One file of a checkpoint: plain values and tensors in PyTorch's format, which torch.load(weights_only=True) reads,
-sealed by a checksum.
+"""One file of a checkpoint: plain values and tensors in PyTorch's format, sealed by a checksum.
 
-The seal stands in the comment at the end of the zip archive that such a file is: sha256: and 64 hex digits, those of
-the file as PyTorch wrote it, without a comment (`unzip -z` shows it).  A file that holds the key CHECKSUM and has no
-seal is damaged; one without either was written elsewhere, and is as good as torch.load finds it.
+PyTorch writes a zip archive.  The seal is its comment (`unzip -z` shows it): "sha256:" and the 64 hex digits of the
+archive without comment.  A file that holds the key CHECKSUM but has no seal is damaged; a file with neither was written
+by other software and is read unchecked.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ BLOCK = 1 << 20
 
 
 def write_file(path, contents: dict) -> None:
-    """Write a file whole or not at all; it is on disk when this returns.  OSError where the disk does not take it."""
+    """Write a file whole or not at all; it is on disk when this returns.  OSError where that fails."""
     with replacing(path) as temporary, HashedFile(temporary, "w+") as file:
         torch.save({**contents, CHECKSUM: "sha256"}, file)
         file.seek(-2, os.SEEK_END)
@@ -34,7 +33,7 @@ def write_file(path, contents: dict) -> None:
 
 
 class HashedFile(PatientFile):
-    """Hashes what is written.  Patient, since PyTorch's archive writer does not survive a write that fails."""
+    """Hashes what is written.  Errors are deferred because PyTorch's archive writer crashes when a write fails."""
 
     def __init__(self, path, mode: str):
         super().__init__(path, mode)
@@ -58,7 +57,7 @@ def read_file(path) -> dict:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch.load raises whatever a damaged zip or pickle happens to cause
+    except Exception as error:  # a damaged zip or pickle makes torch.load raise anything
         raise UserError(f"{path}: not a readable checkpoint: {first_line(error)}") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path}: not a checkpoint: it holds no dictionary")
@@ -68,7 +67,7 @@ def read_file(path) -> dict:
 
 
 def check_sealed(path: Path) -> None:
-    """UserError where a file that write_file has written is not as it was, or cannot be read."""
+    """UserError where a file of write_file is damaged or cannot be read."""
     try:
         sealed = check_seal(path)
     except OSError as error:
@@ -78,31 +77,28 @@ def check_sealed(path: Path) -> None:
 
 
 def check_seal(path: Path) -> bool:
-    """Whether a file has a seal.  UserError where it is not the file's."""
-    rest = path.stat().st_size - SEAL_SIZE
+    """Whether a file has a seal.  UserError where the seal does not match the file."""
+    rest = max(0, path.stat().st_size - SEAL_SIZE)
     with open(path, "rb") as file:
-        file.seek(max(0, rest))
+        file.seek(rest)
         end = file.read()
         if not end.startswith(COMMENT_SIZE.to_bytes(2, "little") + MARK):
             return False
         file.seek(0)
         digest = hashlib.sha256()
-        while rest > 0:
-            block = file.read(min(BLOCK, rest))
-            if not block:
-                break
+        while block := file.read(min(BLOCK, rest)):
             digest.update(block)
             rest -= len(block)
     digest.update(b"\0\0")  # the length of a comment that was not there yet
     if end[2 + len(MARK):] != digest.hexdigest().encode():
-        raise UserError(f"{path}: not a readable checkpoint: its bytes do not have the checksum that it ends in")
+        raise UserError(f"{path}: not a readable checkpoint: its checksum does not match")
     return True
 
 
 def is_plain(value) -> bool:
     """Whether a value from a file is a tensor that weights and moments can be copied from."""
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" \
-        and value.is_floating_point()
+    return (isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+            and value.is_floating_point())
 
 
 def check_tensor(value, shape, what: str) -> None:

@@ -1,7 +1,6 @@
 """The checkpoints of a folder: ckpt_<step>.pt, written whole or not at all, the newest three kept.
 
-The step in a name counts over both phases: phase 2 continues from --phase1_end_step.  TrainingState (state.py) says
-what a file holds.  A Hugging Face model folder is read as a checkpoint of weights.
+The step in a name counts over both phases.  A Hugging Face model folder is read as a checkpoint of weights.
 """
 
 import re
@@ -25,11 +24,17 @@ def saved_steps(folder) -> list[int]:
     return sorted(int(match.group(1)) for match in matches if match)
 
 
-def write_checkpoint(folder, step: int, contents: dict, protected: int = -1) -> Path:
-    """Write ckpt_<step>.pt; when it is on disk, remove all but the newest three.
+def newest_path(folder) -> Path | None:
+    """The checkpoint with the highest step in a folder, or None."""
+    steps = saved_steps(folder)
+    return checkpoint_path(folder, steps[-1]) if steps else None
 
-    `protected` is a step that is never removed.  Newer checkpoints, from which the run was not resumed, become
-    ckpt_<step>.pt.set_aside, so that no later run takes them for its newest.
+
+def write_checkpoint(folder, step: int, contents: dict, protected: int = -1) -> Path:
+    """Write ckpt_<step>.pt; when it is on disk, remove all but the newest three, and never the step `protected`.
+
+    Newer checkpoints, from which the run was not resumed, become ckpt_<step>.pt.set_aside, so that no later run takes
+    them for its newest.
     """
     path = checkpoint_path(folder, step)
     write_file(path, contents)
@@ -42,7 +47,7 @@ def write_checkpoint(folder, step: int, contents: dict, protected: int = -1) -> 
 
 
 def read_checkpoint(path) -> dict:
-    """The contents of a checkpoint, on the host.  Nothing in it is executed: tensors and plain values only."""
+    """The contents of a checkpoint, on the host."""
     if Path(path).is_dir():
         return huggingface.read_folder(path)
     contents = read_file(path)
@@ -61,12 +66,12 @@ def read_complete(path) -> dict:
 def newest_readable(folder, warn: Callable[[str], None]) -> tuple[int, dict]:
     """The newest checkpoint that can be read, as (step in its name, contents); `warn` gets the damaged ones.
 
-    UserError where none can be read: to start anew is for the user to decide.
+    UserError where none can be read: whether to start again is the user's decision.
     """
     for step in reversed(saved_steps(folder)):
         try:
             return step, read_complete(checkpoint_path(folder, step))
         except UserError as error:
-            warn(f"passed over a damaged checkpoint: {error}")
+            warn(f"skipped a damaged checkpoint: {error}")
     raise UserError(f"--output_dir {folder}: none of its {len(saved_steps(folder))} checkpoints can be read; "
-                    f"move them away to start anew")
+                    f"move them away to start again")

@@ -1,9 +1,9 @@
-"""The folder that the transformers library keeps a BERT in, written from our weights and read back into them.
+"""Hugging Face model folders: writes the weights of this code's BERT to one, and reads them from one.
 
     config.json               the architecture
     model.safetensors         all weights, without the padding of the vocabulary: BertForPreTraining
     model.VARIANT.safetensors the weights that one other class uses (VARIANTS)
-    vocabulary_padding.safetensors   the rows of the padded vocabulary, which only we read: the way back is exact
+    vocabulary_padding.safetensors   the rows of the padded vocabulary, which only this code reads
     vocab.txt, tokenizer.json, tokenizer_config.json, special_tokens_map.json   the tokenizer
 
 Only safetensors, tokenizers and torch are needed; transformers is not.
@@ -27,16 +27,11 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # where their weights are spread over several files
 OLD_WEIGHTS = "pytorch_model.bin"
 PADDING = "vocabulary_padding.safetensors"
-# Their class, the prefixes of the weights that it uses: transformers 5 warns of every weight that a class leaves over.
-VARIANTS = {"masked_lm": ("BertForMaskedLM", ("bert.embeddings.", "bert.encoder.", "cls.predictions.")),
-            "encoder": ("BertModel", ("bert.",))}
+# The prefixes of the weights that BertForMaskedLM and BertModel use: transformers 5 warns of each weight not used.
+VARIANTS = {"masked_lm": ("bert.embeddings.", "bert.encoder.", "cls.predictions."), "encoder": ("bert.",)}
 WORDS, BIAS, DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.decoder"
-NEVER_PREDICTED = -10000.0  # the bias of an added entry of the vocabulary: exp() of its score is 0
-
-
-def to_theirs(name: str) -> str:
-    """The name that a weight has in transformers, from ours."""
-    return name.replace(".dense_act.", ".dense.")
+NEVER_PREDICTED = -10000.0  # the bias of an added entry of the vocabulary: exp() of its logit is 0
+SPECIAL_TOKENS_MAP = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}
 
 
 def to_ours(name: str) -> str:
@@ -50,24 +45,24 @@ def to_ours(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def config_values(config: BertConfig) -> dict:
-    """Their config.json."""
-    return {"architectures": ["BertForPreTraining"], "model_type": "bert", **vars(config),
-            "layer_norm_eps": LAYER_NORM_EPS, "pad_token_id": 0, "tie_word_embeddings": True, "dtype": "float32"}
-
-
 # --- writing ---
 
 def write_folder(folder, model, tokens: list[str], lower_case: bool, card: str, variants: bool = True) -> None:
     """Write the folder.  All its files get their names at the end, or none does."""
     from safetensors.torch import save_file
 
+    config = {"architectures": ["BertForPreTraining"], "model_type": "bert", **vars(model.config),
+              "layer_norm_eps": LAYER_NORM_EPS, "pad_token_id": tokens.index("[PAD]"), "tie_word_embeddings": True,
+              "dtype": "float32"}
+    tokenizer_config = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower_case, "strip_accents": None,
+                        "tokenize_chinese_chars": True, "model_max_length": model.config.max_position_embeddings,
+                        **SPECIAL_TOKENS_MAP}
     contents = {
-        "config.json": as_json(config_values(model.config) | {"pad_token_id": tokens.index("[PAD]")}),
+        "config.json": as_json(config),
         "vocab.txt": "".join(f"{token}\n" for token in tokens),
         "tokenizer.json": tokenizer_of(tokens, lower_case).to_str(pretty=True),
-        "tokenizer_config.json": as_json(tokenizer_settings(model.config, lower_case)),
-        "special_tokens_map.json": as_json(special_tokens()),
+        "tokenizer_config.json": as_json(tokenizer_config),
+        "special_tokens_map.json": as_json(SPECIAL_TOKENS_MAP),
         "README.md": card,
     }
     tensors = weight_files(model, variants)
@@ -80,14 +75,15 @@ def write_folder(folder, model, tokens: list[str], lower_case: bool, card: str, 
 
 
 def weight_files(model, variants: bool) -> dict[str, dict[str, torch.Tensor]]:
-    """File name → their names and tensors."""
-    weights = {to_theirs(name): value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-               if not name.startswith(DECODER)}  # the word embeddings again
+    """File name → tensors by the names in transformers."""
+    weights = {name.replace(".dense_act.", ".dense."): value.detach().cpu().contiguous()
+               for name, value in model.state_dict().items()
+               if not name.startswith(DECODER)}  # shares the word embeddings
     words = model.config.vocab_size
     padding = {name: weights[name][words:].clone() for name in (WORDS, BIAS)}
     weights |= {name: weights[name][:words].clone() for name in (WORDS, BIAS)}
     files = {WEIGHTS: weights}
-    for variant, (_, prefixes) in VARIANTS.items() if variants else ():
+    for variant, prefixes in VARIANTS.items() if variants else ():
         files[f"model.{variant}.safetensors"] = {name: value for name, value in weights.items()
                                                  if name.startswith(prefixes)}
     if len(padding[BIAS]):
@@ -96,7 +92,7 @@ def weight_files(model, variants: bool) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def read_vocabulary(path, config: BertConfig) -> list[str]:
-    """The tokens of a vocabulary file (or URL), which must be as many as the config says."""
+    """The tokens of a vocabulary file (or URL).  UserError unless there are vocab_size of them."""
     tokens = load_vocabulary(local_file(path))
     if len(tokens) != config.vocab_size:
         raise UserError(f"--vocab_file {path}: {len(tokens)} tokens, but vocab_size in the config is "
@@ -105,24 +101,14 @@ def read_vocabulary(path, config: BertConfig) -> list[str]:
 
 
 def tokenizer_of(tokens: list[str], lower_case: bool) -> Tokenizer:
-    """BERT's tokenizer: [CLS] A [SEP], [CLS] A [SEP] B [SEP]; the special tokens count as such within a text."""
+    """BERT's tokenizer: [CLS] A [SEP], [CLS] A [SEP] B [SEP]; special tokens are recognized within a text."""
     tokenizer = reference_tokenizer(tokens, lower_case)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                                  for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[(token, tokens.index(token)) for token in ("[CLS]", "[SEP]")])
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
-
-
-def tokenizer_settings(config: BertConfig, lower_case: bool) -> dict:
-    return {"tokenizer_class": "BertTokenizer", "do_lower_case": lower_case, "strip_accents": None,
-            "tokenize_chinese_chars": True, "model_max_length": config.max_position_embeddings, **special_tokens()}
-
-
-def special_tokens() -> dict[str, str]:
-    return {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}
 
 
 def as_json(value) -> str:
@@ -132,10 +118,9 @@ def as_json(value) -> str:
 # --- reading ---
 
 def read_folder(folder) -> dict:
-    """The weights of such a folder under our names, and its architecture, as a checkpoint: {"model": …, "config": …}.
+    """The weights, under the names of modeling.py, and the architecture, as a checkpoint: {"model": …, "config": …}.
 
-    Theirs has no padded vocabulary; the entries that are added here have no weight and are never predicted.
-    Raises UserError where the folder holds no BERT that we can be.
+    UserError where the folder does not hold a BERT that modeling.py can represent.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -147,14 +132,14 @@ def read_folder(folder) -> dict:
         weights.setdefault(BIAS, bias)
     decoder = weights.pop(f"{DECODER}.weight", None)
     if decoder is not None and not torch.equal(decoder, weights[WORDS]):
-        raise UserError(f"{folder}: {DECODER}.weight is not the word embedding; ours shares the two")
+        raise UserError(f"{folder}: {DECODER}.weight differs from the word embedding; this code shares the two")
     add_padding(folder, weights)
     weights[f"{DECODER}.weight"] = weights[WORDS]
     return {"model": weights, "config": config}
 
 
 def add_padding(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Pad the vocabulary as BertConfig.padded_vocab_size does, with the rows that were exported where there are any."""
+    """Pad the vocabulary to BertConfig.padded_vocab_size: with the exported rows, else with never predicted ones."""
     words = weights[WORDS]
     missing = -len(words) % 8
     stored = read_tensors(folder / PADDING) if (folder / PADDING).is_file() else {}
@@ -169,24 +154,24 @@ def add_padding(folder: Path, weights: dict[str, torch.Tensor]) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    """The architecture in their config.json, in our keys."""
+    """The values of config.json that BertConfig has."""
     path = folder / "config.json"
     try:
         values = dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"{folder}: a folder without config.json is no model of transformers") from None
+        raise UserError(f"{folder}: a folder without config.json is not a Hugging Face model") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not readable: {error}") from None
     required = {"model_type": "bert", "layer_norm_eps": LAYER_NORM_EPS, "position_embedding_type": "absolute",
                 "is_decoder": False, "tie_word_embeddings": True}
     for key, value in required.items():
         if values.get(key, value) != value:
-            raise UserError(f"{path}: {key} is {values[key]!r}, our BERT has {value!r}")
+            raise UserError(f"{path}: {key} is {values[key]!r}, but only {value!r} is supported")
     return {field.name: values[field.name] for field in fields(BertConfig) if field.name in values}
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the folder, under their names."""
+    """All tensors of the folder, under the names in transformers."""
     if (folder / WEIGHTS).is_file():
         return read_tensors(folder / WEIGHTS)
     if (folder / INDEX).is_file():

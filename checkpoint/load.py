@@ -9,11 +9,11 @@ from common.download import local_file
 from common.errors import UserError, whole_number
 from optim.build import local_optimizer
 
-FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # no weight depends on it
+FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # of training only
 
 
 def load_weights(model, path) -> dict:
-    """Load the weights of a checkpoint (a path, a URL or a Hugging Face model folder); returns its contents."""
+    """Load the weights of a checkpoint (path, URL or Hugging Face model folder); returns its contents."""
     contents = read_checkpoint(local_file(path))
     load_model(model, contents, path)
     return contents
@@ -35,7 +35,7 @@ def load_model(model, contents: dict, path) -> None:
 
 
 def check_architecture(config, contents: dict, path) -> None:
-    """UserError where a checkpoint is of another architecture, also one with the same shapes (heads, activation)."""
+    """UserError where a checkpoint has another architecture, even one with the same shapes (heads, activation)."""
     saved = contents.get("config")
     for key, own in vars(config).items():
         value = saved.get(key, own) if isinstance(saved, dict) else own
@@ -54,10 +54,9 @@ def padded_to(value, expected: torch.Tensor):
 
 
 def load_optimizer(optimizer, state: dict, path) -> None:
-    """Load moments and step count; the rate, decay and betas stay those of this run.
+    """Load the step count and the moments of this rank's share; rate, decay and betas stay those of this run.
 
-    `state` is laid out as NVLAMB's state_dict: moments by the number of the parameter, `step` in each group; or it
-    names the folder of sharded moments in place of them.  In either case each rank loads those of its own share.
+    `state` is NVLAMB's state_dict, with the moments by parameter number, or it names the folder of sharded moments.
     """
     groups = state.get("param_groups") if isinstance(state, dict) else None
     if not isinstance(groups, list) or len(groups) != len(optimizer.param_groups):
@@ -83,10 +82,9 @@ def load_optimizer(optimizer, state: dict, path) -> None:
 
 def moments_for(parameter, given, what: str) -> dict[str, torch.Tensor]:
     """Both moments of a parameter, checked, on its device and in its type; none where none were saved."""
-    if given is None:
-        return {}
-    moments = {key: given.get(key) if isinstance(given, dict) else None for key in ("exp_avg", "exp_avg_sq")}
-    for key, value in moments.items():
-        moments[key] = padded_to(value, parameter)
-        check_tensor(moments[key], parameter.shape, f"{what}, {key},")
-    return {key: value.to(parameter.device, parameter.dtype, copy=True).contiguous() for key, value in moments.items()}
+    moments = {}
+    for key in ("exp_avg", "exp_avg_sq") if given is not None else ():
+        value = padded_to(given.get(key) if isinstance(given, dict) else None, parameter)
+        check_tensor(value, parameter.shape, f"{what}, {key},")
+        moments[key] = value.to(parameter.device, parameter.dtype, copy=True).contiguous()
+    return moments

@@ -2,14 +2,13 @@
 
 In one piece it is the optimizer's state_dict, under "optimizer" in ckpt_<step>.pt.
 
-Sharded, it lies in a folder beside that file.  Every rank writes ckpt_<step>.optim/rank_<r>_of_<N>.pt, {"state":
-{number of a parameter: {"exp_avg": tensor, "exp_avg_sq": tensor}}} for its own share, all at the same time and with
-nothing gathered anywhere; numbers are those of the state_dict in one piece.  index.json tells what lies where:
+Sharded, it is a folder beside that file.  Each rank writes its own share to ckpt_<step>.optim/rank_<r>_of_<N>.pt:
+{"state": {parameter number in the state_dict: {"exp_avg": tensor, "exp_avg_sq": tensor}}}.  index.json lists the files:
 
     {"files": {"rank_0_of_4.pt": {"bytes": 1234, "parameters": [0, 5, …]}, …}}
 
-The folder is made under a temporary name.  "optimizer" in ckpt_<step>.pt, which takes its name last and so marks the
-whole, then holds {"folder": "ckpt_<step>.optim", "param_groups": […]}.
+The folder is made under a temporary name and renamed.  ckpt_<step>.pt is renamed after it and so completes the
+checkpoint; its "optimizer" holds {"folder": "ckpt_<step>.optim", "param_groups": […]}.
 """
 
 import json
@@ -34,9 +33,9 @@ def folder_of(checkpoint) -> Path:
 
 
 def save_optimizer(checkpoint, optimizer, ranks) -> dict:
-    """What belongs under "optimizer" in a checkpoint.  Sharded state is written here: all ranks call this together.
+    """The value of "optimizer" in a checkpoint.  Sharded state is written here, so all ranks call this together.
 
-    Raises OSError on all ranks where the disk of one does not take its share.
+    OSError on all ranks where one cannot write its share.
     """
     local = local_optimizer(optimizer)
     if local is optimizer:
@@ -45,8 +44,8 @@ def save_optimizer(checkpoint, optimizer, ranks) -> dict:
     temporary = folder.with_name(f".{folder.name}.tmp")
     groups = numbered_groups(optimizer)
     file = temporary / f"rank_{ranks.rank}_of_{ranks.world_size}.pt"
-    files = together(ranks, partial(write_share, file, optimizer, groups))
-    together(ranks, partial(complete, temporary, dict(files), Path(checkpoint)) if ranks.first else lambda: None)
+    files = on_all_ranks(ranks, partial(write_share, file, optimizer, groups))
+    on_all_ranks(ranks, partial(complete, temporary, dict(files), Path(checkpoint)) if ranks.first else lambda: None)
     return {"folder": folder.name, "param_groups": groups}
 
 
@@ -60,7 +59,7 @@ def numbered_groups(optimizer: torch.optim.Optimizer) -> list[dict]:
 
 
 def write_share(file: Path, optimizer, groups: list[dict]) -> tuple[str, dict]:
-    """Write the moments that this rank holds; the file's name, and what the index says of it."""
+    """Write the moments that this rank holds; returns the file's name and its entry in the index."""
     numbers = {parameter: number for group, numbered in zip(optimizer.param_groups, groups, strict=True)
                for parameter, number in zip(group["params"], numbered["params"], strict=True)}
     share = {numbers[parameter]: {key: value.detach().cpu() for key, value in moments.items()}
@@ -69,8 +68,8 @@ def write_share(file: Path, optimizer, groups: list[dict]) -> tuple[str, dict]:
     return file.name, {"bytes": file.stat().st_size, "parameters": list(share)}
 
 
-def together(ranks, action) -> list:
-    """What `action` returns on each rank, on every rank.  OSError on all of them where one of them met one."""
+def on_all_ranks(ranks, action) -> list:
+    """Call `action` on all ranks; returns the results of all of them.  OSError on all where one raised one."""
     try:
         outcome = action(), None
     except OSError as error:
@@ -83,13 +82,13 @@ def together(ranks, action) -> list:
 
 
 def complete(temporary: Path, files: dict[str, dict], checkpoint: Path) -> None:
-    """Write the index, and give the folder its name.  A checkpoint that is to be replaced goes first."""
+    """Write the index and rename the folder, after removing the checkpoint that it replaces."""
     for path in temporary.iterdir():
         if path.name not in files:
-            path.unlink()  # of a run that was killed
-    for left in checkpoint.parent.glob(".ckpt_*.optim.tmp"):
-        if left != temporary:
-            shutil.rmtree(left)  # of such a run too
+            path.unlink()  # left by a run that was killed
+    for folder in checkpoint.parent.glob(".ckpt_*.optim.tmp"):
+        if folder != temporary:
+            shutil.rmtree(folder)  # left by one too
     write_json(temporary / INDEX, {"files": files})
     remove(checkpoint)
     os.replace(temporary, folder_of(checkpoint))
@@ -97,22 +96,22 @@ def complete(temporary: Path, files: dict[str, dict], checkpoint: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint and its folder; the file, which marks it as whole, first."""
+    """Delete a checkpoint and its folder; the file first, because a checkpoint with a file counts as complete."""
     checkpoint.unlink(missing_ok=True)
     shutil.rmtree(folder_of(checkpoint), ignore_errors=True)
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Give a checkpoint, and its folder, names that no run takes for a checkpoint's."""
+    """Rename a checkpoint and its folder, so that no run reads them."""
     for path in (checkpoint, folder_of(checkpoint)):
         if path.exists():
             path.replace(f"{path}.set_aside")
 
 
 def check_complete(checkpoint, state) -> None:
-    """UserError where the sharded state of a checkpoint is not whole; `state` is its "optimizer".
+    """UserError where the sharded state of a checkpoint is incomplete or damaged; `state` is its "optimizer".
 
-    All its bytes are read: a run must know of a fault in them while it can still go on from another checkpoint.
+    All its bytes are read, because a run must find a fault while it can still continue from another checkpoint.
     """
     if isinstance(state, dict) and "folder" in state:
         folder = folder_named(checkpoint, state)
@@ -126,16 +125,16 @@ def folder_named(checkpoint, state: dict) -> Path:
 
 
 def read_index(folder: Path) -> dict[int, str]:
-    """Which file holds each parameter's moments.  UserError where the folder is not whole."""
+    """The file of each parameter's moments.  UserError where the folder is incomplete."""
     try:
         files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["files"]
-        for name, facts in files.items():
+        for name, entry in files.items():
             size = (folder / name).stat().st_size
-            if size != facts["bytes"]:
-                raise UserError(f"{folder / name}: has {size} bytes, its index says {facts['bytes']}")
-        return {number: name for name, facts in files.items() for number in facts["parameters"]}
+            if size != entry["bytes"]:
+                raise UserError(f"{folder / name}: has {size} bytes, its index says {entry['bytes']}")
+        return {number: name for name, entry in files.items() for number in entry["parameters"]}
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such file: the checkpoint's optimizer state is not whole") from None
+        raise UserError(f"{error.filename}: no such file: the checkpoint's optimizer state is incomplete") from None
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -143,18 +142,18 @@ def read_index(folder: Path) -> dict[int, str]:
 
 
 def read_moments(checkpoint, state: dict, numbers: list[int]) -> dict:
-    """The moments of some parameters by number, out of a checkpoint's "optimizer", or the files that hold them."""
+    """The moments of some parameters by number, from a checkpoint's "optimizer" or from its folder."""
     if "folder" not in state:
         if not isinstance(state.get("state"), dict):
             raise UserError(f"{checkpoint}: its optimizer does not hold state and param_groups")
         return state["state"]
     folder = folder_named(checkpoint, state)
-    places = read_index(folder)
-    missing = sorted(set(numbers) - set(places))
+    files = read_index(folder)
+    missing = sorted(set(numbers) - set(files))
     if missing:
         raise UserError(f"{folder}: no optimizer state of parameter {missing[0]} in it ({len(missing)} are missing)")
     found = {}
-    for name in sorted({places[number] for number in numbers}):
+    for name in sorted({files[number] for number in numbers}):
         share = read_file(folder / name).get("state")
         if not isinstance(share, dict):
             raise UserError(f"{folder / name}: holds no state")

@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, from other weights, or from a checkpoint of its own folder."""
+"""Where a run starts: at step 0, from given weights, or from a checkpoint in its own folder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """After `step` steps of the phase, from the contents of a checkpoint, or at step 0 from nothing."""
+    """Steps of the phase that are done, and the checkpoint to load, if any."""
 
     step: int = 0
     path: Path | str | None = None
-    contents: dict | None = None  # under the keys of TrainingState, those that the run continues with
+    contents: dict | None = None  # the keys of TrainingState that the run continues with
 
     def restore(self, state: TrainingState) -> None:
-        """Load the checkpoint, if there is one, into the parts of a run."""
+        """Load the checkpoint, if there is one."""
         if self.contents is not None:
             state.load_state_dict(self.contents, self.path)
 
@@ -38,7 +38,7 @@ class ResumePoint:
 
 def find_resume_point(folder, phase: Phase, *, resume: bool, resume_step: int, init_checkpoint: str | None,
                       warn: Callable[[str], None]) -> ResumePoint:
-    """Where a run of this phase starts (SPEC: phases, checkpoints, resuming).
+    """Where a run of this phase starts.
 
     Without `resume` (--resume_from_checkpoint) the folder may hold no checkpoint.  In phase 2 the newest number
     decides: phase 1's last checkpoint starts the phase, a higher one resumes it, a lower one is an error.
@@ -55,7 +55,7 @@ def find_resume_point(folder, phase: Phase, *, resume: bool, resume_step: int, i
         raise UserError(f"--output_dir {folder}: no checkpoint in it; --phase2 continues from ckpt_{phase.first}.pt")
     if init_checkpoint:
         contents = read_checkpoint(local_file(init_checkpoint))
-        return ResumePoint(path=init_checkpoint, contents=starting_anew(contents, init_checkpoint, moments=resume))
+        return ResumePoint(path=init_checkpoint, contents=at_step_zero(contents, init_checkpoint, moments=resume))
     if resume:
         warn(f"no checkpoint in {folder} to resume from: starting at step 0")
     return ResumePoint()
@@ -66,7 +66,7 @@ def resume_point_at(path: Path, number: int, contents: dict, phase: Phase, warn:
     if number < phase.first:
         raise UserError(f"{path}: below --phase1_end_step {phase.first}: phase 1 is not finished")
     if phase.number == 2 and number == phase.first:
-        return ResumePoint(path=path, contents=starting_anew(contents, path, moments=True))
+        return ResumePoint(path=path, contents=at_step_zero(contents, path, moments=True))
     if whole_number(contents, "phase", path, phase.number) != phase.number:
         raise UserError(f"{path}: was written in phase {contents['phase']}, "
                         f"this run is phase {phase.number} (--phase2)")
@@ -75,21 +75,17 @@ def resume_point_at(path: Path, number: int, contents: dict, phase: Phase, warn:
         raise UserError(f"{path}: holds step {contents['step']} of its phase, but its name says {step}")
     contents = with_current_keys(contents, path)
     if "rows" not in contents["data"]:
-        warn(f"{path} does not say how far it got in the data: from the first row on")
+        warn(f"{path} does not hold the position in the data: starting at the first row")
     return ResumePoint(step, path, contents)
 
 
-def starting_anew(contents: dict, path, moments: bool) -> dict:
-    """What a run takes from a checkpoint to start at step 0: weights and, if asked for, the optimizer's moments."""
+def at_step_zero(contents: dict, path, moments: bool) -> dict:
+    """The weights of a checkpoint and, if asked for, the optimizer's moments, with the step count set to 0."""
     kept = {key: contents[key] for key in ("model", "config") if key in contents}
-    return {**kept, "optimizer": with_step_zero(contents.get("optimizer"), path) if moments else None}
-
-
-def with_step_zero(optimizer, path) -> dict | None:
-    """The optimizer of a checkpoint, its moments kept and its steps counted anew."""
-    if optimizer is None:
-        return None
+    optimizer = contents.get("optimizer")
+    if optimizer is None or not moments:
+        return kept
     groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise UserError(f"{path}: its optimizer does not hold param_groups")
-    return {**optimizer, "param_groups": [{**group, "step": 0} for group in groups]}
+    return {**kept, "optimizer": {**optimizer, "param_groups": [{**group, "step": 0} for group in groups]}}

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the one place that knows its keys."""
+"""The contents of a checkpoint.  Only this file knows all its keys."""
 
 from dataclasses import dataclass
 
@@ -14,18 +14,18 @@ from optim.build import restore_skip_counts, skip_counts
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """The parts of a run that its next step depends on.  In a file:
+    """The parts of a run that its next step depends on.  Keys in the file:
 
         model       weights, by the names of modeling.py
         config      the architecture (BertConfig)
         optimizer   moments and steps, or the folder that holds them (optimizer_shards.py)
-        skipped     how many steps were skipped because a number was not finite
+        skipped     counts of the steps that were skipped because a number was not finite
         scaler      the loss scale of --fp16
         data        the position in the stream of batches
         step, phase the step of the phase, and 1 or 2
 
-    To save something more, give it state_dict() and load_state_dict(), which checks its own values, and add it to the
-    two methods here.
+    To save another part, give it state_dict() and load_state_dict(), which checks its values, and add it to both
+    methods here.
     """
 
     model: BertForPreTraining
@@ -34,10 +34,10 @@ class TrainingState:
     precision: object  # devices.precision.Precision
 
     def state_dict(self, path, ranks, batches_ahead: int) -> dict:
-        """What belongs in the checkpoint at `path`, beside step and phase, where each rank holds so many unused
-        micro-batches.  Sharded optimizer state is written here: all ranks call this together.
+        """The contents of the checkpoint at `path`, without step and phase.
 
-        Raises OSError on all ranks where the disk of one does not take its share.
+        `batches_ahead`: unused micro-batches that each rank holds.  Sharded optimizer state is written here, so all
+        ranks call this together; OSError on all of them where one cannot write its share.
         """
         # With keep_vars a tied weight is one tensor, not two that share their memory: it is copied once.
         return {"model": self.model.state_dict(keep_vars=True), "config": vars(self.model.config),
@@ -46,8 +46,7 @@ class TrainingState:
                 "data": self.stream.state_dict(batches_ahead)}
 
     def load_state_dict(self, contents: dict, path) -> None:
-        """Load the contents of the checkpoint at `path`; what is missing in it stays as it is.  UserError where a value
-        is not what it should be."""
+        """Load the contents of the checkpoint at `path`, as far as present.  UserError where a value is malformed."""
         load_model(self.model, contents, path)
         if contents.get("optimizer") is not None:
             load_optimizer(self.optimizer, contents["optimizer"], path)
@@ -59,7 +58,7 @@ class TrainingState:
 
 
 def with_current_keys(contents: dict, path) -> dict:
-    """A checkpoint of an earlier version under the keys of this one."""
+    """The contents with the keys of earlier versions replaced by the current ones."""
     data = dict(dictionary(contents, "data", path))
     if "rows" in contents:
         data["rows"] = contents["rows"]

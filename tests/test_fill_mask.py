@@ -10,8 +10,9 @@ import transformers
 
 import fill_mask
 from checkpoint.huggingface import read_vocabulary, tokenizer_of
+from checkpoint.load import load_weights
 from common.errors import UserError
-from modeling import BertConfig
+from modeling import BertConfig, BertForPreTraining
 from tests.support import saved_model
 
 ROOT = Path(fill_mask.__file__).parent
@@ -28,8 +29,9 @@ def test_words_and_probabilities_are_those_of_transformers():
     saved_model.export()
     config = BertConfig.from_json_file("config.json")
     sentence = "The [MASK] seas deep [MASK]."
-    found = fill_mask.best_words(fill_mask.load_model(config, "ckpt_7.pt"),
-                                 tokenizer_of(read_vocabulary("vocab.txt", config), True), sentence, 1003 - 5)
+    model = BertForPreTraining(config).eval()
+    load_weights(model, "ckpt_7.pt")
+    found = fill_mask.best_words(model, tokenizer_of(read_vocabulary("vocab.txt", config), True), sentence, 1003 - 5)
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
     masked_lm = saved_model.loaded("BertForMaskedLM", "masked_lm")
     theirs = transformers.pipeline("fill-mask", masked_lm, tokenizer=tokenizer, top_k=1003)

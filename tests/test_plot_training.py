@@ -5,7 +5,7 @@ from matplotlib.image import imread
 
 import plot_training
 from common.errors import UserError
-from training.log import TrainingLog, log_lines
+from training.log import TrainingLog, read_log
 
 
 def write_log(path, steps, phase2=False, output_dir="out", held_out=True):
@@ -23,8 +23,8 @@ def write_log(path, steps, phase2=False, output_dir="out", held_out=True):
 
 def test_phases_of_a_run_are_joined(tmp_path):
     runs = []
-    plot_training.add_log(runs, write_log(tmp_path / "one.json", 20))
-    plot_training.add_log(runs, write_log(tmp_path / "two.json", 5, phase2=True))
+    plot_training.add_curves(runs, write_log(tmp_path / "one.json", 20))
+    plot_training.add_curves(runs, write_log(tmp_path / "two.json", 5, phase2=True))
     assert len(runs) == 1 and list(runs[0].curves["average_loss"]) == list(range(1, 26))
     assert runs[0].phase2_start == 20
 
@@ -33,8 +33,8 @@ def test_runs_that_share_a_folder_name_stay_apart(tmp_path):
     runs = []
     for folder, steps in (("a", 20), ("b", 9)):
         (tmp_path / folder).mkdir()
-        plot_training.add_log(runs, write_log(tmp_path / folder / "one.json", steps))
-        plot_training.add_log(runs, write_log(tmp_path / folder / "two.json", 3, phase2=True))
+        plot_training.add_curves(runs, write_log(tmp_path / folder / "one.json", steps))
+        plot_training.add_curves(runs, write_log(tmp_path / folder / "two.json", 3, phase2=True))
     assert [(run.name, len(run.curves["average_loss"])) for run in runs] == [
         ("out", 23), (str(tmp_path / "b/one.json"), 12)]
 
@@ -47,7 +47,7 @@ def test_a_step_logged_twice_counts_as_it_was_logged_last(tmp_path):
     resumed = path.read_text().replace('"resume_from_checkpoint": false', '"resume_from_checkpoint": true')
     path.write_text(interrupted + resumed)
     runs = []
-    plot_training.add_log(runs, str(path))
+    plot_training.add_curves(runs, str(path))
     assert runs[0].curves["average_loss"] == {step: 9.0 / step for step in range(1, 10)}
 
 
@@ -61,7 +61,7 @@ def test_the_readable_part_of_a_cut_log_is_drawn(tmp_path):
     path = tmp_path / "log.json"
     write_log(path, 20)
     path.write_bytes(path.read_bytes()[:-40])
-    assert len(log_lines(str(path))) == 22
+    assert len(read_log(str(path))) == 22
     path.write_text("no log\n")
     with pytest.raises(UserError, match="not a log of run_pretraining.py"):
         plot_training.main([str(path)])

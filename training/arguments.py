@@ -1,8 +1,8 @@
-"""The flags of run_pretraining.py, each declared once.  No torch here: Gaudi's settings precede its import."""
+"""The flags of run_pretraining.py, each declared once.  No torch here."""
 
 import argparse
 
-from common.cli import ArgumentParser, boolean, positive_int, proportion
+from common.cli import ArgumentParser, boolean, options_from, positive_int, proportion
 from devices.options import DeviceOptions, PrecisionOptions
 
 DESCRIPTION = """BERT pre-training (masked LM + next sentence prediction) with LAMB, on Gaudi, CUDA and CPU.
@@ -16,7 +16,7 @@ Batch sizes are per card and optimizer step; steps are optimizer steps."""
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    """The flags as a namespace.  One line and exit code 2 where a flag is unknown or flags contradict each other."""
+    """The flags as a namespace.  Ends with one line and exit code 2 if a flag is unknown or flags are contradictory."""
     parser = ArgumentParser(description=DESCRIPTION)
     for add in (add_files, add_batches, add_schedule, add_precision, add_device, add_many_cards, add_checkpoints,
                 add_log, add_accepted):
@@ -29,151 +29,142 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def add_files(parser) -> None:
-    group = parser.add_argument_group("model and data")
-    group.add_argument("--do_train", action="store_true", help="train; this or --dry_run must be given")
-    group.add_argument("--dry_run", action="store_true", help="instead of training, check everything and report what "
-                       "the run will take: steps, memory, disk, and time from two timed steps; writes nothing")
-    group.add_argument("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
-    group.add_argument("--config_file", required=True, help="model config, JSON")
-    group.add_argument("--output_dir", required=True, help="folder of the checkpoints")
-    group.add_argument("--bert_model", default="bert-large-uncased", help="name in the log and the model card")
-    group.add_argument("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or "
-                       "URL) or Hugging Face model folder; with --resume_from_checkpoint also its optimizer moments")
-    group.add_argument("--seed", type=int, default=42, help="random seed for weights, row order and dropout")
+    add = parser.add_argument_group("model and data").add_argument
+    add("--do_train", action="store_true", help="train; required unless --dry_run is given")
+    add("--dry_run", action="store_true", help="instead of training, check everything and report what the run will "
+        "take: steps, memory, disk, and time from two timed steps; writes nothing")
+    add("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
+    add("--config_file", required=True, help="model config, JSON")
+    add("--output_dir", required=True, help="folder of the checkpoints")
+    add("--bert_model", default="bert-large-uncased", help="name in the log and the model card")
+    add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL) or Hugging Face "
+        "model folder; with --resume_from_checkpoint also its optimizer moments")
+    add("--seed", type=int, default=42, help="random seed for weights, row order and dropout")
 
 
 def add_batches(parser) -> None:
-    group = parser.add_argument_group("batches")
-    group.add_argument("--max_seq_length", type=positive_int, default=512, help="tokens in a row, as in the shards")
-    group.add_argument("--max_predictions_per_seq", type=positive_int, default=80,
-                       help="most masked tokens in a sequence, at least as many as in the shards")
-    group.add_argument("--train_batch_size", type=positive_int, default=32,
-                       help="sequences per card and optimizer step, over all accumulation steps")
-    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1,
-                       help="micro-batches per optimizer step; must divide --train_batch_size.  On packed data it is "
-                       "divided by the average number of sequences in a row")
+    add = parser.add_argument_group("batches").add_argument
+    add("--max_seq_length", type=positive_int, default=512, help="tokens in a row, as in the shards")
+    add("--max_predictions_per_seq", type=positive_int, default=80,
+        help="maximum number of masked tokens in a sequence, at least that of the shards")
+    add("--train_batch_size", type=positive_int, default=32,
+        help="sequences per card and optimizer step, over all accumulation steps")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per optimizer step; must "
+        "divide --train_batch_size.  On packed data it is divided by the average number of sequences in a row")
 
 
 def add_schedule(parser) -> None:
-    group = parser.add_argument_group("schedule")
-    group.add_argument("--learning_rate", type=float, default=5e-5, help="peak learning rate")
-    group.add_argument("--max_steps", type=positive_int, default=1000,
-                       help="optimizer steps of this phase: the length of its learning rate schedule")
-    group.add_argument("--steps_this_run", type=int, default=-1,
-                       help="end the run at this step of the phase (a step number, not a count); -1 = --max_steps")
-    group.add_argument("--warmup_proportion", type=proportion, default=0.01,
-                       help="share of --max_steps over which the learning rate warms up")
-    group.add_argument("--phase2", action="store_true",
-                       help="second phase: continues from phase 1's last checkpoint with its own schedule")
-    group.add_argument("--phase1_end_step", type=int, default=7038, help="last step of phase 1")
+    add = parser.add_argument_group("schedule").add_argument
+    add("--learning_rate", type=float, default=5e-5, help="peak learning rate")
+    add("--max_steps", type=positive_int, default=1000,
+        help="optimizer steps of this phase: the length of its learning rate schedule")
+    add("--steps_this_run", type=int, default=-1,
+        help="end the run at this step of the phase (a step number, not a count); -1 = --max_steps")
+    add("--warmup_proportion", type=proportion, default=0.01,
+        help="share of --max_steps over which the learning rate warms up")
+    add("--phase2", action="store_true",
+        help="second phase: continues from phase 1's last checkpoint with its own schedule")
+    add("--phase1_end_step", type=int, default=7038, help="last step of phase 1")
 
 
 def add_precision(parser) -> None:
-    group = parser.add_argument_group("precision and memory")
-    group.add_argument("--hmp", "--autocast", action="store_true", help="bf16 mixed precision")
-    group.add_argument("--hmp_bf16", default="", metavar="FILE", help="list of ops run in bf16; '' = the device's own")
-    group.add_argument("--hmp_fp32", default="", metavar="FILE", help="list of ops run in fp32; '' = the device's own")
-    group.add_argument("--hmp_opt_level", choices=("O1", "O2"), default="O1", help="O2 ignores the lists")
-    group.add_argument("--hmp_verbose", action="store_true", help="print the dtypes of each op once")
-    group.add_argument("--fp16", "--amp", action="store_true", help="fp16 mixed precision with loss scaling (CUDA)")
-    group.add_argument("--loss_scale", type=float, default=0, help="loss scale for --fp16; 0 means dynamic")
-    group.add_argument("--init_loss_scale", type=float, default=2.0**20, help="first value of a dynamic loss scale")
-    group.add_argument("--checkpoint_activations", action="store_true",
-                       help="gradient checkpointing: recompute the layers in the backward pass; less memory, more time")
-    group.add_argument("--mlm_loss_chunk", type=positive_int, default=0, metavar="SLOTS",
-                       help="compute the masked-LM loss in chunks of this many masked tokens, recomputing the logits "
-                       "in the backward pass: less memory, slightly more time (default: no chunks)")
+    add = parser.add_argument_group("precision and memory").add_argument
+    add("--hmp", "--autocast", action="store_true", help="bf16 mixed precision")
+    add("--hmp_bf16", default="", metavar="FILE", help="list of ops to run in bf16; '' = the device's own list")
+    add("--hmp_fp32", default="", metavar="FILE", help="list of ops to run in fp32; '' = the device's own list")
+    add("--hmp_opt_level", choices=("O1", "O2"), default="O1", help="O2 ignores the lists")
+    add("--hmp_verbose", action="store_true", help="print the dtypes of each op once")
+    add("--fp16", "--amp", action="store_true", help="fp16 mixed precision with loss scaling (CUDA)")
+    add("--loss_scale", type=float, default=0, help="loss scale for --fp16; 0 means dynamic")
+    add("--init_loss_scale", type=float, default=2.0**20, help="first value of a dynamic loss scale")
+    add("--checkpoint_activations", action="store_true",
+        help="gradient checkpointing: recompute the layers in the backward pass; less memory, more time")
+    add("--mlm_loss_chunk", type=positive_int, default=0, metavar="SLOTS",
+        help="compute the masked-LM loss in chunks of this many masked tokens, recomputing the logits in the backward "
+        "pass: less memory, slightly more time (default: no chunks)")
 
 
 def add_device(parser) -> None:
     add_device_choice(parser)
-    group = parser.add_argument_group("how the device computes")
-    group.add_argument("--use_torch_compile", action="store_true",
-                       help="compile the model and the optimizer step (HPU: hpu_backend); where that does not work, "
-                       "the run logs the reason and continues without")
-    group.add_argument("--cuda_graphs", action="store_true",
-                       help="CUDA, with --use_torch_compile: record the compiled parts as CUDA graphs and replay them; "
-                       "faster where micro-batches are small")
-    group.add_argument("--attention", choices=("plain", "sdpa", "varlen"),
-                       help="elementary operations; fused kernels with a mask; fused kernels for variable-length "
-                       "sequences (default: the fastest on the device; CUDA measures the last two at the start)")
-    group.add_argument("--use_cpu_kernels", type=boolean, default=True, metavar="BOOL",
-                       help="CPU, fp32: run the layers in kernels that are compiled (C++) when the run starts "
-                       "(default: True; where they cannot be used, the run logs why and uses PyTorch's operations)")
-    group.add_argument("--use_fused_lamb", action="store_true",
-                       help="the device's fused LAMB, where it has one; on a CPU one compiled kernel")
+    add = parser.add_argument_group("how the device computes").add_argument
+    add("--use_torch_compile", action="store_true", help="compile the model and the optimizer step (HPU: hpu_backend); "
+        "where that does not work, the run logs the reason and continues without")
+    add("--cuda_graphs", action="store_true", help="CUDA, with --use_torch_compile: record the compiled parts as CUDA "
+        "graphs and replay them; faster where micro-batches are small")
+    add("--attention", choices=("plain", "sdpa", "varlen"),
+        help="plain: elementary operations; sdpa: fused kernels with a mask; varlen: fused kernels for variable-length "
+        "sequences (default: the fastest on the device; CUDA measures the last two at the start)")
+    add("--use_cpu_kernels", type=boolean, default=True, metavar="BOOL",
+        help="CPU, fp32: run the layers in kernels that are compiled (C++) when the run starts (default: True; where "
+        "they cannot be used, the run logs why and uses PyTorch's operations)")
+    add("--use_fused_lamb", action="store_true",
+        help="use the device's fused LAMB, if it has one; on a CPU, one compiled kernel")
 
 
 def add_device_choice(parser) -> None:
-    group = parser.add_argument_group("device (default: CUDA where there is a GPU, else CPU)")
-    group.add_argument("--use_habana", action="store_true", help="run on HPU; an error where no HPU can be used")
-    group.add_argument("--use_lazy_mode", type=boolean, metavar="BOOL",
-                       help="HPU: lazy mode with mark_step; False = eager or compiled (default: True, unless "
-                       "PT_HPU_LAZY_MODE or --use_torch_compile says otherwise)")
-    group.add_argument("--no_cuda", action="store_true", help="CPU even where a GPU is present")
-    group.add_argument("--use_torch_lazy", action="store_true",
-                       help="PyTorch's own lazy tensors, to check a change against lazy mode without Gaudi")
+    add = parser.add_argument_group("device (default: CUDA where there is a GPU, else CPU)").add_argument
+    add("--use_habana", action="store_true", help="run on HPU; an error if no HPU can be used")
+    add("--use_lazy_mode", type=boolean, metavar="BOOL", help="HPU: lazy mode with mark_step; False = eager or "
+        "compiled (default: True, unless PT_HPU_LAZY_MODE or --use_torch_compile says otherwise)")
+    add("--no_cuda", action="store_true", help="use the CPU even if there is a GPU")
+    add("--use_torch_lazy", action="store_true",
+        help="PyTorch's own lazy tensors, to check a change against lazy mode without Gaudi")
 
 
 def add_many_cards(parser) -> None:
-    group = parser.add_argument_group("many cards")
-    group.add_argument("--local_rank", type=int, help="card of this process on its server (default: LOCAL_RANK)")
-    group.add_argument("--allreduce_post_accumulation", action="store_true",
-                       help="one flat all-reduce after the last micro-batch, in place of DDP")
-    group.add_argument("--allreduce_post_accumulation_fp16", action="store_true",
-                       help="that all-reduce in 16 bits on the wire")
-    group.add_argument("--use_zero_optimizer", type=boolean, default=False, metavar="BOOL",
-                       help="ZeRO: shard the optimizer state over the cards")
-    group.add_argument("--collective_timeout", type=positive_int, default=600, metavar="SECONDS",
-                       help="how long a rank waits for another before the run ends with an error")
+    add = parser.add_argument_group("many cards").add_argument
+    add("--local_rank", type=int, help="card of this process on its server (default: LOCAL_RANK)")
+    add("--allreduce_post_accumulation", action="store_true",
+        help="one flat all-reduce after the last micro-batch, in place of DDP")
+    add("--allreduce_post_accumulation_fp16", action="store_true", help="send that all-reduce's gradients in 16 bits")
+    add("--use_zero_optimizer", type=boolean, default=False, metavar="BOOL",
+        help="ZeRO: shard the optimizer state over the cards")
+    add("--collective_timeout", type=positive_int, default=600, metavar="SECONDS",
+        help="how long a rank waits for another before the run ends with an error")
 
 
 def add_checkpoints(parser) -> None:
-    group = parser.add_argument_group("checkpoints, faults and evaluation")
-    group.add_argument("--resume_from_checkpoint", action="store_true", help="resume from a checkpoint in --output_dir")
-    group.add_argument("--resume_step", type=int, default=-1,
-                       help="the checkpoint to resume from, by the number in its name; -1 = the newest complete one")
-    group.add_argument("--num_steps_per_checkpoint", type=positive_int, default=100,
-                       help="steps between checkpoints; one is always written after the last step")
-    group.add_argument("--skip_checkpoint", action="store_true", help="write no checkpoint")
-    group.add_argument("--max_skipped_steps", type=positive_int, default=10,
-                       help="end the run after this many skipped steps in a row (a step is skipped when its loss or "
-                       "gradient norm is not finite)")
-    group.add_argument("--skip_bad_shards", action="store_true",
-                       help="continue without a training shard that cannot be read or holds impossible values; without "
-                       "this flag it ends the run")
-    group.add_argument("--eval_dir", help="folder of held-out shards (packed, or with 'test' in the name)")
-    group.add_argument("--eval_freq", type=int, default=0, help="steps between evaluations; 0 = only at the end")
+    add = parser.add_argument_group("checkpoints, faults and evaluation").add_argument
+    add("--resume_from_checkpoint", action="store_true", help="resume from a checkpoint in --output_dir")
+    add("--resume_step", type=int, default=-1,
+        help="the checkpoint to resume from, by the number in its name; -1 = the newest complete one")
+    add("--num_steps_per_checkpoint", type=positive_int, default=100,
+        help="steps between checkpoints; one is always written after the last step")
+    add("--skip_checkpoint", action="store_true", help="do not write checkpoints")
+    add("--max_skipped_steps", type=positive_int, default=10, help="end the run after this many skipped steps in a row "
+        "(a step is skipped when its loss or gradient norm is not finite)")
+    add("--skip_bad_shards", action="store_true", help="continue without a training shard that cannot be read or holds "
+        "impossible values; without this flag it ends the run")
+    add("--eval_dir", help="folder of held-out shards (packed, or with 'test' in the name)")
+    add("--eval_freq", type=int, default=0, help="steps between evaluations; 0 = only at the end")
 
 
 def add_log(parser) -> None:
-    group = parser.add_argument_group("log")
-    group.add_argument("--log_freq", type=float, default=1, help="optimizer steps between log lines")
-    group.add_argument("--json_summary", default="results/dllogger.json", help="log file; its folder is created")
-    group.add_argument("--tensorboard_logdir", metavar="DIR", help="also write the figures for TensorBoard to this "
-                       "folder; needs the package tensorboard")
-    group.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
-    group.add_argument("--peak_tflops", type=float, default=0,
-                       help="peak TFLOP/s of one card, for the logged utilization (MFU); 0 = measured at the start by "
-                       "a matrix product (CPU, CUDA), not logged on other devices")
-    group.add_argument("--profile", action="store_true", help="write a torch.profiler trace beside the log file")
-    group.add_argument("--profile_steps", type=step_range, default="4:6", metavar="A:B",
-                       help="the steps of the phase to trace with --profile")
+    add = parser.add_argument_group("log").add_argument
+    add("--log_freq", type=float, default=1, help="optimizer steps between log lines")
+    add("--json_summary", default="results/dllogger.json", help="log file; its folder is created")
+    add("--tensorboard_logdir", metavar="DIR",
+        help="also write the figures for TensorBoard to this folder; needs the package tensorboard")
+    add("--disable_progress_bar", action="store_true", help="no progress bar")
+    add("--peak_tflops", type=float, default=0, help="peak TFLOP/s of one card, for the logged utilization (MFU); 0 = "
+        "measured at the start by a matmul (CPU, CUDA), not logged on other devices")
+    add("--profile", action="store_true", help="write a torch.profiler trace beside the log file")
+    add("--profile_steps", type=step_range, default="4:6", metavar="A:B",
+        help="the steps of the phase to trace with --profile")
 
 
 def add_accepted(parser) -> None:
-    group = parser.add_argument_group("accepted for old command lines")
-    group.add_argument("--num_train_epochs", type=float, default=3.0, help="unused: the run ends after --max_steps")
-    group.add_argument("--enable_packed_data_mode", type=boolean, metavar="BOOL",
-                       help="deprecated: the shards decide; if given, it must agree with them")
-    group.add_argument("--avg_seq_per_pack", type=float, help="deprecated, no effect: the data decides")
-    group.add_argument("--use_env", action="store_true", help="no effect")
+    add = parser.add_argument_group("accepted for old command lines").add_argument
+    add("--num_train_epochs", type=float, default=3.0, help="unused: the run ends after --max_steps")
+    add("--enable_packed_data_mode", type=boolean, metavar="BOOL",
+        help="deprecated: the shards decide; if given, it must agree with them")
+    add("--avg_seq_per_pack", type=float, help="deprecated, no effect: the data decides")
+    add("--use_env", action="store_true", help="no effect")
 
 
 def device_options(args, use_torch_compile: bool = False) -> DeviceOptions:
     """The flags of add_device_choice as the value that devices/ takes."""
-    return DeviceOptions(use_habana=args.use_habana, use_torch_lazy=args.use_torch_lazy, no_cuda=args.no_cuda,
-                         use_lazy_mode=args.use_lazy_mode, use_torch_compile=use_torch_compile)
+    return options_from(args, DeviceOptions, use_torch_compile=use_torch_compile)
 
 
 def precision_options(args) -> PrecisionOptions:
@@ -206,7 +197,7 @@ def contradiction(args) -> str | None:
     if args.use_lazy_mode and args.use_torch_compile:
         return "--use_lazy_mode True and --use_torch_compile exclude each other"
     if args.use_torch_lazy and (args.use_habana or args.use_torch_compile or args.checkpoint_activations):
-        return "--use_torch_lazy goes with none of --use_habana, --use_torch_compile and --checkpoint_activations"
+        return "--use_torch_lazy excludes --use_habana, --use_torch_compile and --checkpoint_activations"
     if args.attention == "varlen" and (args.use_habana or args.use_torch_lazy):
         return "--attention varlen is for CUDA and CPU, not for --use_habana or --use_torch_lazy"
     if args.cuda_graphs and (not args.use_torch_compile or args.no_cuda or args.use_habana):
@@ -220,14 +211,12 @@ def contradiction(args) -> str | None:
         return f"--resume_step {args.resume_step} needs --resume_from_checkpoint"
     if args.phase2 and args.phase1_end_step < 0:
         return f"--phase1_end_step {args.phase1_end_step} is below 0"
-    if args.eval_freq < 0 or (args.eval_freq and not args.eval_dir):
-        return f"--eval_freq {args.eval_freq} needs --eval_dir and a number of at least 0"
-    if not 0.0 < args.learning_rate < float("inf"):
-        return f"--learning_rate {args.learning_rate} is not a number above 0"
-    if not 0.0 < args.log_freq < float("inf"):
-        return f"--log_freq {args.log_freq} is not a number above 0"
-    if not 0.0 <= args.peak_tflops < float("inf"):
-        return f"--peak_tflops {args.peak_tflops} is not a number of at least 0"
-    if args.seed < 0:
-        return f"--seed {args.seed} is below 0"
+    if args.eval_freq and not args.eval_dir:
+        return f"--eval_freq {args.eval_freq} needs --eval_dir"
+    for name in ("learning_rate", "log_freq"):
+        if not 0.0 < getattr(args, name) < float("inf"):
+            return f"--{name} {getattr(args, name)} is not a number above 0"
+    for name in ("seed", "eval_freq", "peak_tflops"):
+        if not 0.0 <= getattr(args, name) < float("inf"):
+            return f"--{name} {getattr(args, name)} is not a number of at least 0"
     return None

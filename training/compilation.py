@@ -1,4 +1,4 @@
-"""Compiled graphs: torch.compile for a run that asks for it, and a watch on graphs that keep compiling."""
+"""torch.compile for a run, and the detection of graphs that keep compiling."""
 
 from contextlib import contextmanager
 
@@ -6,12 +6,11 @@ import torch
 
 from common.errors import first_line
 
-WARM_UP_STEPS = 3  # of a run, in which each graph of a step compiles
+WARM_UP_STEPS = 3  # of a run, in which its graphs compile
 
 
 def compile_training(device, model: torch.nn.Module, cuda_graphs=False) -> tuple[bool, str]:
-    """Compile the model for the device: whether the compiler works, so that the optimizer may be compiled too, and a
-    description.  Where it does not work, the model stays as it is, and the description says why.
+    """Compile the model; returns whether the device's compiler works, and a description with the reason if not.
 
     With `cuda_graphs`, the compiled parts of the model are recorded and replayed without the host (CUDA).
     """
@@ -23,10 +22,9 @@ def compile_training(device, model: torch.nn.Module, cuda_graphs=False) -> tuple
 
 
 def compile_model(device, model: torch.nn.Module, cuda_graphs=False) -> None:
-    """In place, so that the names in its state dict stay the same.
+    """Compile in place, so that the names in the state dict stay the same.
 
-    inductor gets a layer at a time: all layers share one graph, compiled once, whatever the depth.  So BERT-base is
-    ready in a minute, and shapes that vary would show as graphs that are compiled again.
+    inductor gets a layer at a time: all layers share one graph, so that BERT-base compiles in a minute.
     """
     parts = [model]
     if device.compiles_in_parts:
@@ -38,10 +36,10 @@ def compile_model(device, model: torch.nn.Module, cuda_graphs=False) -> None:
 
 
 def prepare_replay(model: torch.nn.Module) -> None:
-    """Make what recorded graphs compute outlast them: the next pass writes its results to the same memory.
+    """Prepare the model for replayed graphs, which overwrite the results of the pass before.
 
-    Where a pass begins, it says so, since the graphs cannot tell it from the many parts that it is compiled in.
-    Gradients lie in memory of their own, to which a backward pass adds: zero_grad has to leave them there.
+    A hook marks the start of each pass, because a pass consists of many compiled parts.  Gradients get memory outside
+    the graphs, to which the backward pass adds; zero_grad must keep it (set_to_none=False).
     """
     model.bert.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
     for parameter in model.parameters():
@@ -49,24 +47,21 @@ def prepare_replay(model: torch.nn.Module) -> None:
 
 
 def compiler_problem(device) -> str | None:
-    """Why the device's compiler does not work, found out by compiling next to nothing, or None."""
+    """Why the device's compiler fails on a trivial function, or None."""
     try:
         twice = torch.compile(lambda value: value * 2.0, backend=device.compiler)
         twice(torch.ones(2).to(device.torch_device))
-    except Exception as error:  # whatever a compiler that is not there, or half there, happens to raise
+    except Exception as error:  # a missing or half-installed compiler raises anything
         return f"{device.compiler} on {device.torch_device.type}: {type(error).__name__}: {first_line(error)}"
     return None
 
 
 class GraphWatch:
-    """Notices graphs that training steps still compile after the warm-up: a step should meet only shapes it has met.
-
-    Graphs compiled while `paused` (to evaluate, to save) do not count.
-    """
+    """Counts the graphs that training steps still compile after the warm-up, when they should need no new ones."""
 
     def __init__(self, device):
         self.device = device
-        self.elsewhere = 0
+        self.compiled_while_paused = 0
         self.compiled_before: int | None = None
 
     def compiled(self) -> int:
@@ -74,13 +69,14 @@ class GraphWatch:
 
     @contextmanager
     def paused(self):
+        """A block whose graphs do not count."""
         before = self.compiled()
         yield
-        self.elsewhere += self.compiled() - before
+        self.compiled_while_paused += self.compiled() - before
 
     def new_graphs(self, steps: int) -> int:
-        """How many graphs compiled since this was last asked; 0 within the warm-up.  `steps` are those of the run."""
-        compiled = self.compiled() - self.elsewhere
+        """Graphs compiled since the last call after the warm-up; `steps` counts the steps of this run."""
+        compiled = self.compiled() - self.compiled_while_paused
         before = compiled if self.compiled_before is None else self.compiled_before
         if steps >= WARM_UP_STEPS:
             self.compiled_before = compiled

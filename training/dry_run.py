@@ -1,7 +1,7 @@
 """run_pretraining.py --dry_run: what a run takes, and every problem that can be found beforehand.  Writes nothing.
 
-The run is put together as for training.  Then every row of all shards is checked, the folders and the disk are looked
-at, the memory is estimated (memory_estimate.py), and three steps are taken on real batches, of which two are timed.
+The run is put together as for training.  Then every row of all shards is checked, the folders and the disk are checked,
+the memory is estimated (memory_estimate.py), and three steps run on real batches, of which two are timed.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint.folder import KEPT, saved_steps
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import nearest_existing
 from common.units import format_bytes, format_duration
 from data.dataloader import batches_once
@@ -26,22 +26,22 @@ TIMED_STEPS = 2  # after one that is not
 
 
 def dry_run(trainer) -> dict[str, float]:
-    """Check and measure the run of a Trainer; says what it finds, and returns the figures.
+    """Check and measure the run of a Trainer, print what is found, and return the figures.
 
     Raises UserError at the first thing that would stop the run.
     """
     steps = max(0, trainer.last_step - trainer.first_step)
-    figures = {"steps": steps, "steps_per_epoch": steps_per_epoch(trainer, check_rows(trainer), steps),
+    figures = {"steps": steps, "steps_per_epoch": steps_per_epoch(trainer, count_usable_rows(trainer), steps),
                "checkpoint_bytes": check_disk(trainer, steps), "estimated_memory": check_memory(trainer)}
     try:
-        figures |= time_of(trainer, steps)
+        figures |= measure_time(trainer, steps)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{error}".partition("\n")[0] + f": {less_memory(trainer.args)}") from None
-    figures["memory"] = peak_memory(trainer)
+        raise UserError(f"{first_line(error)}: {less_memory(trainer.args)}") from None
+    figures["memory"] = measured_memory(trainer)
     return figures
 
 
-def check_rows(trainer) -> int:
+def count_usable_rows(trainer) -> int:
     """Check every row of every shard, which a training run does when the shard's turn comes; how many it can use."""
     hidden = trainer.args.disable_progress_bar or not trainer.ranks.first or None
     held_out = trainer.evaluator.shards if trainer.evaluator else []
@@ -61,7 +61,7 @@ def check_rows(trainer) -> int:
 
 
 def steps_per_epoch(trainer, rows: int, steps: int) -> float:
-    """How many optimizer steps use so many rows once."""
+    """How many optimizer steps use `rows` rows once."""
     rows_per_step = trainer.plan.rows * trainer.ranks.world_size
     trainer.log.print(f"epoch: {rows:,} rows / {rows_per_step:,} rows a step of all ranks = "
                       f"{rows / rows_per_step:,.1f} steps; the {steps:,} steps of this run are "
@@ -69,32 +69,26 @@ def steps_per_epoch(trainer, rows: int, steps: int) -> float:
     return rows / rows_per_step
 
 
-# --- disk ---
-
 def check_disk(trainer, steps: int) -> int:
     """The most bytes that the checkpoints take at a time.  UserError where the run could not write them, or its log."""
     args = trainer.args
-    for flag, folder in (("--output_dir", args.output_dir), ("--json_summary", Path(args.json_summary).parent),
-                         ("--tensorboard_logdir", args.tensorboard_logdir)):
-        if folder:
-            check_writable(flag, nearest_existing(folder))
     log_file = Path(args.json_summary)
+    for flag, folder in (("--output_dir", args.output_dir), ("--json_summary", log_file.parent),
+                         ("--tensorboard_logdir", args.tensorboard_logdir)):
+        existing = nearest_existing(folder) if folder else None
+        if existing and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            raise UserError(f"{flag}: {existing} is not a writable folder")
     if log_file.exists() and not (log_file.is_file() and os.access(log_file, os.W_OK)):
-        raise UserError(f"--json_summary {log_file}: no file that can be written to")
-    disk = checkpoint_bytes(args, steps, memory_estimate.bytes_of(trainer.model))
+        raise UserError(f"--json_summary {log_file}: not a writable file")
+    needed = checkpoint_bytes(args, steps, memory_estimate.bytes_of(trainer.model))
     older = sum(path.stat().st_size for pattern in ("ckpt_*.pt", "ckpt_*.optim/*")
                 for path in Path(args.output_dir).glob(pattern))
     free = shutil.disk_usage(nearest_existing(args.output_dir)).free
-    there = f"{format_bytes(free)} are free" + (f" and {format_bytes(older)} taken by older ones" if older else "")
-    trainer.log.print(f"disk: checkpoints take up to {format_bytes(disk)} in {args.output_dir}, where {there}")
-    if disk > free + older:
-        raise UserError(f"--output_dir {args.output_dir}: its checkpoints take {format_bytes(disk)}, but {there}")
-    return disk
-
-
-def check_writable(flag: str, folder: Path) -> None:
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}: {folder} is no folder that can be written to")
+    present = f"{format_bytes(free)} are free" + (f" and {format_bytes(older)} taken by older ones" if older else "")
+    trainer.log.print(f"disk: checkpoints take up to {format_bytes(needed)} in {args.output_dir}, where {present}")
+    if needed > free + older:
+        raise UserError(f"--output_dir {args.output_dir}: its checkpoints take {format_bytes(needed)}, but {present}")
+    return needed
 
 
 def checkpoint_bytes(args, steps: int, weights: int) -> int:
@@ -108,16 +102,14 @@ def checkpoint_bytes(args, steps: int, weights: int) -> int:
     return at_most * weights * (1 + MOMENTS)
 
 
-# --- memory ---
-
 def check_memory(trainer) -> int | None:
-    """An estimate of the bytes that this process needs on its device, before anything is tried.
+    """Estimate the bytes that this process needs on its device.  UserError where they are not available.
 
-    None where the device does not tell what it holds, where a compiler decides what is kept, and where the masked-LM
-    loss comes in chunks, whose number depends on the rows.  UserError where there is not so much memory.
+    None where the device does not report its memory, where a compiler decides what is kept, and where the masked-LM
+    loss is computed in chunks, whose number depends on the rows.
     """
     device, weights, batch = trainer.device, memory_estimate.bytes_of(trainer.model), trainer.first_batch()
-    trainer.stream.finish_reading()
+    trainer.stream.finish_reading()  # the shards then count as held
     held = device.held_memory()
     in_chunks = trainer.args.mlm_loss_chunk and not trainer.model.use_kernels
     if held is None or trainer.args.use_torch_compile or in_chunks:
@@ -126,10 +118,10 @@ def check_memory(trainer) -> int | None:
     exchange = weights if trainer.ranks.world_size > 1 else 0  # where gradients are collected for the other ranks
     step = memory_estimate.step_peak(trainer.model, trainer.precision, batch, trainer.plan.micro_batch_size,
                                      trainer.plan.accumulation_steps > 1)
-    sharing = trainer.ranks.local_size if device.is_host else 1  # ranks that take of the same memory
+    sharing = trainer.ranks.local_size if device.is_host else 1  # ranks that share the memory
     needed, available = held + moments + exchange + step + copies(trainer), held + device.free_memory() // sharing
-    trainer.log.print(f"memory: about {format_bytes(needed)} by estimate, {format_bytes(available)} are available on "
-                    f"{device.describe()}")
+    trainer.log.print(f"memory: about {format_bytes(needed)} estimated, {format_bytes(available)} available on "
+                      f"{device.describe()}")
     if needed > available:
         raise UserError(f"a process needs about {format_bytes(needed)} of memory, but {format_bytes(available)} are "
                         f"available: {less_memory(trainer.args)}")
@@ -143,14 +135,15 @@ def copies(trainer) -> int:
     return (1 + MOMENTS) * memory_estimate.bytes_of(trainer.model)
 
 
-def peak_memory(trainer) -> int | None:
-    """What this process needs by what it took for three steps and an evaluation."""
+def measured_memory(trainer) -> int | None:
+    """Bytes that this process needs, from the peak of the timed steps; None where the device does not report it."""
     peak = trainer.device.peak_memory()
     if peak is None:
         return None
-    trainer.log.print(f"memory: {format_bytes(peak + copies(trainer))} = {format_bytes(peak)} at the peak of the timed "
-                    f"steps + {format_bytes(copies(trainer))} for the copy that a checkpoint is written from")
-    return peak + copies(trainer)
+    copied = copies(trainer)
+    trainer.log.print(f"memory: {format_bytes(peak + copied)} measured = {format_bytes(peak)} at the peak of the timed "
+                      f"steps + {format_bytes(copied)} for the copy that a checkpoint is written from")
+    return peak + copied
 
 
 def less_memory(args) -> str:
@@ -158,10 +151,8 @@ def less_memory(args) -> str:
             + ("" if args.checkpoint_activations else ", or give --checkpoint_activations"))
 
 
-# --- time ---
-
-def time_of(trainer, steps: int) -> dict[str, float]:
-    """Take three steps, and evaluate one batch: how long the run will take, in seconds."""
+def measure_time(trainer, steps: int) -> dict[str, float]:
+    """Run three steps and evaluate one batch: how long the run will take, in seconds."""
     timed = []
     for _ in range(1 + TIMED_STEPS):
         began = time.perf_counter()
@@ -170,32 +161,27 @@ def time_of(trainer, steps: int) -> dict[str, float]:
         trainer.device.synchronize()
         timed.append(time.perf_counter() - began)
     step = sum(timed[1:]) / TIMED_STEPS
-    evaluations = evaluation_count(trainer, steps)
+    evaluations = sum(trainer.is_due(number, trainer.args.eval_freq)
+                      for number in range(trainer.first_step + 1, trainer.last_step + 1)) if trainer.evaluator else 0
     evaluating = evaluations * evaluation_seconds(trainer) if evaluations else 0.0
     total = steps * step + evaluating
     trainer.log.print(f"time: {format_duration(total)} = {steps:,} steps of {step:.3g} s"
-                    + (f" + {evaluations} evaluations in {format_duration(evaluating)}" if evaluations else "")
-                    + "; checkpoints are written meanwhile")
+                      + (f" + {evaluations} evaluations in {format_duration(evaluating)}" if evaluations else "")
+                      + "; checkpoints are written at the same time")
     return {"seconds_per_step": step, "seconds": total}
-
-
-def evaluation_count(trainer, steps: int) -> int:
-    if not trainer.evaluator or not steps:
-        return 0
-    every = trainer.args.eval_freq
-    return sum(trainer.is_due(step, every) for step in range(trainer.first_step + 1, trainer.last_step + 1))
 
 
 @torch.no_grad()
 def evaluation_seconds(trainer) -> float:
-    """The time of one evaluation, from its first batch, the second time that it is taken."""
+    """The time of one evaluation, from the second time that its first batch is evaluated."""
     trainer.model.eval()
-    rows = trainer.plan.micro_batch_size
-    with closing(batches_once(trainer.evaluator.shards, rows, trainer.model.config.vocab_size)) as batches:
+    evaluator = trainer.evaluator
+    rows = evaluator.batch_size
+    with closing(batches_once(evaluator.shards, rows, trainer.model.config.vocab_size)) as batches:
         batch = trainer.device.put(next(batches))
     for _ in range(2):
         began = time.perf_counter()
-        trainer.evaluator.batch_sums(trainer.model, batch).tolist()
+        evaluator.batch_sums(trainer.model, batch).tolist()
         seconds = time.perf_counter() - began
     trainer.model.train()
-    return seconds * -(-sum(shard.rows for shard in trainer.held_out) // (rows * trainer.process.world_size))
+    return seconds * -(-sum(shard.rows for shard in evaluator.shards) // (rows * trainer.ranks.world_size))

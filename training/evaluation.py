@@ -1,4 +1,4 @@
-"""The figures of a model on held-out shards: what evaluate.py prints and the training run logs."""
+"""The losses and accuracies of a model on held-out shards, for evaluate.py and the training."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +18,7 @@ from parallel.ranks import SingleRank
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Evaluates a model on the same shards as often as asked, each rank its share of the batches."""
+    """Evaluates a model on held-out shards; each rank takes its share of the batches."""
 
     shards: list[Shard]
     batch_size: int  # rows
@@ -28,10 +28,7 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self, model, progress: bool = False) -> dict[str, float]:
-        """The figures over every masked token and every sequence of the shards, in eval mode, the same on all ranks.
-
-        Returns mlm_loss (nats), mlm_accuracy, nsp_loss, nsp_accuracy, masked_tokens, sequences.
-        """
+        """mlm_loss (nats), mlm_accuracy, nsp_loss, nsp_accuracy, masked_tokens, sequences; the same on all ranks."""
         was_training = model.training
         model.eval()
         total = torch.zeros(6, dtype=torch.float64)
@@ -41,16 +38,16 @@ class Evaluator:
             for batch in islice(batches, ranks.rank, None, ranks.world_size):
                 sums = self.batch_sums(model, self.device.put(batch))
                 self.device.mark_step()
-                total += sums.cpu()  # added up here in float64, which not every device has
+                total += sums.cpu()  # on the host, because not every device has float64
                 bar.update(min(self.batch_size * ranks.world_size, rows - bar.n))
         model.train(was_training)
-        mlm_loss, mlm_right, masked_tokens, nsp_loss, nsp_right, sequences = ranks.sum(total).tolist()
-        return {"mlm_loss": mlm_loss / max(masked_tokens, 1), "mlm_accuracy": mlm_right / max(masked_tokens, 1),
-                "nsp_loss": nsp_loss / max(sequences, 1), "nsp_accuracy": nsp_right / max(sequences, 1),
+        mlm_loss, mlm_correct, masked_tokens, nsp_loss, nsp_correct, sequences = ranks.sum(total).tolist()
+        return {"mlm_loss": mlm_loss / max(masked_tokens, 1), "mlm_accuracy": mlm_correct / max(masked_tokens, 1),
+                "nsp_loss": nsp_loss / max(sequences, 1), "nsp_accuracy": nsp_correct / max(sequences, 1),
                 "masked_tokens": int(masked_tokens), "sequences": int(sequences)}
 
     def batch_sums(self, model, batch) -> torch.Tensor:
-        """Six sums over a batch: for MLM, then NSP, the cross entropy, the right guesses and the labels.  (6,) fp32"""
+        """Sums over a batch, for MLM, then NSP: cross entropy, correct predictions, labels.  (6,) fp32"""
         with self.autocast():
             mlm_logits, nsp_logits = model.logits(batch)
         sums = []
@@ -62,7 +59,7 @@ class Evaluator:
         return torch.stack([value.float() for value in sums])
 
 
-def describe(figures: dict) -> str:
+def describe_figures(figures: dict) -> str:
     return (f"MLM loss {figures['mlm_loss']:.4f}, MLM accuracy {figures['mlm_accuracy']:.2%} "
             f"({figures['masked_tokens']} masked tokens), NSP accuracy {figures['nsp_accuracy']:.2%} "
             f"({figures['sequences']} sequences)")

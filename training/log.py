@@ -1,4 +1,4 @@
-"""What a run reports: JSON lines in dllogger's format, lines on the console, a progress bar, TensorBoard.
+"""The log of a run: JSON lines in dllogger's format, lines on the console, a progress bar, TensorBoard.
 
 A line of the file is `DLLL {json}` with timestamp, datetime, elapsedtime, type, step and data; step is "PARAMETER",
 [epoch, step], or [] for the summary at the end.
@@ -21,11 +21,11 @@ from common.errors import UserError
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a step, and where it is shown beside the log file, which gets every figure."""
+    """A figure of a step, and where it is shown.  The log file gets every figure."""
 
     name: str  # its key in the log
-    console: str = ""  # how the console shows it
-    tag: str = ""  # its name in TensorBoard, the group before the slash
+    console: str = ""  # its format on the console
+    tag: str = ""  # in TensorBoard
     title: str = ""  # of its panel in plot_training.py
     unit: str = ""  # of that panel's axis
 
@@ -51,9 +51,9 @@ FIGURES = (
 
 
 class TrainingLog:
-    """The log of one process; only the first of a run's processes is `active`.
+    """The log of one process; only rank 0's is `active`.
 
-    `path` None is a log on the console only; `tensorboard` is a TensorBoardLog that gets the figures of the steps too.
+    With `path` None there is no file.  `tensorboard`, a TensorBoardLog, gets the figures of the steps too.
     """
 
     def __init__(self, path, active: bool, append: bool, tensorboard=None):
@@ -61,11 +61,11 @@ class TrainingLog:
         self.active = active
         self.tensorboard = tensorboard
         self.bar = None
-        self.last_line = [0, 0]  # epoch and step of the last line about a step
+        self.last_line = [0, 0]  # epoch and step of the last logged step
         self.file = PersistentFile(path, append) if active and path else None
 
     def write(self, step, data: dict) -> None:
-        """Append one line to the file.  What is not finite becomes null: JSON has no word for it."""
+        """Append one line to the file.  Numbers that are not finite become null, because JSON has none."""
         if self.file is None:
             return
         now = time.time()
@@ -80,24 +80,24 @@ class TrainingLog:
             self.tensorboard.add(step[1], data)
 
     def print(self, text: str) -> None:
-        """A line for people, at once also where the output is a file or a pipe."""
+        """Print a line on the console, flushed because the output may be a file or a pipe."""
         if self.active:
-            with suppress(OSError):  # the disk is full, or nobody reads any more: no reason to stop
+            with suppress(OSError):  # a full disk or a closed pipe must not end the run
                 tqdm.write(text)
                 sys.stdout.flush()
 
     def warn(self, text: str) -> None:
-        """A line for people and programs about a problem that did not end the run."""
+        """Print and log a problem that did not end the run."""
         self.print(f"warning: {text}")
         self.write(self.last_line, {"warning": text})
 
     def start_bar(self, first: int, last: int, disabled: bool) -> None:
-        """A bar on a terminal; a file gets the lines alone."""
+        """Show a progress bar, on a terminal only."""
         self.bar = tqdm(total=last, initial=first, unit="step", disable=disabled or not self.active or None,
                         dynamic_ncols=True)
 
     def step(self, epoch: int, step: int, data: dict) -> None:
-        """The figures of a logged step, in the file, on the console, and beside the bar."""
+        """Report the figures of a logged step in the file, on the console, and beside the bar."""
         self.last_line = [epoch, step]
         self.write(self.last_line, data)
         self.bar.set_postfix_str(f"loss {data['step_loss']:.3f}, {data['average_perf_per_step']:.1f} sequences/s",
@@ -119,7 +119,7 @@ class TrainingLog:
 
 
 class PersistentFile:
-    """A file that lines are appended to.  Those that the disk does not take are kept, and tried again with the next."""
+    """A file that lines are appended to.  Lines that cannot be written are kept and written with the next one."""
 
     def __init__(self, path, append: bool):
         self.path = path
@@ -133,13 +133,13 @@ class PersistentFile:
             raise UserError(f"--json_summary {path}: cannot be written: {error.strerror}") from None
 
     def end_last_line(self) -> None:
-        """A run that was killed may have left half a line."""
+        """End the line that a killed run may have left unfinished."""
         if self.file.seek(0, os.SEEK_END):
             self.file.seek(-1, os.SEEK_END)
             self.waiting = b"" if self.file.read(1) == b"\n" else b"\n"
 
     def append(self, line: bytes) -> str | None:
-        """Write a line.  What there is to say about it: when writing begins to fail, and when it works again."""
+        """Write a line.  Returns a message when writing begins to fail, and when it works again."""
         self.waiting += line
         failed_before = self.failing
         try:
@@ -167,9 +167,9 @@ def summary_writer():
 
 
 class TensorBoardLog:
-    """Writes to `folder`, in phase 2 with phase 1's last step as `offset` of the steps.
+    """Writes to `folder`; `offset`, in phase 2 the last step of phase 1, is added to the steps.
 
-    A run that resumes after a step hides what an interrupted one wrote of later steps.
+    TensorBoard then hides the steps after `resumed_step` that an interrupted run wrote.
     """
 
     def __init__(self, folder, offset: int, resumed_step: int):
@@ -189,8 +189,8 @@ class TensorBoardLog:
         self.writer.close()
 
 
-def log_lines(path: str) -> list[dict]:
-    """The lines of a log that can be read: a last line cut in the middle is left out."""
+def read_log(path: str) -> list[dict]:
+    """The lines of a log; those that cannot be parsed, such as an unfinished last line, are skipped."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:

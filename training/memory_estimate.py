@@ -1,8 +1,8 @@
 """The peak memory of a training step, extrapolated from two small micro-batches.
 
-A step is traced: what each operation allocates, and when each tensor dies.  The bytes alive after an operation are
-linear in the rows of the micro-batch, so traces with two and with four rows give the peak for any number of rows.  It
-needs no formula for the architecture, the kernels, the precision or --checkpoint_activations.
+A traced step records what each operation allocates, and when each tensor is freed.  The bytes in use after an
+operation are linear in the rows of the micro-batch, so traces with two and four rows give the peak for any number of
+rows, without a formula for the architecture, the kernels, the precision or --checkpoint_activations.
 """
 
 import weakref
@@ -17,7 +17,7 @@ FEW, MORE = 2, 4  # rows of the traces; some operations treat an axis of length 
 
 
 class LiveBytes(TorchDispatchMode):
-    """Records the bytes of new tensors that are alive after each operation: `trace`."""
+    """Records in `trace` the bytes of new tensors that are in use after each operation."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def count(self, storage, present) -> None:
-        """Count a storage that the operation allocated; those of views and in-place results are in `present`."""
+        """Count a storage unless it is in `present`: views and in-place results allocate none."""
         if storage not in self.known and all(storage is not other for other in present):
             self.known.add(storage)
             self.live += storage.nbytes()
@@ -52,8 +52,7 @@ def storages(values) -> list:
 def step_peak(model, precision, batch: dict[str, torch.Tensor], rows: int, accumulates: bool) -> int:
     """Bytes of gradients and activations at the peak of a step with `rows` rows in each micro-batch.
 
-    `batch` has at least one row; `accumulates`: there are gradients of earlier micro-batches.  The model has no
-    gradients afterwards.
+    `batch` has at least one row; `accumulates`: there are gradients of earlier micro-batches.  Clears the gradients.
     """
     if rows <= MORE:
         peak = max(step_trace(model, precision, batch, rows, accumulates))
@@ -65,7 +64,7 @@ def step_peak(model, precision, batch: dict[str, torch.Tensor], rows: int, accum
 
 
 def step_trace(model, precision, batch, rows: int, accumulates: bool) -> list[int]:
-    """Bytes alive after each operation of forward and backward."""
+    """Bytes in use after each operation of forward and backward."""
     repeated = {key: values[:1].expand(rows, -1).contiguous() for key, values in batch.items()}
     for _ in range(2 if accumulates else 1):
         with LiveBytes() as memory:

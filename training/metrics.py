@@ -1,8 +1,7 @@
-"""Throughput, and model FLOPs utilization: the FLOPs that training needs, over the most that the device can do.
+"""Throughput, and model FLOPs utilization (MFU): the FLOP/s that the task needs, over the device's peak.
 
-The FLOPs are those of the task, forward and backward, not those executed: real tokens, attention within a sequence, the
-MLM head on masked tokens.  Padding, recomputed activations and elementwise work count nothing, so a run that avoids
-them has a higher utilization.
+Counted are the matmuls of forward and backward on real tokens, attention within a sequence, and the MLM head on masked
+tokens.  Padding, recomputed activations and elementwise work do not count, so a run that avoids them has a higher MFU.
 """
 
 import time
@@ -12,7 +11,7 @@ import torch
 
 from ops import cpu_kernels, cpu_layers
 
-WARM_UP_STEPS = 2  # left out of the average throughput: compilation, caches, the first reading of data
+WARM_UP_STEPS = 2  # not in the average throughput: compilation, caches, the first reading of data
 REPEATS = 5  # of the matmul that measures the peak
 
 
@@ -57,7 +56,7 @@ class Throughput:
 
     @contextmanager
     def paused(self):
-        """A block whose time does not count as training: saving, evaluating."""
+        """A block whose time does not count as training."""
         entered = time.perf_counter()
         yield
         self.mark += time.perf_counter() - entered
@@ -69,7 +68,7 @@ class Throughput:
 
 
 def batch_flops(config, batch: dict[str, torch.Tensor]) -> float:
-    """FLOPs of training on a batch on the host (see data/dataloader.py)."""
+    """FLOPs of training on a batch on the host."""
     numbers = batch["input_mask"]
     lengths = torch.stack([(numbers == sequence).sum(1) for sequence in range(1, int(numbers.max()) + 1)] or
                           [torch.zeros(1, dtype=torch.long)]).double()
@@ -78,7 +77,7 @@ def batch_flops(config, batch: dict[str, torch.Tensor]) -> float:
 
 
 def measured_peak(device, dtype: torch.dtype) -> float | None:
-    """The most FLOP/s that the device reaches in matmuls of a dtype; None where that cannot be measured."""
+    """The device's peak FLOP/s in matmuls of a dtype; None where that cannot be measured."""
     size = device.matmul_size_for_peak
     if size is None:
         return None
@@ -88,16 +87,16 @@ def measured_peak(device, dtype: torch.dtype) -> float | None:
 
 
 def cpu_peak(size: int, repeats: int) -> float:
-    """The most FLOP/s of PyTorch's matmul and of the kernels', in fp32."""
+    """The higher of the peaks of PyTorch's matmul and the CPU kernels', in fp32."""
     matmuls = [torch.mm] if cpu_kernels.unavailable_reason() else [torch.mm, cpu_layers.matmul]
     return max(matmul_peak("cpu", torch.float32, size, repeats, matmul=matmul) for matmul in matmuls)
 
 
 def matmul_peak(torch_device, dtype, size: int, repeats: int, synchronize=lambda: None, matmul=torch.mm) -> float:
-    """The most FLOP/s of a product of two square matrices."""
+    """The peak FLOP/s of the matmul of two square matrices."""
     one, other = torch.randn(2, size, size, device=torch_device, dtype=dtype)
     shortest = float("inf")
-    for _ in range(repeats + 1):  # one more, since the first may set up the library
+    for _ in range(repeats + 1):  # one more, because the first may initialise the library
         synchronize()
         began = time.perf_counter()
         matmul(one, other)

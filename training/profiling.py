@@ -9,7 +9,7 @@ from common.files import replacing
 
 
 class StepProfiler:
-    """Records the steps that the flags name, and writes the trace beside the log file after the last of them."""
+    """Records the steps of --profile_steps and writes the trace beside the log file."""
 
     def __init__(self, args, device, rank: int, report):
         self.first, self.last = args.profile_steps if args.profile else (0, 0)
@@ -20,18 +20,15 @@ class StepProfiler:
 
     @contextmanager
     def around(self, step: int):
-        """A block that is this training step."""
+        """Record the block, which is this training step, if the flags name it."""
         if self.first <= step <= self.last and self.profile is None:
-            # No shapes: recording them makes PyTorch's lazy device build other graphs.
+            # Without shapes, because recording them makes PyTorch's lazy device build other graphs.
             self.profile = torch.profiler.profile(activities=self.device.profiler_activities())
             self.profile.start()
         yield
         if step == self.last and self.profile is not None:
-            self.write()
-
-    def write(self) -> None:
-        self.device.synchronize()
-        self.profile.stop()
-        with replacing(self.path) as temporary:
-            self.profile.export_chrome_trace(str(temporary))
-        self.report(f"profile of steps {self.first} to {self.last}: {self.path}")
+            self.device.synchronize()
+            self.profile.stop()
+            with replacing(self.path) as temporary:
+                self.profile.export_chrome_trace(str(temporary))
+            self.report(f"profile of steps {self.first} to {self.last}: {self.path}")

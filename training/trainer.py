@@ -11,39 +11,41 @@ import torch
 
 import lamb
 from checkpoint.async_writer import CheckpointWriter
-from checkpoint.folder import checkpoint_path, saved_steps
+from checkpoint.folder import checkpoint_path, newest_path
 from checkpoint.resume import Phase
 from checkpoint.state import TrainingState
 from common.errors import UserError
 from data.dataloader import sequences_in
 from devices.device import Device
-from optim import build as optimizers
+from optim.build import can_skip, optimizer_metrics, skip_counts
 from optim.lr_schedule import learning_rate
 from parallel.gradient_reduction import Reduction
 from parallel.ranks import SingleRank
 from parallel.stop_signal import StopSignals, StopVote
 from training.compilation import GraphWatch
-from training.evaluation import Evaluator, describe
+from training.evaluation import Evaluator, describe_figures
 from training.log import TrainingLog
 from training.metrics import Throughput, batch_flops, measured_peak
 from training.profiling import StepProfiler
 
-LOSSES = ("loss", "mlm_loss", "nsp_loss")  # of the model's forward pass
-SUMS = ("sum_loss", "sum_mlm_loss", "sum_nsp_loss", "finite_steps")  # of them over the steps since the last log line
+LOSSES = ("loss", "mlm_loss", "nsp_loss")  # outputs of the model
+STEP_LOSSES = ("step_loss", "mlm_loss", "nsp_loss")  # their names in the log: the losses of the logged step, …
+AVERAGES = ("average_loss", "average_mlm_loss", "average_nsp_loss")  # … and their averages since the last log line
+BATCHES_AHEAD = 1  # micro-batches that were taken from the stream, but not used, when a step ends
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How many rows and micro-batches make an optimizer step of one card."""
+    """The rows and micro-batches of an optimizer step on one card."""
 
     micro_batch_size: int  # rows
     accumulation_steps: int
     sequences_per_row: float
-    asked_sequences: int  # --train_batch_size
+    train_batch_size: int  # sequences, as the flag asks
 
     @classmethod
     def from_flags(cls, args, sequences_per_row: float) -> "BatchPlan":
-        """A packed row counts for its sequences: fewer micro-batches make up the same step."""
+        """Because a packed row holds several sequences, fewer micro-batches make a step of as many sequences."""
         return cls(args.train_batch_size // args.gradient_accumulation_steps,
                    max(1, round(args.gradient_accumulation_steps / sequences_per_row)), sequences_per_row,
                    args.train_batch_size)
@@ -56,12 +58,12 @@ class BatchPlan:
         sequences = self.rows * self.sequences_per_row
         return (f"batch per card and step: {self.accumulation_steps} accumulation steps × {self.micro_batch_size} rows "
                 f"× {self.sequences_per_row:.4g} sequences a row = {sequences:.5g} sequences "
-                f"({sequences / self.asked_sequences - 1:+.1%} against --train_batch_size {self.asked_sequences})")
+                f"({sequences / self.train_batch_size - 1:+.1%} against --train_batch_size {self.train_batch_size})")
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Everything a run consists of, put together by run_pretraining.py."""
+    """The training loop over the parts that run_pretraining.py built."""
 
     args: argparse.Namespace
     ranks: SingleRank
@@ -87,11 +89,11 @@ class Trainer:
         self.stop_vote = StopVote(self.ranks)
         self.batch = None  # the next micro-batch, on the device
         self.final_loss = None
-        self.loss_sums = self.zeros(len(SUMS))
+        self.loss_sums = self.zeros(len(AVERAGES) + 1)  # over the steps since the last log line, see with_count
         self.checkpoints = CheckpointWriter(args.output_dir, device, self.log.print, self.log.warn, self.phase.first)
 
     def train(self) -> dict:
-        """Run from the start to the last step of this run; the figures of its summary."""
+        """Run all steps; returns the figures of the summary."""
         began = time.perf_counter()
         self.log.start_bar(self.first_step, self.last_step, self.args.disable_progress_bar)
         with self.signals.listening():
@@ -123,8 +125,8 @@ class Trainer:
     def train_step(self, step: int) -> torch.Tensor:
         """One optimizer step; the mean LOSSES of its micro-batches, on the device.  (3,)
 
-        Losses are added in place and before the graph ends.  In place, since hmp's casts reach the whole process but
-        leave such an op in fp32; before it ends, since what is pending would make the next graph another one.
+        Losses are added in place, because hmp casts ops in the whole process but leaves in-place ones in fp32; and
+        before mark_step, because a pending op would change the next graph.
         """
         self.device.seed(step_seed(self.args.seed, self.phase, step, self.ranks.rank))
         for group in self.optimizer.param_groups:
@@ -133,7 +135,7 @@ class Trainer:
         batch = self.first_batch()
         for micro_step in range(1, self.plan.accumulation_steps + 1):
             last = micro_step == self.plan.accumulation_steps
-            if last:  # a step can take a minute, so the vote starts late; its result arrives while the device works
+            if last:  # late, to include signals of a long step, but early enough to overlap with the device's work
                 self.stop_vote.start(stop=self.signals.received)
             with self.reduction.micro_step(last):
                 with self.precision.autocast():
@@ -156,7 +158,7 @@ class Trainer:
         return torch.zeros(count).to(self.device.torch_device, non_blocking=True)
 
     def first_batch(self) -> dict[str, torch.Tensor]:
-        """The micro-batch that the next step starts with."""
+        """The first micro-batch of the next step."""
         self.batch = self.batch or self.next_batch()
         return self.batch
 
@@ -170,64 +172,58 @@ class Trainer:
         return self.device.put(batch)
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether something done every so many steps (0 = only at the end) is done after this one."""
+        """Whether something done every `every` steps (0 = only at the end) is due after this one."""
         return step == self.last_step or (every > 0 and step % every == 0)
 
     @property
-    def batches_ahead(self) -> int:
-        """Micro-batches that were taken from the stream and are not used yet."""
-        return 0 if self.batch is None else 1
-
-    @property
     def epoch(self) -> int:
-        return self.stream.epoch(self.stream.rows_used(self.batches_ahead))
+        return self.stream.epoch(self.stream.rows_used(BATCHES_AHEAD))
 
     def log_step(self, step: int, losses: torch.Tensor) -> None:
-        """Log the steps since the last time: the only place in the loop where values reach the host.
+        """Log the steps since the last log line: the only place in the loop where values reach the host.
 
         The averages are over the steps whose loss is finite, and over all ranks.
         """
-        metrics = optimizers.optimizer_metrics(self.optimizer)
-        values = torch.cat([losses, self.loss_sums, *(value.reshape(1) for value in metrics.values())]).cpu()
-        fetched = dict(zip([*LOSSES, *SUMS, *metrics], self.ranks.mean(values).tolist(), strict=True))
-        sums, optimizer_metrics = ({name: fetched[name] for name in names} for names in (SUMS, metrics))
-        steps = sums.pop("finite_steps")
-        averages = {name.replace("sum", "average"): total / steps if steps else math.nan
-                    for name, total in sums.items()}
-        self.final_loss = averages["average_loss"]
-        self.loss_sums = self.zeros(len(SUMS))
+        metrics = optimizer_metrics(self.optimizer)
+        values = torch.cat([self.loss_sums, losses, *(value.reshape(1) for value in metrics.values())]).cpu()
+        figures = dict(zip([*AVERAGES, "finite_steps", *STEP_LOSSES, *metrics], self.ranks.mean(values).tolist(),
+                           strict=True))
+        metrics = {name: figures.pop(name) for name in metrics}
+        finite_steps = figures.pop("finite_steps")
+        for name in AVERAGES:
+            figures[name] = figures[name] / finite_steps if finite_steps else math.nan
+        self.final_loss = figures["average_loss"]
+        self.loss_sums = self.zeros(len(AVERAGES) + 1)
         new_graphs = self.graph_watch.new_graphs(step - self.first_step)
         self.log.step(self.epoch, step, {
-            **averages, "step_loss": fetched["loss"], "mlm_loss": fetched["mlm_loss"], "nsp_loss": fetched["nsp_loss"],
-            "learning_rate": self.optimizer.param_groups[0]["lr"], **optimizer_metrics,
+            **figures, "learning_rate": self.optimizer.param_groups[0]["lr"], **metrics,
             "skipped_shards": len(self.stream.skipped_shards),
             **self.throughput.read(), **self.device.memory(), **self.device.graphs()})
-        self.stop_where_lost(step, optimizer_metrics)
-        if not optimizers.can_skip(self.optimizer) and not math.isfinite(fetched["loss"]):
-            raise self.lost(step, f"the loss is {fetched['loss']}, and {type(self.optimizer).__name__} "
-                                  f"cannot skip a step")
+        self.check_skipped(step, metrics)
+        if not can_skip(self.optimizer) and not math.isfinite(figures["step_loss"]):
+            raise self.failure(step, f"the loss is {figures['step_loss']}, and {type(self.optimizer).__name__} "
+                                     f"cannot skip a step")
         if new_graphs:
             self.log.print(f"warning: {new_graphs} graphs compiled since the last line, though the warm-up is over: "
-                           f"something changes shape or value from step to step (docs/graphs.md)")
+                           f"a shape or value changes from step to step (docs/graphs.md)")
 
     @contextmanager
     def paused(self):
-        """A block that is no training: its time and its graphs do not count."""
+        """A block that is not training: its time and its graphs do not count."""
         with self.throughput.paused(), self.graph_watch.paused():
             yield
 
     def save(self, step: int) -> None:
-        """Begin to write a checkpoint of everything that the next step depends on: rank 0 does, and for sharded state,
-        which is written at once, every rank."""
+        """Begin to write a checkpoint, on rank 0; every rank first writes its share of sharded optimizer state."""
         with self.paused():
-            self.stop_where_lost(step, optimizers.skip_counts(self.optimizer))
+            self.check_skipped(step, skip_counts(self.optimizer))
             norm = lamb.global_norm(list(self.model.parameters()), self.device.has_foreach_kernels)
             if not torch.isfinite(norm).item():
-                raise self.lost(step, "there are weights that are not finite")
+                raise self.failure(step, "there are weights that are not finite")
             number = self.phase.first + step
             path = checkpoint_path(self.args.output_dir, number)
             try:
-                contents = self.state.state_dict(path, self.ranks, self.batches_ahead)
+                contents = self.state.state_dict(path, self.ranks, BATCHES_AHEAD)
             except OSError as error:  # on all ranks alike
                 if step == self.last_step:
                     raise UserError(f"{path.name}, the last of this run, could not be written: {error}") from None
@@ -236,24 +232,23 @@ class Trainer:
             if self.ranks.first:
                 self.checkpoints.save(number, {**contents, "step": step, "phase": self.phase.number})
 
-    def stop_where_lost(self, step: int, optimizer_metrics: dict[str, float]) -> None:
+    def check_skipped(self, step: int, metrics: dict[str, float]) -> None:
         """UserError where more steps in a row were skipped than --max_skipped_steps allows."""
-        skipped = int(optimizer_metrics.get("most_skipped_in_a_row", 0))
+        skipped = int(metrics.get("most_skipped_in_a_row", 0))
         if skipped >= self.args.max_skipped_steps:
-            raise self.lost(step, f"{skipped} steps in a row were skipped, since the loss or the gradient norm was not "
-                                  f"finite (--max_skipped_steps {self.args.max_skipped_steps})")
+            raise self.failure(step, f"{skipped} steps in a row were skipped, since the loss or the gradient norm was "
+                                     f"not finite (--max_skipped_steps {self.args.max_skipped_steps})")
 
-    def lost(self, step: int, reason: str) -> UserError:
-        kept = saved_steps(self.args.output_dir)
-        newest = checkpoint_path(self.args.output_dir, kept[-1]) if kept else "none"
-        return UserError(f"step {step}: {reason}; the last good checkpoint, {newest}, is as it was: "
-                         f"look at the data, or continue from there with a lower --learning_rate")
+    def failure(self, step: int, reason: str) -> UserError:
+        newest = newest_path(self.args.output_dir) or "none"
+        return UserError(f"step {step}: {reason}; the last good checkpoint is {newest}: "
+                         f"check the data, or continue from there with a lower --learning_rate")
 
     def evaluate(self, step: int) -> None:
         with self.paused():
             figures = self.evaluator.evaluate(self.model)
         self.log.write([self.epoch, step], {f"eval_{name}": value for name, value in figures.items()})
-        self.log.print(f"held out after step {step}: {describe(figures)}")
+        self.log.print(f"held out after step {step}: {describe_figures(figures)}")
 
     def summary(self, seconds: float) -> dict:
         """The figures of the whole run, logged with an empty step."""
@@ -264,20 +259,20 @@ class Trainer:
 
 
 def step_seed(seed: int, phase: Phase, step: int, rank: int) -> int:
-    """The seed of the dropout of one step on one rank: a function of nothing else, so that resuming needs no state."""
+    """The dropout seed of one step on one rank.  It depends on nothing else, so that resuming needs no state."""
     sequence = np.random.SeedSequence([seed, phase.number - 1, step, rank])
     return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 def nan_grads_if_loss_not_finite(loss: torch.Tensor) -> torch.Tensor:
-    """The same loss, but one that is not finite gives gradients that are not, on whatever path it came about.
+    """The same loss; if it is not finite, neither are its gradients.
 
-    So a single test, that of the gradient norm, is enough, and where ranks add up their gradients, all find the same.
+    The test of the gradient norm then finds every such loss, and the reduction carries it to all ranks.
     """
     return loss / torch.isfinite(loss.detach()).float()  # by 1, or by 0
 
 
 def with_count(losses: torch.Tensor) -> torch.Tensor:
-    """The losses and a 1 behind them; zeros where they are not finite.  (3,) → (4,)"""
+    """The losses and a 1, or zeros where one of them is not finite.  (3,) → (4,)"""
     finite = torch.isfinite(losses.sum()).float()
     return torch.cat([losses.masked_fill(finite == 0.0, 0.0), finite.reshape(1)])

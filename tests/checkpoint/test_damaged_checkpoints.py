@@ -34,7 +34,7 @@ def workspace(trained, tmp_path, monkeypatch):
 
 
 def newest(folder) -> tuple[int, list[str]]:
-    """The step of the checkpoint that a run would go on from, and what it would say."""
+    """The step of the checkpoint that a run would continue from, and what it would report."""
     reports = []
     return newest_readable(folder, reports.append)[0], reports
 
@@ -46,7 +46,7 @@ def test_a_checkpoint_cut_at_any_tenth_is_passed_over_and_named(workspace):
         path.write_bytes(whole[:len(whole) * tenth // 10])
         step, reports = newest(workspace / "out")
         assert step == 4, tenth
-        assert len(reports) == 1 and "passed over a damaged checkpoint" in reports[0] and "ckpt_6.pt" in reports[0]
+        assert len(reports) == 1 and "skipped a damaged checkpoint" in reports[0] and "ckpt_6.pt" in reports[0]
 
 
 def test_a_single_flipped_byte_anywhere_is_found(workspace):
@@ -73,8 +73,8 @@ def write_sharded(folder, step: int) -> None:
     parameter.grad = torch.full_like(parameter, float(step))
     optimizer.step()
     path, groups = checkpoint_path(folder, step), optimizer_shards.numbered_groups(optimizer)
-    name, facts = optimizer_shards.write_share(folder / ".new/rank_0_of_1.pt", optimizer, groups)
-    optimizer_shards.complete(folder / ".new", {name: facts}, path)
+    name, entry = optimizer_shards.write_share(folder / ".new/rank_0_of_1.pt", optimizer, groups)
+    optimizer_shards.complete(folder / ".new", {name: entry}, path)
     write_checkpoint(folder, step, {"model": {"weight": parameter.detach()},
                                    "optimizer": {"folder": f"ckpt_{step}.optim", "param_groups": groups}})
 
@@ -94,12 +94,12 @@ def test_damage_to_sharded_optimizer_state_is_found_too(tmp_path):
         path.write_bytes(whole)
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(workspace, capsys):
+def test_a_run_continues_from_the_checkpoint_before_a_damaged_one_and_says_so(workspace, capsys):
     whole = (workspace / "out/ckpt_6.pt").read_bytes()
     (workspace / "out/ckpt_6.pt").write_bytes(whole[:len(whole) // 2])
     (workspace / "out/.ckpt_8.pt.99.tmp").write_bytes(whole[:100])  # of a run that was killed
     train(resume_from_checkpoint=True)
-    assert "passed over a damaged checkpoint: out/ckpt_6.pt" in capsys.readouterr().err
+    assert "skipped a damaged checkpoint: out/ckpt_6.pt" in capsys.readouterr().err
     assert (workspace / "out/ckpt_6.pt").read_bytes() == whole
     assert sorted(path.name for path in (workspace / "out").glob("*ckpt*")) == ["ckpt_4.pt", "ckpt_6.pt"]
 
@@ -107,7 +107,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(work
 def test_where_no_checkpoint_can_be_read_nothing_is_started_anew(workspace):
     for name in ("ckpt_4.pt", "ckpt_6.pt"):
         (workspace / "out" / name).write_bytes(b"PK")
-    with pytest.raises(UserError, match="none of its 2 checkpoints can be read; move them away to start anew"):
+    with pytest.raises(UserError, match="none of its 2 checkpoints can be read; move them away to start again"):
         train(resume_from_checkpoint=True)
 
 

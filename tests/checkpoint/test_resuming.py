@@ -1,4 +1,4 @@
-"""A run that stopped goes on as if it had not: the same losses, weights and moments, bit for bit."""
+"""A run that stopped continues as if it had not: the same losses, weights and moments, bit for bit."""
 
 from collections import Counter
 

@@ -107,7 +107,7 @@ def test_what_comes_before_torch_does_not_import_it():
 @pytest.mark.parametrize("flags, message", [
     (["--use_lazy_mode=True", "--use_torch_compile"], "--use_lazy_mode True and --use_torch_compile exclude"),
     (["--hmp", "--fp16"], "--fp16 and --hmp exclude each other"),
-    (["--use_torch_lazy"], "--use_torch_lazy goes with none of"),
+    (["--use_torch_lazy"], "--use_torch_lazy excludes"),
     (["--profile", "--profile_steps=3:2"], "'3:2' is not A:B"),
     (["--profile", "--profile_steps=4"], "'4' is not A:B"),
     (["--profile", "--profile_steps=0:2"], "'0:2' is not A:B"),

@@ -74,7 +74,7 @@ def test_compiled_model_has_the_same_losses_and_names(bf16):
     assert set(model.state_dict()) == names
 
 
-def test_a_compiler_that_is_not_there_is_named_and_the_run_goes_on():
+def test_a_compiler_that_is_not_there_is_named_and_the_run_continues():
     model = torch.nn.Linear(3, 2)
     compiled, description = compile_training(device_compiled_by("hpu_backend"), model)
     assert not compiled

@@ -28,7 +28,7 @@ def flags(**changes) -> list[str]:
     return ranks.flags(1, "out", **{"do_train": None, "dry_run": True, "skip_checkpoint": None, **changes})
 
 
-def rehearse(**changes) -> dict:
+def dry_run(**changes) -> dict:
     """The figures of a dry run in this process."""
     with ShardReader() as reader:
         return run_pretraining.pretrain(arguments.parse_arguments(flags(**changes)), reader)
@@ -40,7 +40,7 @@ def contents(folder) -> dict:
 
 def test_figures_of_a_run_add_up_and_nothing_is_written(workspace, capsys):
     before = contents(workspace)
-    figures = rehearse(eval_dir="held_out", eval_freq=8, num_steps_per_checkpoint=10, tensorboard_logdir="board")
+    figures = dry_run(eval_dir="held_out", eval_freq=8, num_steps_per_checkpoint=10, tensorboard_logdir="board")
     assert contents(workspace) == before
     assert figures["steps"] == 30 and figures["steps_per_epoch"] == (37 + 50 + 29) / 16
     weights = 4 * samples.config().parameters
@@ -53,13 +53,13 @@ def test_figures_of_a_run_add_up_and_nothing_is_written(workspace, capsys):
     assert figures["seconds"] > 30 * figures["seconds_per_step"] > 0.0
 
 
-def test_a_run_that_resumes_is_rehearsed_from_where_it_stopped(workspace):
+def test_a_dry_run_resumes_where_the_run_stopped(workspace):
     run_pretraining.main(flags(do_train=True, dry_run=None, steps_this_run=12))
     before = contents(workspace)
-    assert rehearse(resume_from_checkpoint=True)["steps"] == 18
+    assert dry_run(resume_from_checkpoint=True)["steps"] == 18
     assert contents(workspace) == before
     run_pretraining.main(flags(do_train=True, dry_run=None, resume_from_checkpoint=True, steps_this_run=13))
-    assert rehearse(resume_from_checkpoint=True, steps_this_run=13)["steps"] == 0
+    assert dry_run(resume_from_checkpoint=True, steps_this_run=13)["steps"] == 0
 
 
 def spoil_last_row() -> None:
@@ -71,30 +71,30 @@ def test_a_bad_row_is_found_wherever_it_is(workspace, monkeypatch, capsys):
     monkeypatch.setattr(dataloader, "ROWS_CHECKED_FIRST", 1)
     spoil_last_row()
     with pytest.raises(UserError, match="sample_training_2.hdf5: input_ids of row 28 holds 40000"):
-        rehearse()
+        dry_run()
     with pytest.raises(UserError, match="held_out"):
         shutil.move("data/sample_training_2.hdf5", "held_out/sample_test_1.hdf5")
-        rehearse(eval_dir="held_out", skip_bad_shards=True)
+        dry_run(eval_dir="held_out", skip_bad_shards=True)
 
 
 @pytest.mark.parametrize("seed", [2, 5, 1])  # the shard's turn comes first, second or last
-def test_a_bad_shard_is_named_where_the_run_would_leave_it_out_and_its_rows_do_not_count(workspace, capsys, seed):
+def test_a_bad_shard_is_named_where_the_run_would_skip_it_and_its_rows_do_not_count(workspace, capsys, seed):
     spoil_last_row()
-    assert rehearse(skip_bad_shards=True, seed=seed)["steps_per_epoch"] == (37 + 50) / 16
+    assert dry_run(skip_bad_shards=True, seed=seed)["steps_per_epoch"] == (37 + 50) / 16
     assert "would be skipped: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"output_dir": "config.json/out"}, "--output_dir: .*/config.json is no folder that can be written to"),
-    ({"json_summary": "config.json/log"}, "--json_summary: .*/config.json is no folder"),
-    ({"json_summary": "data"}, "--json_summary data: no file that can be written to"),
-    ({"tensorboard_logdir": "config.json"}, "--tensorboard_logdir: .*/config.json is no folder"),
+    ({"output_dir": "config.json/out"}, "--output_dir: .*/config.json is not a writable folder"),
+    ({"json_summary": "config.json/log"}, "--json_summary: .*/config.json is not a writable folder"),
+    ({"json_summary": "data"}, "--json_summary data: not a writable file"),
+    ({"tensorboard_logdir": "config.json"}, "--tensorboard_logdir: .*/config.json is not a writable folder"),
     ({"input_dir": "nowhere"}, "--input_dir nowhere: no such folder"),
     ({"max_predictions_per_seq": 3}, "made with 4 predictions a sequence")])
-def test_what_would_stop_the_run_is_said_in_a_line(workspace, changes, said):
+def test_what_would_stop_the_run_is_reported_in_one_line(workspace, changes, said):
     before = contents(workspace)
     with pytest.raises(UserError, match=said) as refusal:
-        rehearse(**changes)
+        dry_run(**changes)
     assert "\n" not in str(refusal.value)
     assert contents(workspace) == before
 
@@ -102,7 +102,7 @@ def test_what_would_stop_the_run_is_said_in_a_line(workspace, changes, said):
 def test_a_disk_that_is_too_small_is_refused(workspace, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2e9, 2e9, 1e6))
     with pytest.raises(UserError, match=r"--output_dir out: its checkpoints take \S+ MB, but 1 MB are free"):
-        rehearse()
+        dry_run()
 
 
 def test_space_of_older_checkpoints_counts_as_free(workspace, monkeypatch, capsys):
@@ -110,22 +110,22 @@ def test_space_of_older_checkpoints_counts_as_free(workspace, monkeypatch, capsy
     run_pretraining.main(flags(do_train=True, dry_run=None, steps_this_run=4, num_steps_per_checkpoint=1))
     one = (workspace / "out" / "ckpt_4.pt").stat().st_size
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9 * one, 8 * one, 1.5 * one))
-    figures = rehearse(resume_from_checkpoint=True, num_steps_per_checkpoint=1)
+    figures = dry_run(resume_from_checkpoint=True, num_steps_per_checkpoint=1)
     assert figures["checkpoint_bytes"] == pytest.approx(4 * one, rel=0.05)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9 * one, 9 * one, 0.5 * one))
     with pytest.raises(UserError, match="taken by older ones"):
-        rehearse(resume_from_checkpoint=True, num_steps_per_checkpoint=1)
+        dry_run(resume_from_checkpoint=True, num_steps_per_checkpoint=1)
 
 
-def test_a_loss_in_chunks_is_rehearsed_without_an_estimate(workspace):
-    figures = rehearse(mlm_loss_chunk=5, use_cpu_kernels="no")
+def test_a_loss_in_chunks_gets_no_memory_estimate(workspace):
+    figures = dry_run(mlm_loss_chunk=5, use_cpu_kernels="no")
     assert figures["estimated_memory"] is None and figures["seconds"] > 0.0
 
 
 def test_memory_that_is_too_small_is_refused(workspace, monkeypatch):
     monkeypatch.setattr(Device, "free_memory", lambda self: 1_000_000)
     with pytest.raises(UserError, match=r"needs about \S+ [MG]B of memory, but \S+ [MG]B are available: raise --grad"):
-        rehearse()
+        dry_run()
 
 
 # A process of its own starts the command: Linux counts what the starting process held as a peak of what it starts.
@@ -166,7 +166,7 @@ def test_memory_is_what_the_run_takes(workspace, size, length, packed, accumulat
 
 
 @ranks.needs_mpirun
-def test_many_ranks_rehearse_together(workspace):
+def test_many_ranks_make_a_dry_run_together(workspace):
     done = ranks.run(ranks.mpirun(2, *ranks.TRAIN, *ranks.flags(2, "out", do_train=None, dry_run=True)), workspace)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("116 rows / 16 rows a step of all ranks") == done.stdout.count("time: ") == 1

@@ -71,7 +71,7 @@ def poison(monkeypatch, calls: set[int]) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(workspace, monkeypatch, fused):
-    """One of the two micro-batches of step 5.  Weights and moments stay; data, rate and step count go on."""
+    """One of the two micro-batches of step 5.  Weights and moments stay; data, rate and step count continue."""
     train(output_dir="sound", json_summary="sound.json", use_fused_lamb=fused)
     poison(monkeypatch, {10})
     train(num_steps_per_checkpoint=1, use_fused_lamb=fused)

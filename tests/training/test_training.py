@@ -93,7 +93,7 @@ def test_resumed_run_has_the_losses_of_one_that_never_stopped(workspace):
         assert torch.equal(weight, resumed["model"][name]), name
 
 
-def test_second_phase_goes_on_with_its_own_schedule(workspace):
+def test_second_phase_continues_with_its_own_schedule(workspace):
     train()
     first = torch.load(workspace / "out/ckpt_6.pt", weights_only=True)
     samples.write_dataset(workspace / "longer", (9, 4), seed=9, sequence_length=32)
@@ -165,7 +165,7 @@ def test_fused_lamb_has_the_losses_of_lamb(workspace, capsys):
                                                                      rel=1e-5)
 
 
-def test_without_a_compiler_a_run_says_so_and_goes_on(workspace, capsys, monkeypatch):
+def test_without_a_compiler_a_run_says_so_and_continues(workspace, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     cpu_kernels.load.cache_clear()
     train(skip_checkpoint=True, use_fused_lamb=True, max_steps=2)
