@@ -70,8 +70,7 @@ class NVLAMB(torch.optim.Optimizer):
     def create_missing_moments(self, params) -> None:
         for param in params:
             if not self.state[param]:
-                self.state[param]["exp_avg"] = torch.zeros_like(param)
-                self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
+                self.state[param] = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
 
     def update(self, group, params, divisor, finite) -> None:
         """Update the weights `params` of a group, whose gradients are divided by `divisor`; not where `finite` is 0."""

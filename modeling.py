@@ -284,10 +284,6 @@ class MaskedLMHead(nn.Module):
     def logits(self, transformed):
         return F.linear(transformed, self.decoder.weight, self.bias)  # (…, V)
 
-    def kernel_loss(self, hidden, labels):
-        """Mean cross entropy of the logits, in a kernel that does not return them."""
-        return cpu_layers.mean_cross_entropy(self.transformed(hidden), self.decoder.weight, self.bias, labels)
-
 
 class PreTrainingHeads(nn.Module):
     def __init__(self, config: BertConfig, word_embeddings):
@@ -355,17 +351,13 @@ class BertForPreTraining(nn.Module):
     def mlm_loss_without_logits(self, masked, labels) -> torch.Tensor:
         """Mean cross entropy over the masked tokens without the logits of all of them in memory.
 
-        masked (B, P, D): the hidden states of their slots, labels (B, P).
+        In a kernel, or with those of loss_chunk slots at a time, which the backward pass recomputes.  masked (B, P, D):
+        the hidden states of the slots, labels (B, P).
         """
+        head = self.cls.predictions
+        hidden, labels = head.transformed(masked).flatten(0, 1), labels.flatten()
         if self.use_kernels:
-            return self.cls.predictions.kernel_loss(masked, labels)
-        return self.chunked_mlm_loss(self.cls.predictions.transformed(masked).flatten(0, 1), labels.flatten())
-
-    def chunked_mlm_loss(self, hidden, labels) -> torch.Tensor:
-        """With the logits of loss_chunk slots in memory at a time, which the backward pass recomputes.
-
-        hidden (B·P, D), labels (B·P).
-        """
+            return cpu_layers.mean_cross_entropy(hidden, head.decoder.weight, head.bias, labels)
         chunks = zip(hidden.split(self.loss_chunk), labels.split(self.loss_chunk), strict=True)
         sums = [recomputed(self.chunk_loss, self.autocast, *chunk) for chunk in chunks]
         with self.casts_off():

@@ -73,11 +73,6 @@ def sequence_bounds(input_mask, slots: int):
     return torch.searchsorted(numbers, sequences)
 
 
-def sequence_numbers(input_mask, slots: int):
-    """The numbers in input_mask, as the kernels for CPUs take them.  (B, S)"""
-    return input_mask.int()
-
-
 @dataclass(frozen=True)
 class AttentionImplementation:
     """`compute` (None: within a layer's kernels), and `mask`, which makes its fourth argument of input_mask."""
@@ -89,7 +84,7 @@ class AttentionImplementation:
 ATTENTIONS = {"plain": AttentionImplementation(plain_attention, attention_mask),
               "sdpa": AttentionImplementation(sdpa_attention, attention_mask),
               "varlen": AttentionImplementation(varlen_attention, sequence_bounds),
-              KERNELS: AttentionImplementation(None, sequence_numbers)}
+              KERNELS: AttentionImplementation(None, lambda input_mask, slots: input_mask)}
 
 
 @dataclass(frozen=True, kw_only=True)

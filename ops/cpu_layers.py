@@ -77,9 +77,9 @@ def embed(modules, input_ids, segment_ids, positions):
 def mean_cross_entropy(hidden, weight, bias, labels):
     """Cross entropy of the logits hidden·weightᵀ + bias, averaged over the labels that are not negative (none: 0).
 
-    hidden (…, D), weight (V, D), bias (V), labels (…).  The gradient overwrites the logits while the cache holds them.
+    hidden (T, D), weight (V, D), bias (V), labels (T).  The gradient overwrites the logits while the cache holds them.
     """
-    return CrossEntropyFunction.apply(hidden.flatten(0, -2), weight, bias, labels.flatten())
+    return CrossEntropyFunction.apply(hidden, weight, bias, labels)
 
 
 class LayerFunction(Function):

@@ -36,23 +36,21 @@ def build_optimizer(model: torch.nn.Module, device, learning_rate: float, use_fu
 
 
 def choose_lamb(device, use_fused_lamb: bool, compiled: bool) -> tuple[Callable, str]:
-    """The class of a device's LAMB, or what makes one like a class, and its description."""
+    """The class of a device's LAMB, or a partial of it, and its description."""
     fused, reason = choose_fused_lamb(device) if use_fused_lamb else (None, "--use_fused_lamb is faster")
     if fused:
         return fused, reason
     if compiled:
-        settings = {"backend": device.compiler, "in_parts": device.compiles_in_parts}
-        return (partial(CompiledNVLAMB, **settings, foreach=device.has_foreach_kernels),
-                f"NVLAMB, compiled by {device.compiler} ({reason})")
-    if device.runs_cpu_kernels:
-        return SlicedNVLAMB, f"NVLAMB ({reason})"
-    return partial(NVLAMB, foreach=device.has_foreach_kernels), f"NVLAMB ({reason})"
+        nvlamb = partial(CompiledNVLAMB, backend=device.compiler, in_parts=device.compiles_in_parts)
+        return partial(nvlamb, foreach=device.has_foreach_kernels), f"NVLAMB, compiled by {device.compiler} ({reason})"
+    nvlamb = SlicedNVLAMB if device.runs_cpu_kernels else partial(NVLAMB, foreach=device.has_foreach_kernels)
+    return nvlamb, f"NVLAMB ({reason})"
 
 
 def choose_fused_lamb(device) -> tuple[type | None, str]:
     """The class of a fused LAMB and its description, or None and the reason why there is none."""
-    if device.fused_lamb():
-        return device.fused_lamb(), "FusedLamb"
+    if fused := device.fused_lamb():
+        return fused, "FusedLamb"
     if device.runs_cpu_kernels:
         reason = cpu_kernels.unavailable_reason()
         return (None, reason) if reason else (CpuFusedNVLAMB, "NVLAMB in one kernel compiled for this CPU")
@@ -67,13 +65,14 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def optimizer_metrics(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The gradient norm and the skip counts, as scalar tensors on the device; empty for FusedLamb, which has none."""
-    return {name: getattr(optimizer, name) for name in ("gradient_norm", *SKIP_COUNTS) if hasattr(optimizer, name)}
+    """The gradient norm and the skip counts where the optimizer has them, as scalar tensors on the device."""
+    owners = {"gradient_norm": optimizer, **dict.fromkeys(SKIP_COUNTS, local_optimizer(optimizer))}
+    return {name: getattr(owner, name) for name, owner in owners.items() if hasattr(owner, name)}
 
 
 def can_skip(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer skips, and counts, steps whose gradient norm is not finite."""
-    return hasattr(optimizer, "skipped_steps")
+    return hasattr(local_optimizer(optimizer), "skipped_steps")
 
 
 def skip_counts(optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -82,16 +81,14 @@ def skip_counts(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 
 def restore_skip_counts(optimizer: torch.optim.Optimizer, counts: dict[str, int]) -> None:
-    for name in SKIP_COUNTS:
-        if hasattr(optimizer, name):
-            getattr(optimizer, name).fill_(counts.get(name, 0))
+    if can_skip(optimizer):
+        for name in SKIP_COUNTS:
+            getattr(local_optimizer(optimizer), name).fill_(counts.get(name, 0))
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float = 0.01) -> list[dict]:
     """All parameters of a model, each once: those that decay, then biases and LayerNorm weights, which do not."""
-    named = list(model.named_parameters())
-    undecayed = [parameter for name, parameter in named if name.endswith("bias") or "LayerNorm" in name]
-    undecayed_ids = {id(parameter) for parameter in undecayed}
-    decayed = [parameter for _, parameter in named if id(parameter) not in undecayed_ids]
-    assert len(decayed) + len(undecayed) == len({id(parameter) for parameter in model.parameters()})
+    decayed, undecayed = [], []
+    for name, parameter in model.named_parameters():  # a tied parameter under its first name only
+        (undecayed if name.endswith("bias") or "LayerNorm" in name else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]

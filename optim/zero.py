@@ -16,9 +16,8 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
 
     The local optimizer clips by the norm of its share, which differs from rank to rank.  So the share is clipped here
     first, by the norm of all the model's gradients, which every rank has: then no share's norm is above max_grad_norm,
-    and the local clipping does nothing.  `gradient_norm` is the model's.  The counts of skipped steps are the local
-    optimizer's, where it has them, and the same on all ranks.  A GradScaler's scale is divided out here, as in NVLAMB.
-    `foreach` as in NVLAMB.
+    and the local clipping does nothing.  `gradient_norm` is the model's; the local optimizer counts skipped steps, the
+    same on all ranks.  A GradScaler's scale is divided out here, as in NVLAMB; `foreach` as in NVLAMB.
     """
 
     _step_supports_amp_scaling = True
@@ -40,18 +39,6 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
         for parameter in parameters(self.optim):
             parameter.grad.div_(divisor)
         return super().step(closure, **options)
-
-    @property
-    def skipped_steps(self) -> torch.Tensor:
-        return self.optim.skipped_steps
-
-    @property
-    def skipped_in_a_row(self) -> torch.Tensor:
-        return self.optim.skipped_in_a_row
-
-    @property
-    def most_skipped_in_a_row(self) -> torch.Tensor:
-        return self.optim.most_skipped_in_a_row
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
