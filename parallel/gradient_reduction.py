@@ -8,6 +8,7 @@ buckets after it (--allreduce_post_accumulation); by the same with 16-bit elemen
 
 import zlib
 from collections import deque
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
@@ -57,7 +58,7 @@ class FlatReduction(Reduction):
         super().__init__(model)
         self.world_size = world_size
         self.wire_dtype = wire_dtype
-        self.buckets = buckets(list(model.parameters()))
+        self.buckets = buckets(model.parameters())
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -76,10 +77,10 @@ class FlatReduction(Reduction):
 
 
 def build_reduction(ranks, model: nn.Module, *, post_accumulation: bool, in_16_bits: bool, fp16: bool) -> Reduction:
-    """DDP, or with `post_accumulation` one all-reduce, whose elements are `in_16_bits` on the wire or fp32.
+    """The reduction that the flags choose.
 
-    The 16-bit type is bf16; under `fp16` it is fp16, since there the loss scale keeps gradients within its range, and
-    an overflow skips the step.
+    The 16-bit type is bf16, or fp16 in fp16 training: there the loss scale keeps gradients within its range, and an
+    overflow skips the step.
     """
     if ranks.world_size == 1:
         return Reduction(model)
@@ -94,19 +95,16 @@ def broadcast_weights(ranks, model: nn.Module) -> None:
     """Copy rank 0's weights to all ranks, and check by checksums that they have them bit for bit."""
     if ranks.world_size == 1:
         return
-    for bucket in buckets(list(model.parameters())):
+    for bucket in buckets(model.parameters()):
         flat = flatten(bucket)
         dist.broadcast(flat, src=0)
         unflatten(flat, bucket)
-    ranks.check_same({f"after the broadcast of rank 0's weights, the checksum of {name}": checksum(parameter)
+    ranks.check_same({f"after the broadcast of rank 0's weights, the checksum of {name}":
+                      zlib.crc32(parameter.detach().cpu().contiguous().numpy())
                       for name, parameter in model.named_parameters()})
 
 
-def checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.detach().cpu().contiguous().numpy())
-
-
-def buckets(parameters: list[torch.Tensor], size: int = BUCKET_BYTES) -> list[list[torch.Tensor]]:
+def buckets(parameters: Iterable[torch.Tensor], size: int = BUCKET_BYTES) -> list[list[torch.Tensor]]:
     """Groups of consecutive parameters of at most `size` bytes; a larger parameter is a group of its own."""
     groups, filled = [], 0
     for parameter in parameters:

@@ -1,10 +1,5 @@
 """The ranks of a run: how they connect, what they exchange on the host, and how they end together.
 
-    with init_ranks(local_rank, timeout_seconds) as ranks:
-        …                                    # what needs the rank only
-        ranks.connect(device)                # collectives work from here on
-        ranks.check_same(run_fingerprint)
-
 Gradients go over the device's own backend (hccl, nccl, gloo), torch.distributed's default group.  Values about the run
 itself go over a second group, gloo on the host, so that the device is not waited for.
 """
@@ -23,15 +18,15 @@ import torch.distributed as dist
 from common.errors import UserError, first_line
 from parallel import rendezvous
 from parallel.rendezvous import RankInfo
-from parallel.watchdog import RankWatchdog
+from parallel.watchdog import RankWatchdog, missing_ranks
 
 OWN_STORE_SECONDS = 30  # in which rank 0 must reach the store that it hosts itself
 
 
 def init_ranks(local_rank: int | None, timeout_seconds: int) -> "SingleRank":
-    """The ranks as this process sees them, a context manager: they leave the block together; where one fails, all end.
+    """A context manager of the ranks: they leave the block together, and where one fails, all end.
 
-    `timeout_seconds` is the longest that a rank waits for another.
+    `timeout_seconds` is the longest time that a rank waits for another.
     """
     info = rendezvous.rank_info(os.environ, local_rank)
     return SingleRank(info) if info.world_size == 1 else RankGroup(info, timedelta(seconds=timeout_seconds))
@@ -50,7 +45,7 @@ class SingleRank:
         return self
 
     def __exit__(self, error_type, error, trace) -> None:
-        """The run is over, with an error or without."""
+        """End the run, with an error or without."""
 
     @property
     def first(self) -> bool:
@@ -63,7 +58,7 @@ class SingleRank:
             print(f"warning: {text}", file=sys.stderr)
 
     def connect(self, device) -> None:
-        """Connect the ranks, over the device's backend and on the host."""
+        """Connect the ranks, over the device's backend and on the host.  The methods below work from then on."""
 
     def check_same(self, values: dict) -> None:
         """Check that all ranks have the same values.  UserError names a rank that differs and its first difference."""
@@ -90,13 +85,16 @@ class RankGroup(SingleRank):
         super().__init__(info)
         self.timeout = timeout
         self.address, self.port = rendezvous.master_address(os.environ, info)
-        os.environ.update(rendezvous.variables(info, self.address, self.port))
+        # HCCL and NCCL read these, and not every launcher sets them.
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK=str(self.local_rank),
+                          MASTER_ADDR=self.address, MASTER_PORT=str(self.port))
         interface = rendezvous.interface_to(self.address, self.port)
         if interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         with deadline(timeout, f"rank {self.rank}: {self.address}:{self.port} (MASTER_ADDR, MASTER_PORT) answers, "
                                f"but not as the store of a run does: does another program use that port?"):
-            self.store = self.open_store(host=self.rank == 0 and not torchrun_hosts_store())
+            torchrun_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            self.store = self.open_store(host=self.rank == 0 and not torchrun_hosts_store)
             self.watchdog = RankWatchdog(self.open_store(host=False), self.rank, self.world_size)
 
     def open_store(self, host: bool) -> dist.Store:
@@ -107,22 +105,20 @@ class RankGroup(SingleRank):
         try:
             store = dist.TCPStore(self.address, self.port, is_master=host, timeout=timeout, wait_for_workers=False)
         except dist.DistError as error:
-            raise UserError(self.store_problem(error)) from None
+            if "EADDRINUSE" in str(error):
+                raise UserError(f"rank {self.rank}: port {self.port} is in use on this server: set MASTER_PORT to a "
+                                f"free one") from None
+            raise UserError(f"rank {self.rank}: no store at {self.address}:{self.port}: does MASTER_ADDR name the "
+                            f"server of rank 0? ({first_line(error)})") from None
         store.set_timeout(self.timeout)
         return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-
-    def store_problem(self, error: dist.DistError) -> str:
-        if "EADDRINUSE" in str(error):
-            return f"rank {self.rank}: port {self.port} is in use on this server: set MASTER_PORT to a free one"
-        return (f"rank {self.rank}: no store at {self.address}:{self.port}: does MASTER_ADDR name the server of "
-                f"rank 0? ({first_line(error)})")
 
     def __exit__(self, error_type, error, trace) -> None:
         if error is not None:
             self.watchdog.fail(error)
         self.watchdog.stop()
         try:
-            dist.barrier(group=self.host_group)  # rank 0 may still be writing: if it fails, all ranks end with an error
+            dist.barrier(group=self.host_group)  # rank 0 may still be writing; if that fails, all ranks report an error
         except RuntimeError as lost_rank:
             self.watchdog.fail(lost_rank)
         dist.destroy_process_group()
@@ -147,20 +143,17 @@ class RankGroup(SingleRank):
         """Wait until all ranks are connected to the store.  UserError names those that are missing."""
         self.store.set(f"connected/{self.rank}", "")
         if self.first:
-            missing = list(range(self.world_size))
-            give_up = time.monotonic() + self.timeout.total_seconds()
-            while missing := [rank for rank in missing if not self.store.check([f"connected/{rank}"])]:
-                if time.monotonic() > give_up:
-                    raise UserError(f"rank {', '.join(map(str, missing))} did not connect within {self.timeout}: it "
-                                    f"died, or cannot reach {self.address}:{self.port}")
-                time.sleep(0.05)
+            missing = missing_ranks(self.store, "connected", list(range(self.world_size)), self.timeout)
+            if missing:
+                raise UserError(f"rank {', '.join(map(str, missing))} did not connect within {self.timeout}: it died, "
+                                f"or cannot reach {self.address}:{self.port}")
             self.store.set("all connected", "")
         self.store.get("all connected")
 
     def check_same(self, values: dict) -> None:
         of_rank_0 = [values]
         dist.broadcast_object_list(of_rank_0, src=0, group=self.host_group)
-        differences = self.gather(first_difference(values, of_rank_0[0]))
+        differences = self.gather(difference_from_rank_0(values, of_rank_0[0]))
         for rank, difference in enumerate(differences):
             if difference:
                 raise UserError(f"rank {rank} and rank 0 differ: {difference}")
@@ -179,11 +172,6 @@ class RankGroup(SingleRank):
         return dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True)
 
 
-def torchrun_hosts_store() -> bool:
-    """Whether torchrun hosts the store at MASTER_ADDR:MASTER_PORT, so that no rank has to."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
 def wait_for_listener(rank: int, address: str, port: int, timeout: timedelta) -> None:
     """Wait until a program listens at address:port.  UserError where it cannot be reached, or not in time."""
     where = f"rank {rank}: {address}:{port} (MASTER_ADDR, MASTER_PORT)"
@@ -200,10 +188,10 @@ def wait_for_listener(rank: int, address: str, port: int, timeout: timedelta) ->
         time.sleep(0.2)
 
 
-def first_difference(own: dict, of_rank_0: dict) -> str | None:
-    """A sentence about the first value in which this rank and rank 0 differ, or None."""
+def difference_from_rank_0(own: dict, of_rank_0: dict) -> str | None:
+    """The first value in which this rank and rank 0 differ, in words; None where they agree."""
     for name in {**of_rank_0, **own}:
-        here, there = (values.get(name, "nothing") for values in (own, of_rank_0))
+        here, there = own.get(name, "nothing"), of_rank_0.get(name, "nothing")
         if here != there:
             return f"{name} is {here}, on rank 0 {there}"
     return None
@@ -211,7 +199,7 @@ def first_difference(own: dict, of_rank_0: dict) -> str | None:
 
 @contextmanager
 def deadline(timeout: timedelta, text: str):
-    """End this process with `text` where the block takes too long: for calls that have no time-out of their own."""
+    """End this process with the error `text` if the block takes too long: for calls without a time-out."""
     def end() -> None:
         print(f"{sys.argv[0]}: error: {text}", file=sys.stderr, flush=True)
         os._exit(2)

@@ -1,4 +1,4 @@
-"""Rank, number of ranks and master address, from the environment that a launcher sets.  This file must not load torch.
+"""Rank, number of ranks and master address, from the environment that a launcher sets.  No torch here.
 
 torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; Open MPI's mpirun sets OMPI_COMM_WORLD_*; under any other MPI launcher,
 mpi4py tells the rank.
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from common.errors import UserError
 
-DEFAULT_ADDRESS, DEFAULT_PORT = "localhost", 12345
 OTHER_MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK")  # set by MPICH, Intel MPI and srun: an MPI launcher, but not Open MPI's
 SIOCGIFADDR = 0x8915  # Linux: the request for an interface's address
 
@@ -88,16 +87,10 @@ def master_address(environment: Mapping[str, str], info: RankInfo) -> tuple[str,
     if "MASTER_ADDR" not in environment and info.local_size not in (None, info.world_size):
         raise UserError(f"{info.local_size} of {info.world_size} ranks are on this server, so MASTER_ADDR must name "
                         f"the server of rank 0 (with mpirun: -x MASTER_ADDR -x MASTER_PORT)")
-    port = integer(environment, "MASTER_PORT", str(DEFAULT_PORT))
+    port = integer(environment, "MASTER_PORT", "12345")
     if not 0 < port < 2**16:
         raise UserError(f"MASTER_PORT is {port}, not from 1 to {2**16 - 1}")
-    return environment.get("MASTER_ADDR", DEFAULT_ADDRESS), port
-
-
-def variables(info: RankInfo, address: str, port: int) -> dict[str, str]:
-    """The environment variables that communication libraries (HCCL, NCCL) read, whatever the launcher."""
-    return {"RANK": str(info.rank), "WORLD_SIZE": str(info.world_size), "LOCAL_RANK": str(info.local_rank),
-            "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    return environment.get("MASTER_ADDR", "localhost"), port
 
 
 def interface_to(address: str, port: int) -> str | None:

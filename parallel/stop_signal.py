@@ -1,15 +1,9 @@
 """The signals that ask a run to stop, and the vote by which all ranks stop after the same step.
 
-A signal may reach one rank only, or the ranks at different moments; ranks that went on would wait in a collective for
-those that have stopped.  So the ranks vote once a step, and stop where any of them has received a signal.  The vote
-runs over a gloo group on the host beside the step's computation: the device is not waited for, and no rank waits longer
-than the group's time-out.
-
-    vote = StopVote(ranks)
-    for step in …:
-        vote.start(stop=signals.received)
-        …                                       # the step
-        if vote.result(): …                     # the same on all ranks
+A signal may reach one rank only, or the ranks at different moments; a rank that continued would wait in a collective
+for those that have stopped.  So the ranks vote once a step, and stop if any of them has received a signal.  The vote is
+an all-reduce between the hosts during the step's computation: nothing waits for the device, and no rank waits longer
+than the time-out of the collectives.
 """
 
 import os
@@ -20,7 +14,7 @@ from contextlib import contextmanager
 import torch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # mpirun forwards SIGUSR1, but kills after a SIGTERM
-ECHO_SECONDS = 2.0  # within which a launcher may repeat a signal that the terminal or the scheduler has sent already
+ECHO_SECONDS = 2.0  # within this time, a launcher may forward a signal that has reached the process already
 
 
 class StopVote:
@@ -37,14 +31,14 @@ class StopVote:
         self.work = self.ranks.start_maximum(self.stop)
 
     def result(self) -> bool:
-        """Wait for the vote that was started last: True where any rank answered True."""
+        """Wait for the vote that was started last: True on all ranks if any answered True."""
         if self.work is not None:
             self.work.wait()
         return bool(self.stop)
 
 
 class StopSignals:
-    """Remembers that a signal asked this process to stop.  A second signal then has its default effect, at once."""
+    """Records that a signal asked this process to stop.  A second signal has its default effect, at once."""
 
     def __init__(self):
         self.name: str | None = None  # of the signal received
@@ -56,7 +50,7 @@ class StopSignals:
 
     @contextmanager
     def listening(self):
-        """A block in which STOP_SIGNALS are remembered; their former handlers are restored at its end."""
+        """A block in which STOP_SIGNALS are recorded; their former handlers are restored at its end."""
         before = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
         try:
             yield self

@@ -3,7 +3,7 @@
 A rank that waits in a collective for a dead rank would wait until the time-out, with some backends even longer.  So a
 thread of every rank polls the store through which the ranks connected.  A rank that fails writes its failure there; the
 others acknowledge it and wait until that rank has printed its error; then all processes end.  A rank that was killed
-writes nothing: then the first rank whose collective fails reports the failure, and names the unresponsive ranks.
+writes nothing: then the first rank whose collective fails writes the failure, and names the ranks that do not answer.
 """
 
 import json
@@ -13,14 +13,15 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from common.errors import UserError
 
 POLL_SECONDS = 1.0
-ACKNOWLEDGE_SECONDS = 5.0  # that a failed rank waits for the others
-LINGER_SECONDS = 0.5  # that rank 0, which hosts the store, stays after the report for the others to read it
+ACKNOWLEDGE_TIMEOUT = timedelta(seconds=5)  # a failed rank waits for the others that long
+LINGER_SECONDS = 0.5  # rank 0 hosts the store, and stays that long after the report so that the others can read it
 
 
 class RankWatchdog:
@@ -60,7 +61,7 @@ class RankWatchdog:
             first_failure = json.loads(self.store.compare_set("failure", "", json.dumps(failure)))
             if first_failure["rank"] != self.rank:
                 self.end_with_failed_rank()
-            silent = self.unresponsive_ranks()
+            silent = missing_ranks(self.store, "acknowledged", self.others, ACKNOWLEDGE_TIMEOUT)
             if silent:
                 lines.append(f"rank {self.rank}: no answer from rank {', '.join(map(str, silent))}: killed, or cut off")
             print_lines([*lines, last_line])
@@ -68,15 +69,6 @@ class RankWatchdog:
         except dist.DistError:  # the store is gone with rank 0
             print_lines([*lines, last_line])
         self.end(failure["code"])
-
-    def unresponsive_ranks(self) -> list[int]:
-        """The ranks that do not acknowledge this rank's failure in time."""
-        silent = self.others
-        give_up = time.monotonic() + ACKNOWLEDGE_SECONDS
-        while silent and time.monotonic() < give_up:
-            time.sleep(0.05)
-            silent = [rank for rank in silent if not self.store.check([f"acknowledged/{rank}"])]
-        return silent
 
     def end_with_failed_rank(self) -> None:
         """End this process because another rank has failed, after that rank has printed its error."""
@@ -89,9 +81,7 @@ class RankWatchdog:
                 code = failure["code"]
                 print_lines([f"rank {self.rank}: stopping, because rank {failure['rank']} failed"])
                 self.store.set(f"acknowledged/{self.rank}", "")
-                give_up = time.monotonic() + 2 * ACKNOWLEDGE_SECONDS
-                while not self.store.check(["reported"]) and time.monotonic() < give_up:
-                    time.sleep(0.05)
+                self.store.wait(["reported"], 2 * ACKNOWLEDGE_TIMEOUT)
             self.end(code)
 
     def end(self, code: int) -> None:
@@ -100,6 +90,16 @@ class RankWatchdog:
             if self.rank == 0:
                 time.sleep(LINGER_SECONDS)
             os._exit(code)
+
+
+def missing_ranks(store: dist.Store, event: str, ranks: list[int], timeout: timedelta) -> list[int]:
+    """Wait until each of these ranks has set `event`/RANK in the store; after the timeout, the ranks that have not."""
+    give_up = time.monotonic() + timeout.total_seconds()
+    while ranks := [rank for rank in ranks if not store.check([f"{event}/{rank}"])]:
+        if time.monotonic() > give_up:
+            break
+        time.sleep(0.05)
+    return ranks
 
 
 def exit_code(error: BaseException) -> int:
@@ -114,6 +114,4 @@ def in_one_line(error: BaseException) -> str:
 
 def print_lines(lines: list[str]) -> None:
     sys.stdout.flush()
-    for line in lines:
-        print(line, file=sys.stderr)
-    sys.stderr.flush()
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
