@@ -357,7 +357,7 @@ class BertForPreTraining(nn.Module):
         head = self.cls.predictions
         hidden, labels = head.transformed(masked).flatten(0, 1), labels.flatten()
         if self.use_kernels:
-            return cpu_layers.mean_cross_entropy(hidden, head.decoder.weight, head.bias, labels)
+            return cpu_layers.kernel_cross_entropy(hidden, head.decoder.weight, head.bias, labels)
         chunks = zip(hidden.split(self.loss_chunk), labels.split(self.loss_chunk), strict=True)
         sums = [recomputed(self.chunk_loss, self.autocast, *chunk) for chunk in chunks]
         with self.casts_off():

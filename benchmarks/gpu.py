@@ -178,6 +178,8 @@ def wikipedia_batches(length: int, rows: int) -> tuple[dict, dict]:
 
 def variant_figures(bench: Bench, name: str, length: int, batch: dict) -> dict:
     """Check a variant, then time it on a batch of the host."""
+    import torch
+
     from data.dataloader import sequences_in
     from training.metrics import batch_flops
 
@@ -185,7 +187,8 @@ def variant_figures(bench: Bench, name: str, length: int, batch: dict) -> dict:
     error = None if name.startswith("transformers") else checked_error(bench, VARIANTS[name], on_device)
     forget_compiled()
     step = step_of(bench, bench.config, name, on_device)
-    bench.device.reset_peak_memory()  # before the graphs are recorded: to replay them, nothing is allocated
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # before the graphs are recorded: to replay them, nothing is allocated
     step(), step()
     seconds = spread(timed(bench, step))
     real_tokens, sequences = int((batch["input_mask"] > 0).sum()), sequences_in(batch)

@@ -1,4 +1,4 @@
-"""What all command lines share: flags with dashes or underscores, flag types, errors in one line.  No torch here."""
+"""What all command lines share: flags and their types, units in text, errors in one line.  No torch here."""
 
 import argparse
 import signal
@@ -74,6 +74,23 @@ def proportion(text: str) -> float:
     if not 0.0 <= number <= 1.0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return number
+
+
+def format_bytes(count: float) -> str:
+    """1234567 → 1.23 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def format_duration(seconds: float) -> str:
+    """93784 → 26 h 3 min, 75 → 1 min 15 s, 0.1234 → 0.123 s."""
+    if seconds < 59.5:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
 def options_from(args, kind: type, **values):

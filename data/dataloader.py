@@ -19,9 +19,8 @@ import torch
 from common.errors import UserError, dictionary, whole_number
 from data.masking import masked, row_keys
 from data.row_order import locate, row_order, row_ranges, rows_of_epoch
-from data.shard_checks import read_checked_rows
 from data.shard_reader import ShardReader
-from data.shards import Shard, count_sequences, metadata_path
+from data.shards import Shard, count_sequences, metadata_path, read_checked_rows
 
 HELD_OUT_SEED = 0  # for masking held-out rows without masks: the same masks at every evaluation
 ROWS_CHECKED_FIRST = 50_000  # read and checked before the model is built; the others when they are needed

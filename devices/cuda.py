@@ -46,8 +46,5 @@ class CudaDevice(Device):
     def free_memory(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
 
-    def reset_peak_memory(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.torch_device)
-
     def profiler_activities(self) -> list[ProfilerActivity]:
         return [ProfilerActivity.CPU, ProfilerActivity.CUDA]

@@ -79,9 +79,6 @@ class Device:
         """Bytes of device memory that are free."""
         return proc_bytes("/proc/meminfo", "MemAvailable")
 
-    def reset_peak_memory(self) -> None:
-        """Measure the peak from now on."""
-
     def graphs(self) -> dict:
         """Counts of compiled graphs (graph_compilation) and of ops run on the host for lack of a device kernel
         (cpu_fallback; their names: cpu_fallback_ops).  Empty where nothing is compiled."""

@@ -74,7 +74,7 @@ def embed(modules, input_ids, segment_ids, positions):
     return EmbedFunction.apply(*indices, settings, *tables, modules.LayerNorm.weight, modules.LayerNorm.bias)
 
 
-def mean_cross_entropy(hidden, weight, bias, labels):
+def kernel_cross_entropy(hidden, weight, bias, labels):
     """Cross entropy of the logits hidden·weightᵀ + bias, averaged over the labels that are not negative (none: 0).
 
     hidden (T, D), weight (V, D), bias (V), labels (T).  The gradient overwrites the logits while the cache holds them.

@@ -14,11 +14,11 @@ import torch
 from tqdm import tqdm
 
 from checkpoint.folder import KEPT, saved_steps
+from common.cli import format_bytes, format_duration
 from common.errors import UserError, first_line
 from common.files import nearest_existing
-from common.units import format_bytes, format_duration
 from data.dataloader import batches_once
-from data.shard_checks import read_checked_rows
+from data.shards import read_checked_rows
 from training import memory_estimate
 
 MOMENTS = 2  # numbers that the optimizer keeps for each weight

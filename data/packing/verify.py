@@ -15,8 +15,7 @@ from data.packing.blocks import Block, blocks_of, with_progress
 from data.packing.checks import faults
 from data.packing.fingerprints import bucket_of, bucket_sums, sequence_fingerprints
 from data.packing.output import UNFINISHED
-from data.shard_checks import tokens_to_predict
-from data.shards import Shard, find_shards, metadata_path, read_rows
+from data.shards import Shard, find_shards, metadata_path, read_rows, tokens_to_predict
 from data.workers import open_pool
 
 

@@ -7,8 +7,8 @@ They scale with the number of processes until the one process that reads and wri
 import shutil
 from pathlib import Path
 
+from common.cli import format_bytes, format_duration
 from common.files import nearest_existing
-from common.units import format_bytes, format_duration
 from data.preparation.samples import SampleOptions
 
 # MB of input (XML, text, text) that one process handles in a second

@@ -228,7 +228,7 @@ def test_loss_of_extreme_scores_is_finite_and_pytorchs():
     bias = torch.tensor([0.5, -0.5, 0.0, 0.0, 2.0], requires_grad=True)
     labels = torch.tensor([0, 0, 2, -1])
     results = []
-    for loss in (cpu_layers.mean_cross_entropy(hidden, weight, bias, labels),
+    for loss in (cpu_layers.kernel_cross_entropy(hidden, weight, bias, labels),
                  F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=-1)):
         results.append([loss.detach(), *torch.autograd.grad(3.0 * loss, [hidden, weight, bias])])
     for found, expected in zip(*results, strict=True):

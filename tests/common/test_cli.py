@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.units import format_bytes, format_duration
+from common.cli import format_bytes, format_duration
 
 
 @pytest.mark.parametrize("count, text", [(0, "0 B"), (422_000, "422 kB"), (999_600, "1 MB"), (1_234_567, "1.23 MB"),
