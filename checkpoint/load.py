@@ -31,7 +31,9 @@ def load_model(model, contents: dict, path) -> None:
         raise UserError(f"{path}: no weight {missing[0]} in it ({len(missing)} of {len(expected)} missing)")
     for name, value in given.items():
         check_tensor(value, expected[name].shape, f"{path}: {name}")
-    model.load_state_dict(given, strict=True)
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        # A copy onto the device, not into its memory, which on lazy devices is an operation that can run on the host.
+        parameter.data = given[name].to(parameter.device, parameter.dtype, copy=True).contiguous()
 
 
 def check_architecture(config, contents: dict, path) -> None:
