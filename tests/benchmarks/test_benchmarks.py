@@ -36,8 +36,8 @@ def test_the_gpu_benchmark_checks_and_times_what_needs_no_compiler(capsys, confi
     assert {"NVLAMB", "--use_fused_lamb", "AdamW, fused"} <= set(found["lamb"]["seconds"])
 
 
-def test_the_gpu_benchmark_goes_on_after_a_variant_that_fails_and_without_transformers(capsys, config, monkeypatch):
-    monkeypatch.setitem(gpu.VARIANTS, "sdpa", gpu.Variant({"attention": "no such attention"}))
+def test_the_gpu_benchmark_continues_after_a_variant_that_fails_and_without_transformers(capsys, config, monkeypatch):
+    monkeypatch.setitem(gpu.VARIANTS, "sdpa", gpu.Variant({"attention_name": "no such attention"}))
     monkeypatch.setitem(sys.modules, "transformers", None)
     found = run_gpu(capsys, config, "--lengths=128", "--lamb=no", "--variants", "sdpa", "transformers", "plain")
     assert "KeyError" in found["failures"]["128: sdpa"]
