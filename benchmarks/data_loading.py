@@ -11,7 +11,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from data.shards import find_shards
 from measuring import machine, report, spread  # puts the repository's root on the path
 
 # isort: split
@@ -83,6 +82,7 @@ def write_packed(folder: Path, count: int, rows: int) -> None:
 def epoch_rate(folder: Path, batch_size: int, reader) -> float:
     """Rows a second of one epoch read by a new stream."""
     from data.dataloader import BatchStream
+    from data.shards import find_shards
     from parallel.ranks import SingleRank
     from parallel.rendezvous import RankInfo
 
