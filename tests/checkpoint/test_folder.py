@@ -57,6 +57,14 @@ def test_resuming_takes_the_newest_or_the_named_one(tmp_path):
         start(tmp_path, resume_step=7)
 
 
+def test_a_checkpoint_of_the_first_version_keeps_its_position_and_its_skipped_shards(tmp_path):
+    """There `rows` stood beside `data`, and `left_out` was the name of the skipped shards."""
+    data = {"shards": {"a.hdf5": 6, "b.hdf5": 9}, "left_out": {"b.hdf5": [1, 4]}}
+    write_checkpoint(tmp_path, 3, {**STATE, "rows": 24, "data": data})
+    assert start(tmp_path)[0].contents["data"] == {"shards": data["shards"], "rows": 24,
+                                                   "skipped_shards": {"b.hdf5": [1, 4]}}
+
+
 def test_existing_checkpoints_are_not_written_over(tmp_path):
     write_checkpoint(tmp_path, 3, STATE)
     with pytest.raises(UserError, match="ckpt_3.pt already"):
