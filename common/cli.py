@@ -5,6 +5,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import pairwise
 
 from common.errors import UserError
 
@@ -21,8 +22,11 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([with_underscores(str(word)) for word in args], namespace)
+        args = sys.argv[1:] if args is None else list(map(str, args))
+        problem = typing_slip(args)
+        if problem:
+            self.error(problem)
+        return super().parse_known_args([with_underscores(word) for word in args], namespace)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
@@ -43,6 +47,28 @@ def with_underscores(word: str) -> str:
         return word
     flag, equals, value = word[2:].partition("=")
     return "--" + flag.replace("-", "_") + equals + value
+
+
+def typing_slip(words: list[str]) -> str | None:
+    """A blank that a shell splits a command at, or takes into a word, and that nobody meant; None where there is none.
+
+        >>> typing_slip(["--output_dir=", "results"])
+        '--output_dir= is followed by a space: write --output_dir=results'
+        >>> typing_slip(["--do_train", " --seed=3"])
+        'a backslash with a space behind it stands before --seed=3: a backslash may only end a line'
+    """
+    for word, following in pairwise([*words, ""]):
+        if word.strip() == "" and word or word[:1].isspace() and word.lstrip().startswith("--"):
+            where = f"before {word.strip() or following}" if word.strip() or following else "at the end"
+            return f"a backslash with a space behind it stands {where}: a backslash may only end a line"
+        if not word.startswith("--"):
+            continue
+        if word.endswith("=") and following and not following.startswith("-"):
+            return f"{word} is followed by a space: write {word}{following}"
+        if "=" not in word and following.startswith("="):
+            value = following[1:] or next(iter(words[words.index(word) + 2:]), "")
+            return f"{word} is followed by a space: write {word}={value}"
+    return None
 
 
 def boolean(text: str) -> bool:
