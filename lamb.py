@@ -14,13 +14,32 @@ has; optim/fused_lamb.py has faster variants.
 import torch
 
 
-class NVLAMB(torch.optim.Optimizer):
+class SkipCounts:
+    """What an optimizer tells of its steps, in scalar tensors on the device.
+
+    `gradient_norm`, that of the last step before clipping; `skipped_steps`, the number of steps that were skipped
+    because their norm was not finite; `skipped_in_a_row`, those since the last step that was taken;
+    `most_skipped_in_a_row`.
+    """
+
+    def start_counts(self, device: torch.device) -> None:
+        self.gradient_norm = torch.zeros((), device=device)
+        self.skipped_steps = torch.zeros((), device=device)
+        self.skipped_in_a_row = torch.zeros((), device=device)
+        self.most_skipped_in_a_row = torch.zeros((), device=device)
+
+    def count_skips(self, skipped: torch.Tensor) -> None:
+        """Count a step that was skipped (1.0) or taken (0.0)."""
+        self.skipped_steps = self.skipped_steps + skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1.0) * skipped
+        more = (self.skipped_in_a_row - self.most_skipped_in_a_row).clamp(min=0.0)
+        self.most_skipped_in_a_row = self.most_skipped_in_a_row + more
+
+
+class NVLAMB(SkipCounts, torch.optim.Optimizer):
     """LAMB with bias correction, and clipping by the norm of all gradients.
 
-    The step count t is in param_groups (`step`), the moments are in the state (`exp_avg`, `exp_avg_sq`).  Scalar
-    tensors on the device: `gradient_norm`, that of the last step before clipping; `skipped_steps`, the number of steps
-    that were skipped because their norm was not finite; `skipped_in_a_row`, those since the last step that was taken;
-    `most_skipped_in_a_row`.
+    The step count t is in param_groups (`step`), the moments are in the state (`exp_avg`, `exp_avg_sq`).
 
     `foreach`: take the norm in PyTorch's kernels for lists of tensors, which not every device has.  A GradScaler's
     scale is divided out here, so that the scaler does not read the gradients on the host.
@@ -31,13 +50,9 @@ class NVLAMB(torch.optim.Optimizer):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_grad_norm=1.0,
                  foreach=True):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
-        device = self.param_groups[0]["params"][0].device
         self.max_grad_norm = max_grad_norm
         self.foreach = foreach
-        self.gradient_norm = torch.zeros((), device=device)
-        self.skipped_steps = torch.zeros((), device=device)
-        self.skipped_in_a_row = torch.zeros((), device=device)
-        self.most_skipped_in_a_row = torch.zeros((), device=device)
+        self.start_counts(self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -59,13 +74,6 @@ class NVLAMB(torch.optim.Optimizer):
 
     def global_norm(self, gradients) -> torch.Tensor:
         return global_norm(gradients, self.foreach)
-
-    def count_skips(self, skipped: torch.Tensor) -> None:
-        """Count a step that was skipped (1.0) or taken (0.0)."""
-        self.skipped_steps = self.skipped_steps + skipped
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1.0) * skipped
-        more = (self.skipped_in_a_row - self.most_skipped_in_a_row).clamp(min=0.0)
-        self.most_skipped_in_a_row = self.most_skipped_in_a_row + more
 
     def create_missing_moments(self, params) -> None:
         for param in params:

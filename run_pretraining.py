@@ -3,29 +3,34 @@
     python3 run_pretraining.py --do_train --config_file bert_config.json --input_dir D --output_dir O …
 
 docs/training.md has the recipes.  This file reads the flags, checks the input, and builds the parts of the run;
-training/trainer.py holds the loop.  torch is imported after the flags are read, because Gaudi's software reads the
-environment during that import.
+training/trainer.py holds the loop.  torch is imported after the flags and the launcher's variables are read, because
+Gaudi's software reads and changes the environment during that import.
 """
+
+import os
 
 from common import cli
 from common.errors import UserError
 from data.shard_reader import ShardReader
 from devices import gaudi_environment
+from parallel import rendezvous
 from training.arguments import device_options, parse_arguments, precision_options
 
 
 def main(argv=None) -> None:
     args = parse_arguments(argv)
+    info = rendezvous.rank_info(os.environ, args.local_rank)
+    rendezvous.set_variables(info, os.environ)
     device, precision = device_options(args, args.use_torch_compile), precision_options(args)
-    with gaudi_environment.prepared(device, precision), ShardReader() as reader:
-        pretrain(args, reader)
+    with gaudi_environment.prepared(device, precision, info.local_rank), ShardReader() as reader:
+        pretrain(args, info, reader)
 
 
-def pretrain(args, reader) -> dict:
+def pretrain(args, info: rendezvous.RankInfo, reader) -> dict:
     """Train, or make the dry run; returns the figures of its summary."""
     from parallel.ranks import init_ranks
 
-    with init_ranks(args.local_rank, args.collective_timeout) as ranks:
+    with init_ranks(info, args.collective_timeout) as ranks:
         return pretrain_rank(args, ranks, reader)
 
 
@@ -60,7 +65,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
                                      resume_step=args.resume_step, init_checkpoint=args.init_checkpoint,
                                      warn=ranks.warn)
     ranks.connect(device)
-    ranks.check_same(run_fingerprint(args, config, shards, device, resume_point))
+    ranks.check_same(run_fingerprint(args, config, shards, resume_point))
 
     device.seed(args.seed)
     request = attention.LayerRequest(attention=args.attention, use_cpu_kernels=args.use_cpu_kernels,
@@ -70,8 +75,11 @@ def pretrain_rank(args, ranks, reader) -> dict:
     model = BertForPreTraining(config, attention_name, args.checkpoint_activations, precision.autocast,
                                precision.casts_off, args.mlm_loss_chunk)
     model.to_device(device.torch_device).train()
-    compiled, compile_description = (compile_training(device, model, args.cuda_graphs) if args.use_torch_compile
-                                     else (False, ""))
+    compiled, compile_description = (
+        compile_training(device, model, cuda_graphs=args.cuda_graphs, compiled_autograd=not args.no_compiled_autograd)
+        if args.use_torch_compile else (False, ""))
+    if args.use_hpu_graphs:
+        device.cache_graphs(model)
     optimizer, optimizer_description = build_optimizer(
         model, device, args.learning_rate, args.use_fused_lamb, compiled,
         shards=ranks.world_size if args.use_zero_optimizer else 1)
@@ -110,17 +118,13 @@ def pretrain_rank(args, ranks, reader) -> dict:
         log.close()
 
 
-def run_fingerprint(args, config, shards, device, resume_point) -> dict[str, str]:
-    """What must be the same on all ranks, by name: flags, config, data, software and resume point."""
-    import torch
-
+def run_fingerprint(args, config, shards, resume_point) -> dict[str, str]:
+    """What must be the same on all ranks besides their software, by name: flags, config, data and resume point."""
     return {
         **{f"--{flag}": str(value) for flag, value in vars(args).items() if flag != "local_rank"},
         **{f"{args.config_file}: {key}": str(value) for key, value in vars(config).items()},
         **{f"{args.input_dir}/{shard.path.name}": f"{shard.rows} rows, {shard.path.stat().st_size} bytes"
            for shard in shards},
-        "the device": device.torch_device.type,
-        "PyTorch": torch.__version__,
         "the start (is --output_dir a folder that all servers share?)": resume_point.describe(),
     }
 

@@ -3,10 +3,17 @@
 PyTorch writes a zip archive.  The seal is its comment (`unzip -z` shows it): "sha256:" and the 64 hex digits of the
 archive without comment.  A file that holds the key CHECKSUM but has no seal is damaged; a file with neither was written
 by other software and is read unchecked.
+
+Gaudi's software replaces torch.save and torch.load in lazy mode.  Its save copies every tensor, and writes pickle
+protocol 4, which only its own load reads.  So the original functions are used here.  Files in protocol 4 are read too.
 """
 
 import hashlib
+import inspect
 import os
+import pickle
+import types
+import zipfile
 from pathlib import Path
 
 import torch
@@ -19,12 +26,16 @@ MARK = b"sha256:"
 COMMENT_SIZE = len(MARK) + 64
 SEAL_SIZE = 2 + COMMENT_SIZE  # the archive ends in the comment's length, two bytes, and the comment
 BLOCK = 1 << 20
+PICKLE_PROTOCOL = 2  # the newest one that torch.load(weights_only=True) reads
+# What a file in a newer protocol may name: tensors and plain containers.
+SAFE_NAMES = {("collections", "OrderedDict"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2"),
+              ("torch._utils", "_rebuild_parameter")}
 
 
 def write_file(path, contents: dict) -> None:
     """Write a file whole or not at all; it is on disk when this returns.  OSError where that fails."""
     with replacing(path) as temporary, HashedFile(temporary, "w+") as file:
-        torch.save({**contents, CHECKSUM: "sha256"}, file)
+        inspect.unwrap(torch.save)({**contents, CHECKSUM: "sha256"}, file, pickle_protocol=PICKLE_PROTOCOL)
         file.seek(-2, os.SEEK_END)
         seal = MARK + file.digest.hexdigest().encode()
         file.write(COMMENT_SIZE.to_bytes(2, "little") + seal)
@@ -52,7 +63,7 @@ def read_file(path) -> dict:
     path = Path(path)
     try:
         sealed = check_seal(path)
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        contents = load_archive(path)
     except UserError:
         raise
     except FileNotFoundError:
@@ -64,6 +75,37 @@ def read_file(path) -> dict:
     if contents.pop(CHECKSUM, None) is not None and not sealed:
         raise UserError(f"{path}: not a readable checkpoint: its checksum is missing")
     return contents
+
+
+def load_archive(path: Path):
+    """The value that torch.save wrote, its tensors on the host, without executing anything in the file."""
+    load = inspect.unwrap(torch.load)
+    if pickle_protocol(path) <= PICKLE_PROTOCOL:
+        return load(path, map_location="cpu", weights_only=True)
+    return load(path, map_location="cpu", weights_only=False,
+                pickle_module=types.SimpleNamespace(Unpickler=SafeUnpickler, __name__="pickle"))
+
+
+def pickle_protocol(path: Path) -> int:
+    """The protocol of the pickle in an archive of torch.save; 0 where the file is something else."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as archive:
+        names = {Path(name).name: name for name in archive.namelist()}
+        if "data.pkl" not in names or "constants.pkl" in names:  # the latter: a TorchScript program
+            return 0
+        with archive.open(names["data.pkl"]) as file:
+            start = file.read(2)
+    return start[1] if start[:1] == pickle.PROTO else 0
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Builds tensors and plain containers only; a file that names anything else is refused."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in SAFE_NAMES:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a tensor")
+        return super().find_class(module, name)
 
 
 def check_sealed(path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, processors
 
+from checkpoint.file import load_archive
 from common.download import local_file
 from common.errors import UserError
 from common.files import replacing_files
@@ -182,8 +183,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         return {name: value for file in sorted(names) for name, value in read_tensors(folder / Path(file).name).items()}
     if (folder / OLD_WEIGHTS).is_file():
         try:
-            return torch.load(folder / OLD_WEIGHTS, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises whatever a damaged zip or pickle happens to cause
+            return load_archive(folder / OLD_WEIGHTS)
+        except Exception as error:  # load_archive raises whatever a damaged zip or pickle happens to cause
             raise UserError(f"{folder / OLD_WEIGHTS}: not readable: {type(error).__name__}") from None
     raise UserError(f"{folder}: neither {WEIGHTS} nor {OLD_WEIGHTS} in it")
 

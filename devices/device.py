@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
+from common.errors import UserError
 from devices import gaudi_environment
 from devices.options import DeviceOptions
 
@@ -40,6 +41,10 @@ class Device:
 
     def describe(self) -> str:
         return f"{self.torch_device.type} ({torch.get_num_threads()} threads)"
+
+    def software(self) -> dict[str, str]:
+        """What must be the same on all ranks, by name."""
+        return {"the device": self.torch_device.type, "PyTorch": torch.__version__}
 
     def put(self, batch: dict) -> dict:
         """A batch of host tensors on this device."""
@@ -84,6 +89,17 @@ class Device:
         (cpu_fallback; their names: cpu_fallback_ops).  Empty where nothing is compiled."""
         dynamo = sys.modules.get("torch._dynamo.utils")  # imported by the first compilation
         return {"graph_compilation": dynamo.counters["stats"]["unique_graphs"]} if dynamo else {}
+
+    def compile_backward(self) -> str:
+        """Prepare for torch.compile to compile backward passes as a whole; how they are compiled, in words."""
+        return "its backward pass too"
+
+    def cache_graphs(self, model: torch.nn.Module) -> None:
+        """Record the graphs of a model's training passes once, and replay them without the host."""
+        raise UserError(f"--use_hpu_graphs: {self.torch_device.type} has no HPU graphs")
+
+    def start_micro_step(self, number: int) -> None:
+        """Called before the forward pass of micro-batch 0, 1, … of a step."""
 
     def fused_lamb(self) -> type | None:
         """The class of the fused LAMB in the device's own software; None where there is none."""

@@ -1,34 +1,43 @@
-"""The environment variables that Gaudi's software reads while torch is imported.  No torch here."""
+"""Gaudi's software is loaded here, after the environment variables that it reads then are set.  No torch here.
 
+It is loaded by `import torch`, in lazy mode by its own import.  It then chooses the card and reads the mode and the op
+lists, once and for all.
+"""
+
+import importlib
 import os
+import subprocess
+from collections.abc import Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from devices import op_lists
 from devices.options import DeviceOptions, PrecisionOptions
 
 LAZY_MODE = "PT_HPU_LAZY_MODE"
 BF16_LIST = "PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST"
 FP32_LIST = "PT_HPU_AUTOCAST_FP32_OPS_LIST"
+CARD = "HLS_MODULE_ID"
+VISIBLE_CARDS = "HABANA_VISIBLE_MODULES"
+HL_SMI_SECONDS = 10
 
 
 @contextmanager
-def prepared(device: DeviceOptions, precision: PrecisionOptions):
-    """A block in which to import torch: with --use_habana, Gaudi's variables are set from the options.
+def prepared(device: DeviceOptions, precision: PrecisionOptions, local_rank: int | None = None):
+    """A block in which torch is imported: with --use_habana after Gaudi's variables were set, and with its software.
 
-    UserError where the options contradict variables that are already set.  The block restores the environment.
+    `local_rank` chooses the card; None: any that is free.  UserError where the options contradict variables that are
+    set already, and where the software cannot be loaded.  The block restores the environment.
     """
-    if not device.use_habana:
-        yield
-        return
     with TemporaryDirectory(prefix="op_lists_") as folder:
-        settings = {LAZY_MODE: "1" if lazy_mode(device, os.environ) else "0",
-                    **list_variables(precision, os.environ, Path(folder))}
+        settings = variables(device, precision, local_rank, Path(folder)) if device.use_habana else {}
         before = {name: os.environ[name] for name in settings if name in os.environ}
         os.environ.update(settings)
         try:
+            load_software(device.use_habana)
             yield
         finally:
             for name in settings:
@@ -36,7 +45,61 @@ def prepared(device: DeviceOptions, precision: PrecisionOptions):
             os.environ.update(before)
 
 
-def lazy_mode(device: DeviceOptions, environ) -> bool:
+def variables(device: DeviceOptions, precision: PrecisionOptions, local_rank: int | None,
+              folder: Path) -> dict[str, str]:
+    """The variables that the options ask for; files that they name are written to `folder`."""
+    return {LAZY_MODE: "1" if lazy_mode(device, os.environ) else "0", **card_variable(local_rank, os.environ),
+            **list_variables(precision, os.environ, folder)}
+
+
+def load_software(use_habana: bool) -> None:
+    """Import torch and, with `use_habana`, Gaudi's software.  UserError names the releases where that fails."""
+    try:
+        importlib.import_module("torch")
+        if use_habana:
+            importlib.import_module("habana_frameworks.torch.core")
+    except (AssertionError, AttributeError, ImportError, OSError, RuntimeError) as error:
+        what = "--use_habana: no HPU can be used" if use_habana else "PyTorch cannot be imported"
+        raise UserError(f"{what}: {first_line(error.__cause__ or error)} ({releases()})") from None
+
+
+def releases() -> str:
+    """The releases of the software that must fit together."""
+    found = {"torch": package_release("torch"), "habana-torch-plugin": package_release("habana-torch-plugin"),
+             "driver": driver_release()}
+    return ", ".join(f"{name} {release or 'not found'}" for name, release in found.items())
+
+
+def package_release(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def driver_release() -> str | None:
+    """The driver's release as hl-smi tells it, or None."""
+    try:
+        done = subprocess.run(["hl-smi", "-Q", "driver_version", "-f", "csv,noheader"], capture_output=True, text=True,
+                              timeout=HL_SMI_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
+
+
+def card_variable(local_rank: int | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variable that chooses the card.  UserError where HABANA_VISIBLE_MODULES leaves none for this rank."""
+    if local_rank is None or CARD in environ:
+        return {}
+    cards = environ.get(VISIBLE_CARDS)
+    if not cards:
+        return {CARD: str(local_rank)}
+    if local_rank >= len(cards.split(",")):
+        raise UserError(f"local rank {local_rank}, but {VISIBLE_CARDS}={cards} names {len(cards.split(','))} cards")
+    return {CARD: cards.split(",")[local_rank]}
+
+
+def lazy_mode(device: DeviceOptions, environ: Mapping[str, str]) -> bool:
     """Whether the run is in lazy mode: by the flag if it is given, else by the environment, else True."""
     asked = False if device.use_torch_compile else device.use_lazy_mode
     value = environ.get(LAZY_MODE)
@@ -59,7 +122,7 @@ def list_variables(precision: PrecisionOptions, environ, folder: Path) -> dict[s
     lists = op_lists.read_lists(precision) if precision.bf16 else None
     if lists is None:
         return {}
-    variables = {}
+    found = {}
     for variable, flag, path, ops in ((BF16_LIST, "--hmp_bf16", precision.bf16_list, lists.bf16),
                                       (FP32_LIST, "--hmp_fp32", precision.fp32_list, lists.fp32)):
         if path and variable in environ:
@@ -70,5 +133,5 @@ def list_variables(precision: PrecisionOptions, environ, folder: Path) -> dict[s
         elif path:
             file = folder / f"{variable}.txt"
             file.write_text("".join(f"{name}\n" for name in op_lists.aten_names(ops)))
-            variables[variable] = str(file)
-    return variables
+            found[variable] = str(file)
+    return found

@@ -1,13 +1,13 @@
-"""Gaudi cards (HPU).  The only file that imports their software, habana_frameworks."""
+"""Gaudi cards (HPU).  This file and gaudi_environment.py import their software, habana_frameworks."""
 
 import importlib
-from importlib import metadata
 
 import torch
 from torch.profiler import ProfilerActivity
 
 from common.errors import UserError
 from devices.device import Device
+from devices.gaudi_environment import package_release
 
 
 class HpuDevice(Device):
@@ -24,19 +24,21 @@ class HpuDevice(Device):
     matmul_size_for_peak = None
 
     def __init__(self, lazy: bool):
-        try:
-            self.core = importlib.import_module("habana_frameworks.torch.core")
-        except (ImportError, OSError, RuntimeError) as error:  # missing, or built for another torch or driver
-            raise UserError(f"--use_habana: no HPU can be used: {error}") from None
+        self.core = importlib.import_module("habana_frameworks.torch.core")
         if not torch.hpu.is_available():
             raise UserError("--use_habana: Gaudi's software is installed, but it finds no card (does hl-smi?)")
         super().__init__("hpu")
         self.lazy = lazy
         self.hmp = plugin_part("hpex", "hmp")
         self.metric = plugin_part("hpu.metrics", "metric_global")
+        self.cached_model = None
 
     def describe(self) -> str:
-        return f"hpu ({'lazy' if self.lazy else 'eager'} mode, Gaudi software {software_release()})"
+        return f"hpu ({'lazy' if self.lazy else 'eager'} mode, Gaudi software {plugin_release()})"
+
+    def software(self) -> dict[str, str]:
+        return {**super().software(), "Gaudi's software": plugin_release(),
+                "its mode (PT_HPU_LAZY_MODE)": "1, lazy" if self.lazy else "0, eager or compiled"}
 
     def host_copy(self, tensor: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
         return tensor.detach().cpu()
@@ -70,6 +72,24 @@ class HpuDevice(Device):
     def fused_lamb(self) -> type | None:
         return plugin_part("hpex.optimizers", "FusedLamb")
 
+    def compile_backward(self) -> str:
+        enable = plugin_part("dynamo.compile_backend.experimental", "enable_compiled_autograd")
+        if enable is None:
+            return "its backward pass too, without compiled autograd, which this release does not have"
+        enable()  # also makes DDP reduce gradients in Python, where the compiler sees it
+        return "its backward pass by compiled autograd"
+
+    def cache_graphs(self, model: torch.nn.Module) -> None:
+        cacher = plugin_part("hpu.graphs", "ModuleCacher")
+        if not self.lazy or cacher is None:
+            reason = "this release of Gaudi's software has none" if self.lazy else "they need lazy mode"
+            raise UserError(f"--use_hpu_graphs: no HPU graphs: {reason}")
+        self.cached_model = cacher()(model, have_grad_accumulation=True)
+
+    def start_micro_step(self, number: int) -> None:
+        if self.cached_model is not None:
+            self.cached_model.set_iteration_count(number)
+
     def cards(self) -> int:
         """The number of cards in this server."""
         return torch.hpu.device_count()
@@ -89,8 +109,5 @@ def plugin_part(module: str, name: str):
         return None
 
 
-def software_release() -> str:
-    try:
-        return metadata.version("habana-torch-plugin")
-    except metadata.PackageNotFoundError:
-        return "of unknown release"
+def plugin_release() -> str:
+    return package_release("habana-torch-plugin") or "of unknown release"

@@ -8,7 +8,7 @@ import torch
 from common.errors import UserError
 from lamb import NVLAMB
 from ops import cpu_kernels
-from optim.fused_lamb import CompiledNVLAMB, CpuFusedNVLAMB, MultiTensorNVLAMB, SlicedNVLAMB
+from optim.fused_lamb import CompiledNVLAMB, CpuFusedNVLAMB, MultiTensorNVLAMB, SlicedNVLAMB, zeroed_non_finite
 
 SKIP_COUNTS = ("skipped_steps", "skipped_in_a_row", "most_skipped_in_a_row")
 
@@ -50,7 +50,7 @@ def choose_lamb(device, use_fused_lamb: bool, compiled: bool) -> tuple[Callable,
 def choose_fused_lamb(device) -> tuple[type | None, str]:
     """The class of a fused LAMB and its description, or None and the reason why there is none."""
     if fused := device.fused_lamb():
-        return fused, "FusedLamb"
+        return zeroed_non_finite(fused), "FusedLamb, with gradients of zero in steps that are not finite"
     if device.runs_cpu_kernels:
         reason = cpu_kernels.unavailable_reason()
         return (None, reason) if reason else (CpuFusedNVLAMB, "NVLAMB in one kernel compiled for this CPU")
@@ -65,25 +65,19 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def optimizer_metrics(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The gradient norm and the skip counts where the optimizer has them, as scalar tensors on the device."""
-    owners = {"gradient_norm": optimizer, **dict.fromkeys(SKIP_COUNTS, local_optimizer(optimizer))}
-    return {name: getattr(owner, name) for name, owner in owners.items() if hasattr(owner, name)}
-
-
-def can_skip(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer skips, and counts, steps whose gradient norm is not finite."""
-    return hasattr(local_optimizer(optimizer), "skipped_steps")
+    """The gradient norm and the skip counts, as scalar tensors on the device."""
+    local = local_optimizer(optimizer)
+    return {"gradient_norm": optimizer.gradient_norm, **{name: getattr(local, name) for name in SKIP_COUNTS}}
 
 
 def skip_counts(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """How many steps were skipped, by SKIP_COUNTS; empty where the optimizer cannot skip one."""
-    return {name: int(getattr(optimizer, name).item()) for name in SKIP_COUNTS if hasattr(optimizer, name)}
+    """How many steps were skipped, by SKIP_COUNTS."""
+    return {name: int(getattr(local_optimizer(optimizer), name).item()) for name in SKIP_COUNTS}
 
 
 def restore_skip_counts(optimizer: torch.optim.Optimizer, counts: dict[str, int]) -> None:
-    if can_skip(optimizer):
-        for name in SKIP_COUNTS:
-            getattr(local_optimizer(optimizer), name).fill_(counts.get(name, 0))
+    for name in SKIP_COUNTS:
+        getattr(local_optimizer(optimizer), name).fill_(counts.get(name, 0))
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float = 0.01) -> list[dict]:

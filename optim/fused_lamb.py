@@ -1,10 +1,10 @@
-"""Faster variants of NVLAMB with the same state: for CPUs, for CUDA, and compiled by torch.compile."""
+"""Faster variants of NVLAMB with the same state: for CPUs, for CUDA, compiled by torch.compile, and devices' own."""
 
 import functools
 
 import torch
 
-from lamb import NVLAMB, lamb_update, trust_ratio
+from lamb import NVLAMB, SkipCounts, global_norm, lamb_update, trust_ratio, with_gradient
 from ops import cpu_kernels
 
 SLICE = 1 << 18  # elements; all that belongs to them stays in the CPU's cache
@@ -102,6 +102,33 @@ class CompiledNVLAMB(NVLAMB):
                 update([tuple(tensor.detach().view(-1) for tensor in weight_tensors)], *settings)
         else:
             update(tensors, *settings)
+
+
+class ZeroedNonFinite(SkipCounts):
+    """Goes before a device's own LAMB, which cannot skip a step, in a class made by zeroed_non_finite().
+
+    A step whose gradient norm is not finite is taken with gradients of zero: the moments decay, and the weights move by
+    what the moments hold.  The norm is tested on the device; nothing waits for it.
+    """
+
+    def __init__(self, params, **settings):
+        super().__init__(params, **settings)
+        self.start_counts(self.param_groups[0]["params"][0].device)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        gradients = [param.grad for group in self.param_groups for param in with_gradient(group)]
+        self.gradient_norm = global_norm(gradients, foreach=False)
+        finite = torch.isfinite(self.gradient_norm).float()
+        self.count_skips(1.0 - finite)
+        for gradient in gradients:
+            gradient.masked_fill_(finite == 0.0, 0.0)
+        return super().step(closure)
+
+
+@functools.cache
+def zeroed_non_finite(fused_lamb: type) -> type:
+    return type(f"ZeroedNonFinite{fused_lamb.__name__}", (ZeroedNonFinite, fused_lamb), {})
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Gradients go over the device's own backend (hccl, nccl, gloo), torch.distributed
 itself go over a second group, gloo on the host, so that the device is not waited for.
 """
 
+import json
 import os
 import socket
 import sys
@@ -20,15 +21,15 @@ from parallel import rendezvous
 from parallel.rendezvous import RankInfo
 from parallel.watchdog import RankWatchdog, missing_ranks
 
+LEAVE_TIMEOUT = timedelta(seconds=10)  # in which the ranks leave one after the other
 OWN_STORE_SECONDS = 30  # in which rank 0 must reach the store that it hosts itself
 
 
-def init_ranks(local_rank: int | None, timeout_seconds: int) -> "SingleRank":
+def init_ranks(info: RankInfo, timeout_seconds: int) -> "SingleRank":
     """A context manager of the ranks: they leave the block together, and where one fails, all end.
 
     `timeout_seconds` is the longest time that a rank waits for another.
     """
-    info = rendezvous.rank_info(os.environ, local_rank)
     return SingleRank(info) if info.world_size == 1 else RankGroup(info, timedelta(seconds=timeout_seconds))
 
 
@@ -38,7 +39,7 @@ class SingleRank:
     def __init__(self, info: RankInfo):
         self.rank = info.rank
         self.world_size = info.world_size
-        self.local_rank = info.local_rank
+        self.local_rank = info.local_rank or 0
         self.local_size = info.local_size or 1
 
     def __enter__(self) -> "SingleRank":
@@ -85,12 +86,6 @@ class RankGroup(SingleRank):
         super().__init__(info)
         self.timeout = timeout
         self.address, self.port = rendezvous.master_address(os.environ, info)
-        # HCCL and NCCL read these, and not every launcher sets them.
-        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK=str(self.local_rank),
-                          MASTER_ADDR=self.address, MASTER_PORT=str(self.port))
-        interface = rendezvous.interface_to(self.address, self.port)
-        if interface:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         with deadline(timeout, f"rank {self.rank}: {self.address}:{self.port} (MASTER_ADDR, MASTER_PORT) answers, "
                                f"but not as the store of a run does: does another program use that port?"):
             torchrun_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -114,17 +109,22 @@ class RankGroup(SingleRank):
         return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
     def __exit__(self, error_type, error, trace) -> None:
+        """Leave together.  The ranks are watched to the end, because HCCL waits there without a limit."""
         if error is not None:
             self.watchdog.fail(error)
-        self.watchdog.stop()
         try:
-            dist.barrier(group=self.host_group)  # rank 0 may still be writing; if that fails, all ranks report an error
+            dist.barrier(group=self.host_group)  # rank 0 may still be writing
+            with deadline(self.timeout, f"rank {self.rank}: the other ranks did not leave the process group"):
+                dist.destroy_process_group()
         except RuntimeError as lost_rank:
             self.watchdog.fail(lost_rank)
-        dist.destroy_process_group()
+        self.watchdog.stop()
+        self.store.set(f"left/{self.rank}", "")
+        if self.first:  # hosts the store, which the watchdogs of the others poll until they stop
+            missing_ranks(self.store, "left", list(range(self.world_size)), LEAVE_TIMEOUT)
 
     def connect(self, device) -> None:
-        self.wait_for_all_ranks()
+        self.wait_for_all_ranks(device.software())
         device.register_backend()
         try:
             dist.init_process_group(device.backend, store=self.store, timeout=self.timeout, rank=self.rank,
@@ -139,14 +139,22 @@ class RankGroup(SingleRank):
             raise UserError(f"the sum of {self.world_size} ones over {device.backend} on {device.torch_device.type} "
                             f"is {probe.item():g}: this device cannot train on several ranks")
 
-    def wait_for_all_ranks(self) -> None:
-        """Wait until all ranks are connected to the store.  UserError names those that are missing."""
-        self.store.set(f"connected/{self.rank}", "")
+    def wait_for_all_ranks(self, software: dict[str, str]) -> None:
+        """Wait until all ranks are connected to the store, and compare their software.
+
+        UserError names the ranks that are missing, or one that differs.  This comes before the backend is used: ranks
+        in different modes or releases would wait for each other without end.
+        """
+        self.store.set(f"connected/{self.rank}", json.dumps(software))
         if self.first:
             missing = missing_ranks(self.store, "connected", list(range(self.world_size)), self.timeout)
             if missing:
                 raise UserError(f"rank {', '.join(map(str, missing))} did not connect within {self.timeout}: it died, "
                                 f"or cannot reach {self.address}:{self.port}")
+            for rank in range(1, self.world_size):
+                difference = difference_from_rank_0(json.loads(self.store.get(f"connected/{rank}")), software)
+                if difference:
+                    raise UserError(f"rank {rank} and rank 0 differ: {difference}")
             self.store.set("all connected", "")
         self.store.get("all connected")
 

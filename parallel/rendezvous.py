@@ -1,18 +1,20 @@
 """Rank, number of ranks and master address, from the environment that a launcher sets.  No torch here.
 
 torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; Open MPI's mpirun sets OMPI_COMM_WORLD_*; under any other MPI launcher,
-mpi4py tells the rank.
+mpi4py tells the rank.  All this is read before torch is imported, because Gaudi's software, which that import may load,
+fills in what is missing: localhost for MASTER_ADDR, and the card.
 """
 
 import fcntl
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
 from common.errors import UserError
 
 OTHER_MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK")  # set by MPICH, Intel MPI and srun: an MPI launcher, but not Open MPI's
+LOOPBACK = "lo"
 SIOCGIFADDR = 0x8915  # Linux: the request for an interface's address
 
 
@@ -22,7 +24,7 @@ class RankInfo:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
+    local_rank: int | None = None  # None where nothing says which card is this rank's
     local_size: int | None = None  # None where the launcher does not set it
 
 
@@ -55,14 +57,14 @@ def info_from_variables(environment: Mapping[str, str], rank: str, world_size: s
         if absent not in environment:
             raise UserError(f"{given} is {environment[given]}, but {absent} is not set: the launcher sets both")
     info = RankInfo(integer(environment, rank), integer(environment, world_size),
-                    integer(environment, local_rank, "0"),
+                    integer(environment, local_rank) if local_rank in environment else None,
                     integer(environment, local_size) if local_size in environment else None)
     if info.world_size < 1 or not 0 <= info.rank < info.world_size:
         raise UserError(f"{rank} is {info.rank} and {world_size} is {info.world_size}: ranks count from 0")
     return info
 
 
-def integer(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
+def integer(environment: Mapping[str, str], name: str, default: str = "") -> int:
     text = environment.get(name, default)
     try:
         return int(text)
@@ -91,6 +93,21 @@ def master_address(environment: Mapping[str, str], info: RankInfo) -> tuple[str,
     if not 0 < port < 2**16:
         raise UserError(f"MASTER_PORT is {port}, not from 1 to {2**16 - 1}")
     return environment.get("MASTER_ADDR", "localhost"), port
+
+
+def set_variables(info: RankInfo, environment: MutableMapping[str, str]) -> None:
+    """Set what HCCL, NCCL and Gloo read and not every launcher sets; nothing for a single rank."""
+    if info.world_size == 1:
+        return
+    address, port = master_address(environment, info)
+    environment.update(RANK=str(info.rank), WORLD_SIZE=str(info.world_size), LOCAL_RANK=str(info.local_rank or 0),
+                       MASTER_ADDR=address, MASTER_PORT=str(port))
+    interface = interface_to(address, port)
+    if interface:
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+    several_servers = interface != LOOPBACK and info.local_size != info.world_size
+    if several_servers and "GLOO_SOCKET_IFNAME" in environment:
+        environment.setdefault("HCCL_SOCKET_IFNAME", environment["GLOO_SOCKET_IFNAME"])
 
 
 def interface_to(address: str, port: int) -> str | None:

@@ -89,6 +89,10 @@ def add_device(parser) -> None:
     add = parser.add_argument_group("how the device computes").add_argument
     add("--use_torch_compile", action="store_true", help="compile the model and the optimizer step (HPU: hpu_backend); "
         "where that does not work, the run logs the reason and continues without")
+    add("--no_compiled_autograd", action="store_true", help="HPU, with --use_torch_compile: compile the backward "
+        "pass without compiled autograd")
+    add("--use_hpu_graphs", action="store_true", help="HPU, lazy mode: record the graphs of forward and backward "
+        "passes once and replay them: less work for the host, so faster where micro-batches are small")
     add("--cuda_graphs", action="store_true", help="CUDA, with --use_torch_compile: record the compiled parts as CUDA "
         "graphs and replay them; faster where micro-batches are small")
     add("--attention", choices=("plain", "sdpa", "varlen"),
@@ -202,6 +206,13 @@ def contradiction(args) -> str | None:
         return "--attention varlen is for CUDA and CPU, not for --use_habana or --use_torch_lazy"
     if args.cuda_graphs and (not args.use_torch_compile or args.no_cuda or args.use_habana):
         return "--cuda_graphs is for CUDA with --use_torch_compile"
+    if args.use_hpu_graphs and (not args.use_habana or args.use_torch_compile or args.use_lazy_mode is False):
+        return "--use_hpu_graphs is for --use_habana in lazy mode"
+    if args.use_hpu_graphs and (args.checkpoint_activations or args.mlm_loss_chunk or args.eval_dir):
+        return ("--use_hpu_graphs excludes --checkpoint_activations and --mlm_loss_chunk, which run parts of the model "
+                "twice, and --eval_dir (evaluate.py evaluates checkpoints)")
+    if args.no_compiled_autograd and not args.use_torch_compile:
+        return "--no_compiled_autograd is for --use_torch_compile"
     last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
     if args.profile and args.profile_steps[1] > last_step:
         return f"--profile_steps {args.profile_steps[0]}:{args.profile_steps[1]}, but the run ends at step {last_step}"

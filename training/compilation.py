@@ -9,16 +9,18 @@ from common.errors import first_line
 WARM_UP_STEPS = 3  # of a run, in which its graphs compile
 
 
-def compile_training(device, model: torch.nn.Module, cuda_graphs=False) -> tuple[bool, str]:
+def compile_training(device, model: torch.nn.Module, *, cuda_graphs=False, compiled_autograd=True) -> tuple[bool, str]:
     """Compile the model; returns whether the device's compiler works, and a description with the reason if not.
 
-    With `cuda_graphs`, the compiled parts of the model are recorded and replayed without the host (CUDA).
+    With `cuda_graphs`, the compiled parts of the model are recorded and replayed without the host (CUDA).  With
+    `compiled_autograd`, the backward pass is compiled as a whole where the device does that (Gaudi).
     """
     problem = compiler_problem(device)
     if problem:
         return False, f"--use_torch_compile: not compiled: {problem}"
+    backward = device.compile_backward() if compiled_autograd else "its backward pass too, without compiled autograd"
     compile_model(device, model, cuda_graphs)
-    return True, f"--use_torch_compile: the model is compiled by {device.compiler}"
+    return True, f"--use_torch_compile: the model is compiled by {device.compiler}, {backward}"
 
 
 def compile_model(device, model: torch.nn.Module, cuda_graphs=False) -> None:

@@ -17,7 +17,7 @@ from checkpoint.state import TrainingState
 from common.errors import UserError
 from data.dataloader import sequences_in
 from devices.device import Device
-from optim.build import can_skip, optimizer_metrics, skip_counts
+from optim.build import optimizer_metrics, skip_counts
 from optim.lr_schedule import learning_rate
 from parallel.gradient_reduction import Reduction
 from parallel.ranks import SingleRank
@@ -137,6 +137,7 @@ class Trainer:
             last = micro_step == self.plan.accumulation_steps
             if last:  # late, to include signals of a long step, but early enough to overlap with the device's work
                 self.stop_vote.start(stop=self.signals.received)
+            self.device.start_micro_step(micro_step - 1)
             with self.reduction.micro_step(last):
                 with self.precision.autocast():
                     outputs = self.reduction.model(batch)
@@ -200,9 +201,6 @@ class Trainer:
             "skipped_shards": len(self.stream.skipped_shards),
             **self.throughput.read(), **self.device.memory(), **self.device.graphs()})
         self.check_skipped(step, metrics)
-        if not can_skip(self.optimizer) and not math.isfinite(figures["step_loss"]):
-            raise self.failure(step, f"the loss is {figures['step_loss']}, and {type(self.optimizer).__name__} "
-                                     f"cannot skip a step")
         if new_graphs:
             self.log.print(f"warning: {new_graphs} graphs compiled since the last line, though the warm-up is over: "
                            f"a shape or value changes from step to step (docs/graphs.md)")

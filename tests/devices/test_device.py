@@ -75,6 +75,7 @@ def test_fused_lamb_is_made_as_its_signature_says(monkeypatch):
         def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01,
                      amsgrad=False, adam_w_mode=True, grad_averaging=True, set_grad_none=True, max_grad_norm=1.0,
                      use_lamb=False, fused=False, dtype=None):
+            self.param_groups = params
             self.made_with = {key: value for key, value in locals().items() if key != "self"}
 
     monkeypatch.setitem(sys.modules, "habana_frameworks.torch.hpex.optimizers", SimpleNamespace(FusedLamb=FusedLamb))

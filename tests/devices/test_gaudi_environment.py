@@ -10,6 +10,7 @@ import pytest
 from common.errors import UserError
 from devices.gaudi_environment import BF16_LIST, FP32_LIST, LAZY_MODE, lazy_mode, list_variables, prepared
 from devices.options import DeviceOptions, PrecisionOptions
+from tests.support import gaudi
 from training.arguments import device_options, parse_arguments, precision_options
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -82,13 +83,24 @@ def test_a_list_in_the_environment_stays_unless_it_contradicts_a_typed_one(tmp_p
     assert "softmax" in str(caught.value) and "matmul" not in str(caught.value)
 
 
-def test_variables_and_files_are_there_within_the_block_alone(monkeypatch):
-    monkeypatch.setenv(LAZY_MODE, "1")
-    monkeypatch.delenv(BF16_LIST, raising=False)
-    with prepared(device(), precision(*LISTS)):
-        file = Path(os.environ[BF16_LIST])
-        assert os.environ[LAZY_MODE] == "1" and "linear" in file.read_text().split()
-    assert os.environ[LAZY_MODE] == "1" and BF16_LIST not in os.environ and not file.exists()
+WITHIN_THE_BLOCK = """
+import os
+from pathlib import Path
+from devices.gaudi_environment import prepared
+from devices.options import DeviceOptions, PrecisionOptions
+lists = PrecisionOptions(bf16=True, bf16_list="ops_bf16_bert_pt.txt", fp32_list="ops_fp32_bert_pt.txt")
+with prepared(DeviceOptions(use_habana=True), lists, local_rank=3):
+    file = Path(os.environ["PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST"])
+    assert os.environ["PT_HPU_LAZY_MODE"] == "1" and "linear" in file.read_text().split()
+    assert os.environ["HLS_MODULE_ID"] == "3"
+assert os.environ["PT_HPU_LAZY_MODE"] == "1" and not file.exists()
+assert "PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST" not in os.environ
+"""
+
+
+def test_variables_and_files_are_there_within_the_block_alone():
+    done = gaudi.run(["-c", WITHIN_THE_BLOCK], PT_HPU_LAZY_MODE="1")
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_is_set_without_use_habana(monkeypatch):

@@ -201,11 +201,11 @@ def test_ranks_that_cannot_connect_report_it(workspace, rank, changes, message):
 
 
 @pytest.mark.parametrize("variables, info", [
-    ({}, RankInfo(0, 1, 0)),
+    ({}, RankInfo(0, 1, None)),
     ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}, RankInfo(9, 16, 1, 8)),
     ({"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "6", "OMPI_COMM_WORLD_LOCAL_RANK": "2",
       "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, RankInfo(5, 6, 2, 3)),
-    ({"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "6"}, RankInfo(0, 1, 0)),
+    ({"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "6"}, RankInfo(0, 1, None)),
 ])
 def test_the_rank_comes_from_the_launchers_variables(variables, info):
     assert rendezvous.rank_info(variables) == info
@@ -239,6 +239,30 @@ def test_the_master_address_defaults_to_this_server_unless_there_are_several():
         rendezvous.master_address({}, several)
     with pytest.raises(UserError, match="MASTER_PORT is 70000"):
         rendezvous.master_address({"MASTER_PORT": "70000"}, one_server)
+
+
+def test_collectives_get_the_interface_that_leads_to_the_other_servers():
+    interface = rendezvous.interface_to("192.0.2.1", 12345)
+    if interface in (None, rendezvous.LOOPBACK):
+        pytest.skip("no network here")
+    one_server, several = RankInfo(1, 8, 1, 8), RankInfo(1, 8, 1, 2)
+
+    def found(info, **variables) -> list[str | None]:
+        rendezvous.set_variables(info, variables)
+        assert (variables["RANK"], variables["WORLD_SIZE"], variables["LOCAL_RANK"]) == ("1", "8", "1")
+        return [variables.get(f"{name}_SOCKET_IFNAME") for name in ("GLOO", "HCCL")]
+
+    assert found(several, MASTER_ADDR="192.0.2.1") == [interface, interface]
+    assert found(several, MASTER_ADDR="192.0.2.1", GLOO_SOCKET_IFNAME="mine") == ["mine", "mine"]
+    assert found(several, MASTER_ADDR="192.0.2.1", HCCL_SOCKET_IFNAME="mine") == [interface, "mine"]
+    assert found(one_server, MASTER_ADDR="192.0.2.1") == [interface, None]
+    assert found(RankInfo(1, 8, 1)) == ["lo", None]
+
+
+def test_a_single_rank_changes_no_variable():
+    variables = {}
+    rendezvous.set_variables(RankInfo(), variables)
+    assert variables == {}
 
 
 def test_the_interface_is_the_one_that_routes_to_the_address():

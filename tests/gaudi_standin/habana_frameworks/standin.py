@@ -1,5 +1,6 @@
 """What the stand-in is told by the environment, and its record."""
 
+import builtins
 import functools
 import json
 import os
@@ -14,6 +15,13 @@ def release() -> tuple[int, ...]:
 
 def cards() -> int:
     return int(os.environ.get("GAUDI_STANDIN_CARDS", "1"))
+
+
+def fail_if_told() -> None:
+    """Fail as GAUDI_STANDIN_FAILS says, with the name of an exception and a text."""
+    name, _, text = os.environ.get("GAUDI_STANDIN_FAILS", "").partition(": ")
+    if name:
+        raise getattr(builtins, name)(text)
 
 
 @functools.cache

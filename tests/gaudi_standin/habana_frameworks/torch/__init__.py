@@ -1,4 +1,4 @@
-"""The plugin: from its import on, "hpu" is a device."""
+"""The plugin: from its import on, "hpu" is a device, and the environment holds what HCCL needs."""
 
 import torch
 import torch._lazy
@@ -8,6 +8,8 @@ from torch.overrides import TorchFunctionMode
 
 from habana_frameworks import standin
 from habana_frameworks.casts import DEFAULT_BF16, DEFAULT_FP32, casts
+
+standin.fail_if_told()
 
 
 class HpuDevice(TorchFunctionMode):
@@ -46,9 +48,13 @@ standin.record("import habana_frameworks.torch", **told)
 casts.use(told.get(standin.LISTS[0], DEFAULT_BF16), told.get(standin.LISTS[1], DEFAULT_FP32))
 if standin.lazy():
     torch._lazy.ts_backend.init()
+    from habana_frameworks.torch import serialization
+
+    serialization.replace_functions_of_torch()
 from habana_frameworks.torch import hpu  # noqa: E402
 
 torch.hpu = hpu
 torch.autocast = RecordedAutocast
 torch._dynamo.register_backend(lambda graph, inputs: graph.forward, name="hpu_backend")
 HpuDevice().__enter__()
+from habana_frameworks.torch.distributed import hccl  # noqa: E402, F401

@@ -21,7 +21,11 @@ def initialize_distributed_hpu() -> tuple[int, int, int]:
         return 1, -1, -1
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "12345")
-    return tuple(int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+    world_size, rank, local_rank = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+    modules = os.environ.get("HABANA_VISIBLE_MODULES", ",".join(map(str, range(max(8, standin.cards()))))).split(",")
+    assert local_rank < len(modules), f"local rank {local_rank} is out of the range of visible modules {modules}"
+    os.environ.setdefault("HLS_MODULE_ID", modules[local_rank])
+    return world_size, rank, local_rank
 
 
 class HcclGroup(dist.ProcessGroup):
@@ -33,6 +37,13 @@ class HcclGroup(dist.ProcessGroup):
 
     def getBackendName(self) -> str:
         return "hccl"
+
+    def _set_group_name(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def group_name(self) -> str:  # functional collectives ask for it
+        return self.name
 
     def over_host(self, name: str, written, read, options):
         """Run gloo's collective `name` on copies; `written` and `read` are nested lists of tensors, or None."""
@@ -88,6 +99,9 @@ class HcclGroup(dist.ProcessGroup):
 
 
 def check(collective: str, options, tensors: list) -> None:
+    """Every collective runs the graph recorded so far."""
+    if standin.lazy():
+        torch._lazy.mark_step()
     standin.record("hccl", collective=collective, elements=sum(tensor.numel() for tensor in tensors),
                    dtype=str(tensors[0].dtype))
     if getattr(options, "reduceOp", None) == dist.ReduceOp.AVG:
@@ -112,5 +126,6 @@ def finished(tensors):
     return _create_work_from_future(future)
 
 
-standin.record("import habana_frameworks.torch.distributed.hccl", initialized=initialize_distributed_hpu())
+standin.record("import habana_frameworks.torch.distributed.hccl", initialized=initialize_distributed_hpu(),
+               card=os.environ.get("HLS_MODULE_ID"))
 dist.Backend.register_backend("hccl", HcclGroup, devices=[standin.device_type(), "hpu"])
