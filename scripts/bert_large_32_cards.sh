@@ -30,13 +30,22 @@ whole_number CARDS_PER_SERVER "$cards"
 IFS=, read -ra servers <<< "$HOSTS"
 
 over_mpirun() {
-    local root=${MPI_ROOT:-$(dirname "$(dirname "$(command -v mpirun)")")} ssh=plm_ssh_args name
-    [ "$(mpi_release)" = 4 ] && ssh=plm_rsh_args
-    launcher=(mpirun --allow-run-as-root --mca "$ssh" "${SSH_OPTIONS:--p 3022}" --prefix "$root"
+    local root=${MPI_ROOT:-$(dirname "$(dirname "$(command -v mpirun)")")} name
+    launcher=(mpirun --allow-run-as-root)
+    if [ "$(mpi_release)" = 4 ]; then
+        launcher+=(--mca plm_rsh_args "${SSH_OPTIONS:--p 3022}")
+    else
+        launcher+=(--mca plm_ssh_args "${SSH_OPTIONS:--p 3022}")
+        [ $((cards * ${#servers[@]})) -gt 8 ] && launcher+=(--mca ras_base_launch_orted_on_hn 1)  # as Gaudi's recipes do
+    fi
+    launcher+=(--prefix "$root"
               -n $((cards * ${#servers[@]})) $(binding "ppr:$((cards / 2)):socket")
               --mca btl_tcp_if_include "${NETWORK:-$MASTER_ADDR/16}" -H "$HOSTS")
-    for name in LD_LIBRARY_PATH HABANA_LOGS PYTHONPATH GC_KERNEL_PATH MASTER_ADDR MASTER_PORT; do
-        [ -n "${!name:-}" ] && launcher+=(-x "$name")  # mpirun warns of names that are not set
+    for name in $(compgen -e | sort); do  # mpirun passes on nothing by itself, and warns of names that are not set
+        case $name in
+            PT_HPU_*|HCCL_*|HABANA_*|GLOO_*|NCCL_*|FI_*|RDMAV_*|OMP_*|GC_KERNEL_PATH|MASTER_ADDR|MASTER_PORT|PATH|\
+            PYTHONPATH|LD_LIBRARY_PATH|LD_PRELOAD) launcher+=(-x "$name") ;;
+        esac
     done
     launcher+=("$interpreter")
 }

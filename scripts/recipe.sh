@@ -9,11 +9,13 @@
 #     PYTHON      python3    the interpreter, the same path on every server
 #     LAUNCHER    mpirun     or torchrun
 #     DEVICE      hpu        or cuda, or cpu
+#     MODE        lazy       or compile, or eager: how Gaudi computes (docs/gaudi.md); on cuda and cpu compile, or neither
 #     PRECISION   bf16       or fp32, which needs more memory: raise --gradient_accumulation_steps
 #     INPUT_DIR   /data/pytorch/bert_pretraining/packed_data/phase1/train_packed_new (phase2/…): shards, packed or not
 #     OUTPUT      results    folder for checkpoints and logs; several servers must share it
 #     PE          7; 6 with Open MPI 5: cores for each rank, used by its data reader and its runtime's threads
 #     MAPPING     mpirun's flags for cores and servers, instead of those made from PE
+#     RECIPE_CACHE   /tmp/bert_recipe_cache_UID   Gaudi: folder on a local disk for compiled graphs; "" = none
 #     MASTER_ADDR, MASTER_PORT   where the ranks meet: localhost (several servers: the first of HOSTS) and 12345
 #
 # Steps, warm-up and rates are those published for LAMB with batches of 65,536 and 32,768 sequences.
@@ -40,6 +42,7 @@ one_of() {  # one_of NAME VALUE CHOICE…: exit unless the value is one of the c
 
 one_of LAUNCHER "${LAUNCHER:=mpirun}" mpirun torchrun
 one_of DEVICE "${DEVICE:=hpu}" hpu cuda cpu
+one_of MODE "${MODE:=lazy}" lazy compile eager
 one_of PRECISION "${PRECISION:=bf16}" bf16 fp32
 interpreter=$(command -v "${PYTHON:=python3}") || { echo "error: PYTHON is '$PYTHON': no such program" >&2; exit 2; }
 INPUT_DIR=${INPUT_DIR:-/data/pytorch/bert_pretraining/packed_data/phase$PHASE/train_packed_new}
@@ -51,6 +54,16 @@ case $DEVICE in
     cuda) device_flags=() ;;
     cpu)  device_flags=(--no_cuda) ;;
 esac
+case $DEVICE-$MODE in
+    *-compile)  device_flags+=(--use_torch_compile) ;;
+    hpu-lazy)   device_flags+=(--use_lazy_mode=True) ;;
+    hpu-eager)  device_flags+=(--use_lazy_mode=False) ;;
+esac
+RECIPE_CACHE=${RECIPE_CACHE-/tmp/bert_recipe_cache_$(id -u)}
+if [ "$DEVICE" = hpu ] && [ -n "$RECIPE_CACHE" ]; then
+    # Never deleted: a resumed run reads what the one before compiled.  The last field is its largest size in MB.
+    export PT_HPU_RECIPE_CACHE_CONFIG=${PT_HPU_RECIPE_CACHE_CONFIG:-$RECIPE_CACHE,False,16384}
+fi
 case $PRECISION in
     bf16) precision_flags=(--hmp --hmp_bf16=./ops_bf16_bert_pt.txt --hmp_fp32=./ops_fp32_bert_pt.txt) ;;
     fp32) precision_flags=() ;;

@@ -27,23 +27,29 @@ def test_there_are_eight_commands_in_pairs_of_phases():
     assert typed_commands.kinds(COMMANDS) == list(RELEASES)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["lazy", "compile"])
 @pytest.mark.parametrize("kind", RELEASES)
-def test_both_phases_of_a_one_card_command_run_as_they_stand(workspace, tmp_path, kind):
+def test_both_phases_of_a_one_card_command_run_as_they_stand(workspace, tmp_path, kind, compiled):
+    """In compile mode with --use_torch_compile behind them, on the newest release."""
     shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
     checkpoints = tmp_path / "checkpoints"
-    run_recorded(kind, "phase 1", tmp_path)
+    run_recorded(kind, "phase 1", tmp_path, compiled)
     (checkpoints / f"ckpt_{STEPS}.pt").rename(checkpoints / "ckpt_7038.pt")  # what phase 2 starts from
-    run_recorded(kind, "phase 2", tmp_path)
+    run_recorded(kind, "phase 2", tmp_path, compiled)
     assert (checkpoints / f"ckpt_{7038 + STEPS}.pt").exists()
 
 
-def run_recorded(kind: str, phase: str, folder: Path) -> None:
+def run_recorded(kind: str, phase: str, folder: Path, compiled: bool) -> None:
     """Run the command of a kind and phase, and check its record and its log."""
     name = next(name for name in COMMANDS if name.startswith(f"{kind}, {phase}"))
     record = folder / f"{phase}.record"
     command = typed_commands.small(COMMANDS[name], folder, phase, ACCUMULATION)
-    done = gaudi.run(command, record=record, release=RELEASES[kind])
+    done = gaudi.run([*command, *["--use_torch_compile"] * compiled], record=record,
+                     release="1.23" if compiled else RELEASES[kind])
     assert done.returncode == 0, done.stderr[-2000:]
+    if compiled:
+        check_compiled_record(gaudi.calls(record))
+        return
     accumulation = int(re.search(r"(\d+) accumulation steps", done.stdout).group(1))
     assert accumulation == ACCUMULATION if "unpacked" in kind else 2 <= accumulation < ACCUMULATION
     check_record(gaudi.calls(record), kind, accumulation)
@@ -83,6 +89,13 @@ def check_casts_are_off_around_each_step(calls: list[dict]) -> None:
         if call["call"] == "FusedLamb.step":
             assert calls[place - 1] == {"call": "hmp.disable_casts", "entered": True}
             assert calls[place + 1] == {"call": "hmp.disable_casts", "entered": False}
+
+
+def check_compiled_record(calls: list[dict]) -> None:
+    assert all(call["PT_HPU_LAZY_MODE"] == "0" for call in calls[:2])
+    names = [call["call"] for call in calls]
+    assert names.count("enable_compiled_autograd") == 1 and names.count("FusedLamb.step") == STEPS
+    assert "mark_step" not in names
 
 
 @pytest.mark.parametrize("flag, compiled", [("--use_lazy_mode=False", False), ("--use_torch_compile", True)])

@@ -1,6 +1,7 @@
 """The commands for 8 cards, as users type them behind mpirun, on the stand-in for Gaudi's software.
 
-Eight ranks on few cores take long, so two commands run as tests; all ten, the second phases after the first ones, with
+Eight ranks on few cores take long, so two commands run as tests, one in lazy mode and one compiled; all ten in both
+modes, the second phases after the first ones, with
 
     python -m pytest tests/parallel/test_eight_card_commands.py --every_command
 """
@@ -16,7 +17,7 @@ from tests.support.typed_commands import STEPS
 
 COMMANDS = typed_commands.read("eight_card_commands.txt")
 CARDS = 8
-ALWAYS = ("8 cards, bf16, unpacked", "8 cards, 1.2B parameters, ZeRO, bf16, packed")
+ALWAYS = (("8 cards, bf16, unpacked", True), ("8 cards, 1.2B parameters, ZeRO, bf16, packed", False))  # kind, compiled
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +28,12 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
-def run(kind: str, phase: str, folder: Path) -> None:
+def run(kind: str, phase: str, folder: Path, compiled: bool) -> None:
     """Run the command of a kind and phase, and check what it says, logs and saves."""
     name = next(name for name in COMMANDS if name.startswith(f"{kind}, {phase}"))
     command = typed_commands.small(COMMANDS[name], folder, phase, accumulation=1)
+    if compiled:
+        command = [*(word for word in command if word != "--use_lazy_mode=True"), "--use_torch_compile"]
     record = folder / f"{phase}.record"
     done = ranks.run(ranks.mpirun(CARDS, ranks.TRAIN[0], ranks.ROOT / command[0], *command[1:]), folder,
                      **gaudi.environment(record=record, cards=CARDS))
@@ -42,6 +45,8 @@ def run(kind: str, phase: str, folder: Path) -> None:
     assert sum(call["call"] == "FusedLamb.step" for call in calls) == STEPS * CARDS
     in_16_bits = [call for call in calls if call.get("collective") == "allreduce" and call["dtype"] == "torch.bfloat16"]
     assert len(in_16_bits) == STEPS * CARDS
+    assert sum(call["call"] == "enable_compiled_autograd" for call in calls) == CARDS * compiled
+    assert any(call["call"] == "mark_step" for call in calls) != compiled
     saved = 7038 * (phase == "phase 2") + STEPS
     assert (folder / "checkpoints" / f"ckpt_{saved}.pt").exists()
     if "ZeRO" in kind:
@@ -50,20 +55,21 @@ def run(kind: str, phase: str, folder: Path) -> None:
 
 def test_there_are_ten_commands_in_pairs_of_phases():
     assert len(COMMANDS) == 10 and len(typed_commands.kinds(COMMANDS)) == 5
-    assert set(ALWAYS) < set(typed_commands.kinds(COMMANDS))
+    assert {kind for kind, _ in ALWAYS} < set(typed_commands.kinds(COMMANDS))
 
 
 @needs_mpirun
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("compiled", [False, True], ids=["lazy", "compile"])
 @pytest.mark.parametrize("kind", typed_commands.kinds(COMMANDS))
-def test_the_eight_card_commands_run_as_they_stand(workspace, tmp_path, kind, request):
+def test_the_eight_card_commands_run_as_they_stand(workspace, tmp_path, kind, compiled, request):
     every = request.config.getoption("--every_command")
-    if kind not in ALWAYS and not every:
+    if (kind, compiled) not in ALWAYS and not every:
         pytest.skip("only with --every_command")
     shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
-    run(kind, "phase 1", tmp_path)
+    run(kind, "phase 1", tmp_path, compiled)
     if every:
         checkpoints = tmp_path / "checkpoints"
         (checkpoints / f"ckpt_{STEPS}.pt").rename(checkpoints / "ckpt_7038.pt")  # what phase 2 starts from
-        run(kind, "phase 2", tmp_path)
+        run(kind, "phase 2", tmp_path, compiled)

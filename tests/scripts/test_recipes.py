@@ -75,10 +75,41 @@ def test_recipes_start_mpirun_as_its_release_wants_it(tmp_path):
         "--bind-to", "core", "--map-by", "ppr:4:socket:PE=7", "--rank-by", "core", "--report-bindings",
         "--mca", "btl_tcp_if_include", "10.10.100.101/16",
         "-H", "10.10.100.101:16,10.10.100.102:16,10.10.100.103:16,10.10.100.104:16",
-        "-x", "GC_KERNEL_PATH", "-x", "MASTER_ADDR", "-x", "MASTER_PORT", python]
+        "-x", "GC_KERNEL_PATH", "-x", "MASTER_ADDR", "-x", "MASTER_PORT", "-x", "PATH",
+        "-x", "PT_HPU_RECIPE_CACHE_CONFIG", python]
     five = launcher("bert_large_32_cards.sh", MPI_ROOT="/opt/openmpi", OPEN_MPI="5.0.8", PE="5")
     assert {"plm_ssh_args", "ppr:4:socket:PE=5", "slot"} < set(five)
+    assert five[five.index("ras_base_launch_orted_on_hn") - 1:][:3] == ["--mca", "ras_base_launch_orted_on_hn", "1"]
     assert launcher("bert_large_8_cards.sh", MAPPING="--bind-to none")[4:] == ["--bind-to", "none", python]
+
+
+def test_every_variable_that_changes_what_a_rank_does_is_passed_on(tmp_path):
+    passed_on = {"PT_HPU_LAZY_MODE": "1", "HCCL_SOCKET_IFNAME": "eth1", "HABANA_LOGS": "/logs",
+                 "GLOO_SOCKET_IFNAME": "eth1", "FI_PROVIDER": "verbs", "RDMAV_FORK_SAFE": "1", "OMP_NUM_THREADS": "4",
+                 "LD_LIBRARY_PATH": "/lib", "LD_PRELOAD": "", "PYTHONPATH": "/code",
+                 "PT_HPU_RECIPE_CACHE_CONFIG": "/cache,False,1"}
+    words = recorded("bert_large_32_cards.sh", 1, tmp_path, **passed_on, HOME="/root", OMPI_MCA_x="1", SECRET="s")
+    launcher = launcher_and_flags(words)[0]
+    names = {name for option, name in zip(launcher, launcher[1:], strict=False) if option == "-x"}
+    assert names == {*passed_on, "PATH", "MASTER_ADDR", "MASTER_PORT"}
+
+
+@pytest.mark.parametrize("device, mode, flags, cache", [
+    ("hpu", None, ["--use_habana", "--use_lazy_mode=True"], True),
+    ("hpu", "compile", ["--use_habana", "--use_torch_compile"], True),
+    ("hpu", "eager", ["--use_habana", "--use_lazy_mode=False"], True),
+    ("cuda", None, [], False),
+    ("cuda", "compile", ["--use_torch_compile"], False),
+    ("cpu", "eager", ["--no_cuda"], False),
+])
+def test_recipes_choose_the_mode(tmp_path, device, mode, flags, cache):
+    variables = {"DEVICE": device, **({"MODE": mode} if mode else {})}
+    recipe = "bert_large_32_cards.sh"
+    launcher, words = launcher_and_flags(recorded(recipe, 1, tmp_path, **variables))
+    every = {"--use_habana", "--use_lazy_mode=True", "--use_lazy_mode=False", "--use_torch_compile", "--no_cuda"}
+    assert [word for word in words if word in every] == flags
+    assert ("PT_HPU_RECIPE_CACHE_CONFIG" in launcher) == cache
+    assert "PT_HPU_RECIPE_CACHE_CONFIG" not in recorded(recipe, 1, tmp_path, **variables, RECIPE_CACHE="")
 
 
 def test_recipes_start_torchrun_on_each_server(tmp_path):
@@ -91,6 +122,7 @@ def test_recipes_start_torchrun_on_each_server(tmp_path):
     ("3", {}, "usage: bash scripts/bert_large_32_cards.sh PHASE"),
     ("1", {"LAUNCHER": "slurm"}, "LAUNCHER is 'slurm', not one of: mpirun torchrun"),
     ("1", {"DEVICE": "tpu"}, "DEVICE is 'tpu', not one of: hpu cuda cpu"),
+    ("1", {"MODE": "graph"}, "MODE is 'graph', not one of: lazy compile eager"),
     ("1", {"CARDS_PER_SERVER": "0"}, "CARDS_PER_SERVER is '0'"),
     ("1", {"PYTHON": "no-such-python"}, "PYTHON is 'no-such-python'"),
     ("1", {"LAUNCHER": "torchrun", "NODE_RANK": ""}, "error: NODE_RANK is not set"),

@@ -74,6 +74,26 @@ def test_compiled_model_has_the_same_losses_and_names(bf16):
     assert set(model.state_dict()) == names
 
 
+def test_under_autocast_without_lists_the_whole_model_is_one_graph():
+    counter, precision = CompileCounter(), Precision(PrecisionOptions(bf16=True), Device())
+    torch.manual_seed(0)
+    model = BertForPreTraining(samples.config(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0), "plain",
+                               autocast=precision.autocast, casts_off=precision.casts_off)
+    batch = samples.unpacked_batch([9, 24, 13])
+    with precision.autocast():
+        expected = model(batch)["loss"]
+    exact = model(batch)["loss"]
+    compile_training(device_compiled_by(counter), model)
+    before = counter.frame_count
+    with precision.autocast():
+        found = model(batch)["loss"]
+    assert counter.frame_count == before + 1
+    torch.testing.assert_close(found, expected)
+    assert 0 < (exact - expected).abs() < 0.05, "autocast was real"
+    found.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_a_compiler_that_is_not_there_is_named_and_the_run_continues():
     model = torch.nn.Linear(3, 2)
     compiled, description = compile_training(device_compiled_by("hpu_backend"), model)
