@@ -42,6 +42,7 @@ FIGURES = (
     Figure("average_perf_per_step", "{:.1f} sequences/s", "speed/sequences_per_second", "Throughput", "sequences/s"),
     Figure("average_training_time_step", "{:.3f} s/step", "speed/seconds_per_step"),
     Figure("data_waiting_share", "data wait {:.1%}", "speed/data_waiting_share"),
+    Figure("host_time_share", "", "speed/host_time_share"),  # near 1 on an accelerator: the host limits the speed
     Figure("model_flops_utilization", "MFU {:.1%}"),
     Figure("eval_mlm_loss", "", "held_out/mlm_loss", "Held-out MLM loss", "nats"),
     Figure("eval_mlm_accuracy", "", "held_out/mlm_accuracy", "Held-out MLM accuracy", "share"),

@@ -23,7 +23,7 @@ class Throughput:
 
     def __init__(self, peak_flops: float | None = None):
         self.peak_flops = peak_flops
-        self.mark = time.perf_counter()
+        self.mark, self.host_mark = time.perf_counter(), time.thread_time()
         self.steps = self.sequences = 0
         self.waiting = self.flops = 0.0
         self.total_steps = self.measured_sequences = 0
@@ -40,26 +40,29 @@ class Throughput:
 
     def read(self) -> dict[str, float]:
         """The figures since the last call.  The device must have finished its work."""
-        now = time.perf_counter()
+        now, host_now = time.perf_counter(), time.thread_time()
         seconds = now - self.mark
         figures = {"average_training_time_step": seconds / self.steps,
                    "average_perf_per_step": self.sequences / seconds,
-                   "data_waiting_share": self.waiting / seconds}
+                   "data_waiting_share": self.waiting / seconds,
+                   "host_time_share": (host_now - self.host_mark) / seconds}
         if self.peak_flops:
             figures["model_flops_utilization"] = self.flops / seconds / self.peak_flops
         if self.total_steps >= WARM_UP_STEPS:
             self.measured_sequences += self.sequences
             self.measured_seconds += seconds
         self.total_steps += self.steps
-        self.mark, self.steps, self.sequences, self.waiting, self.flops = now, 0, 0, 0.0, 0.0
+        self.mark, self.host_mark = now, host_now
+        self.steps, self.sequences, self.waiting, self.flops = 0, 0, 0.0, 0.0
         return figures
 
     @contextmanager
     def paused(self):
         """A block whose time does not count as training."""
-        entered = time.perf_counter()
+        entered, host_entered = time.perf_counter(), time.thread_time()
         yield
         self.mark += time.perf_counter() - entered
+        self.host_mark += time.thread_time() - host_entered
 
     @property
     def average(self) -> float | None:

@@ -53,7 +53,7 @@ if standin.lazy():
     serialization.replace_functions_of_torch()
 from habana_frameworks.torch import hpu  # noqa: E402
 
-torch.hpu = hpu
+torch.hpu = torch.lazy = hpu  # the latter for torch.utils.checkpoint, which sees the device that stands in
 torch.autocast = RecordedAutocast
 torch._dynamo.register_backend(lambda graph, inputs: graph.forward, name="hpu_backend")
 HpuDevice().__enter__()
