@@ -102,8 +102,8 @@ def add_device(parser) -> None:
         help="CPU, fp32: run the layers in kernels that are compiled (C++) when the run starts (default: True; where "
         "they cannot be used, the run logs why and uses PyTorch's operations)")
     add("--use_fused_lamb", action="store_true",
-        help="use the device's fused LAMB, if it has one; on a CPU, one compiled kernel.  Gaudi's cannot skip a step that "
-        "is not finite: it gets gradients of zero")
+        help="use the device's fused LAMB, if it has one; on a CPU, one compiled kernel.  Gaudi's cannot skip a step "
+        "that is not finite: it gets gradients of zero")
 
 
 def add_device_choice(parser) -> None:
