@@ -22,7 +22,7 @@ def main(argv=None) -> None:
     info = rendezvous.rank_info(os.environ, args.local_rank)
     rendezvous.set_variables(info, os.environ)
     device, precision = device_options(args, args.use_torch_compile), precision_options(args)
-    with gaudi_environment.prepared(device, precision, info.local_rank), ShardReader() as reader:
+    with ShardReader() as reader, gaudi_environment.prepared(device, precision, info.local_rank):
         pretrain(args, info, reader)
 
 
