@@ -13,6 +13,7 @@ from common.errors import UserError
 from data import dataloader
 from data.shard_reader import ShardReader
 from devices.device import Device
+from parallel.rendezvous import RankInfo
 from tests.support import ranks, samples
 from training import arguments
 
@@ -31,7 +32,7 @@ def flags(**changes) -> list[str]:
 def dry_run(**changes) -> dict:
     """The figures of a dry run in this process."""
     with ShardReader() as reader:
-        return run_pretraining.pretrain(arguments.parse_arguments(flags(**changes)), reader)
+        return run_pretraining.pretrain(arguments.parse_arguments(flags(**changes)), RankInfo(), reader)
 
 
 def contents(folder) -> dict:

@@ -103,17 +103,17 @@ def test_skipped_steps_in_a_row_are_counted_across_a_restart(workspace, monkeypa
         train(max_steps=20, max_skipped_steps=3, resume_from_checkpoint=True)
 
 
-def test_with_gaudis_fused_lamb_a_loss_that_is_not_finite_ends_the_run(workspace):
-    """It cannot skip: the fault is found when step 2 is logged, and no checkpoint of it is written."""
+def test_with_gaudis_fused_lamb_losses_that_are_not_finite_are_counted_and_end_the_run(workspace):
+    """They are found when step 4 is logged, and no checkpoint is written."""
     train(max_steps=1)
     state = torch.load("out/ckpt_1.pt", weights_only=True)
     state["model"]["cls.predictions.transform.dense_act.weight"][0, 0] = float("nan")
     torch.save({"model": state["model"]}, "spoiled.pt")
     command = flags(no_cuda=None, use_habana=True, use_fused_lamb=True, init_checkpoint="spoiled.pt", output_dir="hpu",
-                    log_freq=2, num_steps_per_checkpoint=100)
+                    log_freq=2, num_steps_per_checkpoint=100, max_skipped_steps=3)
     done = gaudi.run([ranks.ROOT / "run_pretraining.py", *command], cwd=workspace)
     assert done.returncode == 2, done.stderr
-    assert "step 2: the loss is nan, and FusedLamb cannot skip a step" in done.stderr.splitlines()[-1]
+    assert "step 4: 4 steps in a row were skipped" in done.stderr.splitlines()[-1]
     assert saved_steps("hpu") == []
 
 
