@@ -4,8 +4,11 @@
 """
 
 import json
+import sys
 
 from common import cli
+from common.errors import UserError
+from common.files import write_json
 from devices import gaudi_environment
 from devices.options import PrecisionOptions
 from training.arguments import add_device_choice, device_options
@@ -14,10 +17,11 @@ from training.arguments import add_device_choice, device_options
 def main(argv=None):
     args = parse_arguments(argv)
     with gaudi_environment.prepared(device_options(args), PrecisionOptions()):
-        print_figures(args)
+        return print_figures(args)
 
 
-def print_figures(args) -> None:
+def print_figures(args) -> int:
+    """Evaluate and print; returns the exit code."""
     import torch
 
     from checkpoint.load import load_weights
@@ -33,12 +37,52 @@ def print_figures(args) -> None:
     held_out = find_shards(args.eval_dir, "test", "--eval_dir")
     torch.manual_seed(args.seed)
     model = BertForPreTraining(config, device.attentions[-1])
-    if args.checkpoint:
-        load_weights(model, args.checkpoint)
+    contents = load_weights(model, args.checkpoint) if args.checkpoint else {}
     model.to_device(device.torch_device)
-    evaluator = Evaluator(shards=held_out, batch_size=args.batch_size, device=device, ranks=SingleRank(RankInfo()))
+    evaluator = Evaluator(shards=held_out, batch_size=args.batch_size, device=device, ranks=SingleRank(RankInfo()),
+                          token_counts=training_counts(args, contents, config.vocab_size))
     figures = evaluator.evaluate(model, progress=not args.disable_progress_bar)
     print(json.dumps(figures, indent=2) if args.json else describe_figures(figures))
+    if args.json_file:
+        write_json(args.json_file, figures)
+    if args.margin is not None:
+        return check_margin(figures, args.margin)
+    return 0
+
+
+def training_counts(args, contents: dict, vocab_size: int):
+    """How often each token occurs in the training set: from --input_dir, else from the checkpoint, else None."""
+    import torch
+
+    from data.dataloader import check_first_rows
+    from data.shard_reader import ShardReader
+    from data.shards import find_shards
+    from data.token_counts import TOKEN_COUNTS, stored_counts
+
+    if args.input_dir:
+        shards = find_shards(args.input_dir)
+        counts = stored_counts(shards, vocab_size)
+        if counts is None:
+            with ShardReader() as reader:
+                counts = check_first_rows(shards, vocab_size, reader, skip_bad_shards=False)
+        return torch.from_numpy(counts)
+    counts = contents.get(TOKEN_COUNTS)
+    if isinstance(counts, torch.Tensor) and counts.dtype == torch.int64 and counts.shape == (vocab_size,):
+        return counts
+    return None
+
+
+def check_margin(figures: dict, margin: float) -> int:
+    """The exit code: 1, and a line, where the MLM loss is not `margin` nats below what is reached without context."""
+    line = figures.get("context_free_mlm_loss")
+    if line is None:
+        raise UserError(f"--margin {margin}: the training set's token counts are in neither the checkpoint nor an "
+                        f"--input_dir")
+    if line - figures["mlm_loss"] >= margin:
+        return 0
+    print(f"error: --margin {margin}: the MLM loss {figures['mlm_loss']:.4f} is not {margin} nats below the "
+          f"{line:.4f} that a model without context reaches", file=sys.stderr)
+    return 1
 
 
 def parse_arguments(argv):
@@ -46,9 +90,14 @@ def parse_arguments(argv):
     parser.add_argument("--checkpoint", help="the checkpoint (default: a freshly initialised model)")
     parser.add_argument("--config_file", required=True, help="its model config, JSON")
     parser.add_argument("--eval_dir", required=True, help="folder of shards (packed, or with 'test' in the name)")
+    parser.add_argument("--input_dir", help="folder of the training shards, whose token frequencies give what can be "
+                        "predicted without context (default: those that the checkpoint holds)")
+    parser.add_argument("--margin", type=float, metavar="NATS", help="end with exit code 1 unless the MLM loss is at "
+                        "least this far below what can be predicted without context")
     parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="rows per batch")
     parser.add_argument("--seed", type=int, default=42, help="random seed of the weights without --checkpoint")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--json_file", metavar="FILE", help="also write the figures as JSON to a file")
     parser.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
     add_device_choice(parser)
     return parser.parse_args(argv)

@@ -3,13 +3,21 @@
     python3 fill_mask.py --checkpoint results/checkpoints/ckpt_8601.pt --config_file bert_config.json \\
         --vocab_file vocab.txt "The capital of France is [MASK]." "He put the [MASK] on the [MASK]."
 
-Without a sentence, sentences are read line by line from the terminal or a pipe.  Runs on the CPU.
+Where the checkpoint holds the token frequencies of its training set, what these alone say stands below.  Without a
+sentence, sentences are read line by line from the terminal or a pipe.  Runs on the CPU.
 """
 
 import sys
+from pathlib import Path
+from random import Random
 
 from common import cli
 from common.errors import UserError
+from common.files import write_json
+from data.token_counts import TOKEN_COUNTS
+from data.tokenizer import SPECIAL_TOKENS
+
+WORDS_IN_SENTENCE = range(8, 31)  # of those taken at random
 
 
 def main(argv=None) -> None:
@@ -21,14 +29,24 @@ def main(argv=None) -> None:
     config = BertConfig.from_json_file(args.config_file)
     tokenizer = tokenizer_of(read_vocabulary(args.vocab_file, config), args.do_lower_case)
     model = BertForPreTraining(config).eval()
-    load_weights(model, args.checkpoint)
+    counts = load_weights(model, args.checkpoint).get(TOKEN_COUNTS)
+    predictor = MaskPredictor(model, tokenizer, args.top, usable_counts(counts, config.vocab_size))
+    examples = []
     for sentence in args.sentences:
-        print(answer(model, tokenizer, sentence, args.top))
-    for sentence in typed_sentences() if not args.sentences else ():
+        examples.append(predictor.answer(sentence))
+        print(example_text(examples[-1]))
+    for sentence in random_sentences(args.random_from, args.random_count, args.seed) if args.random_from else ():
+        masked = predictor.mask_a_word(sentence, args.seed)
+        if masked:
+            examples.append(predictor.answer(*masked))
+            print(example_text(examples[-1]))
+    for sentence in typed_sentences() if not args.sentences and not args.random_from else ():
         try:
-            print(answer(model, tokenizer, sentence, args.top))
+            print(example_text(predictor.answer(sentence)))
         except UserError as error:  # a mistyped sentence does not end the command
             print(error)
+    if args.json:
+        write_json(args.json, examples)
 
 
 def parse_arguments(argv):
@@ -40,6 +58,11 @@ def parse_arguments(argv):
     parser.add_argument("--do_lower_case", type=cli.boolean, default=True, metavar="1|0",
                         help="whether the data was lower-cased (an uncased vocabulary)")
     parser.add_argument("--top", type=cli.positive_int, default=5, help="words to show for each [MASK]")
+    parser.add_argument("--random_from", metavar="TEXT", help="a text shard (a sentence a line): take sentences from "
+                        "it at random, hide a word in each, and tell the true word's rank")
+    parser.add_argument("--random_count", type=cli.positive_int, default=3, help="how many of them")
+    parser.add_argument("--seed", type=int, default=1, help="random seed of these sentences and words")
+    parser.add_argument("--json", metavar="FILE", help="also write sentences and words to a file")
     return parser.parse_args(argv)
 
 
@@ -54,38 +77,111 @@ def typed_sentences():
         yield line
 
 
-def answer(model, tokenizer, sentence: str, top: int) -> str:
-    """The sentence, and below it a line for each [MASK]: the most likely words and their probabilities."""
-    lines = [sentence]
-    for words in best_words(model, tokenizer, sentence, top):
-        lines.append("    " + ", ".join(f"{word} ({probability:.1%})" for word, probability in words))
+def random_sentences(path: str, count: int, seed: int) -> list[str]:
+    """Sentences of a text shard at random, neither very short nor very long.  UserError where it has too few."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--random_from {path}: cannot be read: {error}") from None
+    usable = [line for line in lines if len(line.split()) in WORDS_IN_SENTENCE]
+    if len(usable) < count:
+        raise UserError(f"--random_from {path}: {len(usable)} sentences of {WORDS_IN_SENTENCE.start} to "
+                        f"{WORDS_IN_SENTENCE.stop - 1} words in it, --random_count is {count}")
+    return Random(seed).sample(usable, count)
+
+
+def usable_counts(counts, vocab_size: int) -> list[int] | None:
+    """How often each token occurs in the training set, from a checkpoint; None where it does not hold that."""
+    counts = counts.tolist() if hasattr(counts, "tolist") else None
+    return counts if isinstance(counts, list) and len(counts) == vocab_size and sum(counts) else None
+
+
+class MaskPredictor:
+    """Predicts masked tokens by a model and, for comparison, by the frequencies of the training tokens."""
+
+    def __init__(self, model, tokenizer, top: int, counts: list[int] | None):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.top = top
+        self.special = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
+        self.shares = [count / sum(counts) for count in counts] if counts else None
+        for token in self.special if counts else ():
+            self.shares[token] = -1.0
+
+    def answer(self, sentence: str, true_word: str | None = None) -> dict:
+        """The sentence, and for each [MASK] the likeliest tokens with their probabilities, best first.
+
+        Beside them what the frequencies alone say; with `true_word` its rank by both.
+        """
+        masks = []
+        for probabilities in self.probabilities(sentence):
+            true_id = self.tokenizer.token_to_id(true_word) if true_word else None
+            masks.append({"words": self.best(probabilities),
+                          "frequent": self.best(self.shares) if self.shares else [],
+                          "true_word": true_word, "rank": rank_of(true_id, probabilities),
+                          "frequency_rank": rank_of(true_id, self.shares)})
+        return {"sentence": sentence, "masks": masks}
+
+    def best(self, values: list[float]) -> list[tuple[str, float]]:
+        """The tokens with the highest values."""
+        best = sorted(range(len(values)), key=lambda token: -values[token])[:min(self.top, len(values) - 5)]
+        return [(self.tokenizer.id_to_token(token), values[token]) for token in best]
+
+    def probabilities(self, sentence: str) -> list[list[float]]:
+        """The probability of every token at each [MASK]; −1 for special tokens.
+
+        Raises UserError where the sentence has no [MASK] or is too long for the model.
+        """
+        import torch
+
+        ids = self.tokenizer.encode(sentence).ids
+        mask = self.tokenizer.token_to_id("[MASK]")
+        positions = [position for position, token in enumerate(ids) if token == mask]
+        if not positions:
+            raise UserError(f"no [MASK] in {sentence!r}")
+        if len(ids) > self.model.config.max_position_embeddings:
+            raise UserError(f"{len(ids)} tokens in {sentence[:40]!r}…, but the model takes "
+                            f"{self.model.config.max_position_embeddings}")
+        with torch.no_grad():
+            logits, _ = self.model.logits(one_row(ids, positions))  # (1, P, V)
+        logits = logits[0, :, :self.model.config.vocab_size]
+        logits[:, self.special] = float("-inf")
+        probabilities = logits.softmax(-1)
+        probabilities[:, self.special] = -1.0
+        return probabilities.tolist()
+
+    def mask_a_word(self, sentence: str, seed: int) -> tuple[str, str] | None:
+        """The sentence with [MASK] in place of a random word that is one token, and that word; None without one."""
+        words = sentence.split()
+        single = [(place, self.tokenizer.encode(word, add_special_tokens=False).tokens)
+                  for place, word in enumerate(words) if word.isalpha()]
+        single = [(place, tokens[0]) for place, tokens in single if len(tokens) == 1 and tokens[0].isalpha()]
+        if not single:
+            return None
+        place, token = Random(f"{seed} {sentence}").choice(single)
+        return " ".join([*words[:place], "[MASK]", *words[place + 1:]]), token
+
+
+def rank_of(token: int | None, values: list[float] | None) -> int | None:
+    """1 for the token with the highest value."""
+    return None if token is None or values is None else 1 + sum(value > values[token] for value in values)
+
+
+def example_text(example: dict) -> str:
+    """The sentence, and below it lines for each [MASK]."""
+    lines = [example["sentence"]]
+    for mask in example["masks"]:
+        lines.append("    " + listed(mask["words"]))
+        if mask["frequent"]:
+            lines.append(f"    by frequency alone: {listed(mask['frequent'])}")
+        if mask["true_word"]:
+            by_frequency = f", by frequency {mask['frequency_rank']}" if mask["frequency_rank"] else ""
+            lines.append(f"    the word was {mask['true_word']}: rank {mask['rank']}{by_frequency}")
     return "\n".join(lines)
 
 
-def best_words(model, tokenizer, sentence: str, top: int) -> list[list[tuple[str, float]]]:
-    """For each [MASK], the most likely tokens with their probabilities, best first, without special tokens.
-
-    Raises UserError where the sentence has no [MASK] or is too long for the model.
-    """
-    import torch
-
-    from data.tokenizer import SPECIAL_TOKENS
-
-    ids = tokenizer.encode(sentence).ids
-    mask = tokenizer.token_to_id("[MASK]")
-    positions = [position for position, token in enumerate(ids) if token == mask]
-    if not positions:
-        raise UserError(f"no [MASK] in {sentence!r}")
-    if len(ids) > model.config.max_position_embeddings:
-        raise UserError(f"{len(ids)} tokens in {sentence[:40]!r}…, but the model takes "
-                        f"{model.config.max_position_embeddings}")
-    with torch.no_grad():
-        logits, _ = model.logits(one_row(ids, positions))  # (1, P, V)
-    logits = logits[0, :, :model.config.vocab_size]
-    logits[:, [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]] = float("-inf")
-    found = logits.softmax(-1).topk(min(top, logits.shape[-1] - len(SPECIAL_TOKENS)))
-    return [[(tokenizer.id_to_token(token), probability) for token, probability in zip(*pair, strict=True)]
-            for pair in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
+def listed(words: list[tuple[str, float]]) -> str:
+    return ", ".join(f"{word} ({probability:.1%})" for word, probability in words)
 
 
 def one_row(ids: list[int], masked_positions: list[int]) -> dict:

@@ -67,7 +67,10 @@ def run_of(runs: list[RunCurves], parameters: dict, path: str) -> RunCurves:
 
 
 def draw_panels(runs: list[RunCurves], output: str) -> None:
-    """Draw a panel for each figure that a run has, with a dotted line where phase 2 starts."""
+    """Draw a panel for each figure that a run has, with a dotted line where phase 2 starts.
+
+    What can be reached without context, or by the larger class, is dashed.
+    """
     from matplotlib.figure import Figure
 
     panels = [figure for figure in FIGURES if figure.title and any(figure.name in run.curves for run in runs)]
@@ -78,6 +81,9 @@ def draw_panels(runs: list[RunCurves], output: str) -> None:
         axis.grid(alpha=0.3)
         for number, run in enumerate(runs):
             draw_curve(axis, run, panel.name, f"C{number}")
+            for line in FIGURES:
+                if line.line_in == panel.name:
+                    axis.plot(*points_of(run, line.name), linestyle="--", color=f"C{number}", alpha=0.6)
     for axis in axes[len(panels):]:
         axis.remove()
     if sum(bool(run.curves) for run in runs) > 1:
@@ -86,11 +92,17 @@ def draw_panels(runs: list[RunCurves], output: str) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
+def points_of(run: RunCurves, key: str) -> tuple[list[int], list[float]]:
+    """The steps and the values of a figure."""
+    curve = run.curves.get(key, {})
+    return sorted(curve), [curve[step] for step in sorted(curve)]
+
+
 def draw_curve(axis, run: RunCurves, key: str, color: str) -> None:
-    points = sorted(run.curves.get(key, {}).items())
-    if not points:
+    steps, values = points_of(run, key)
+    if not steps:
         return
-    axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 15 else None, label=run.name, color=color)
+    axis.plot(steps, values, marker="o" if len(steps) < 15 else None, label=run.name, color=color)
     if run.phase2_start:
         axis.axvline(run.phase2_start, linestyle=":", color=color)
 

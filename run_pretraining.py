@@ -36,6 +36,8 @@ def pretrain(args, info: rendezvous.RankInfo, reader) -> dict:
 
 def pretrain_rank(args, ranks, reader) -> dict:
     """The work of one rank.  Nothing is written before everything has been checked."""
+    import torch
+
     from checkpoint.resume import Phase, find_resume_point
     from checkpoint.state import TrainingState
     from data.dataloader import BatchStream, average_sequences_per_row
@@ -57,7 +59,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
         summary_writer()
 
     config = BertConfig.from_json_file(args.config_file)
-    shards = training_shards(args, config, reader, ranks.warn)
+    shards, token_counts = training_shards(args, config, reader, ranks.warn)
     held_out = held_out_shards(args, config, reader)
     plan = BatchPlan.from_flags(args, average_sequences_per_row(shards, reader, args.skip_bad_shards))
     phase = Phase(2, args.phase1_end_step) if args.phase2 else Phase()
@@ -85,7 +87,8 @@ def pretrain_rank(args, ranks, reader) -> dict:
         shards=ranks.world_size if args.use_zero_optimizer else 1)
     stream = BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, ranks=ranks, reader=reader,
                          skip_bad_shards=args.skip_bad_shards, warn=ranks.warn)
-    state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision)
+    state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision,
+                          token_counts=torch.from_numpy(token_counts))
     resume_point.restore(state)
     device.synchronize()  # keeps copying the weights out of the first step's graph
     broadcast_weights(ranks, model)
@@ -104,7 +107,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
             log.print(line)
     stream.warn = log.warn
     evaluator = Evaluator(shards=held_out, batch_size=plan.micro_batch_size, device=device, ranks=ranks,
-                          autocast=precision.autocast) if held_out else None
+                          autocast=precision.autocast, token_counts=state.token_counts) if held_out else None
     try:
         trainer = Trainer(args=args, ranks=ranks, device=device, state=state, reduction=reduction, plan=plan,
                           phase=phase, first_step=resume_point.step, evaluator=evaluator, log=log)
@@ -129,10 +132,11 @@ def run_fingerprint(args, config, shards, resume_point) -> dict[str, str]:
     }
 
 
-def training_shards(args, config, reader, warn) -> list:
-    """The shards of --input_dir, checked against the flags and the config."""
+def training_shards(args, config, reader, warn) -> tuple:
+    """The shards of --input_dir, checked against the flags and the config, and how often each token occurs in them."""
     from data.dataloader import check_first_rows
     from data.shards import find_readable_shards, find_shards
+    from data.token_counts import stored_counts
 
     if args.skip_bad_shards:
         found, unreadable = find_readable_shards(args.input_dir, reader=reader)
@@ -156,9 +160,9 @@ def training_shards(args, config, reader, warn) -> list:
     if args.avg_seq_per_pack is not None:
         warn("--avg_seq_per_pack is deprecated and has no effect: the data decides")
     check_length("--max_seq_length", args.max_seq_length, config)
-    if not args.skip_bad_shards:
-        check_first_rows(found, config.vocab_size, reader)
-    return found
+    in_first_rows = check_first_rows(found, config.vocab_size, reader, args.skip_bad_shards)
+    counts = stored_counts(found, config.vocab_size)
+    return found, in_first_rows if counts is None else counts
 
 
 def held_out_shards(args, config, reader) -> list | None:

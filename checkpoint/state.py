@@ -8,6 +8,7 @@ from checkpoint import optimizer_shards
 from checkpoint.load import load_model, load_optimizer
 from common.errors import dictionary, whole_number
 from data.dataloader import BatchStream
+from data.token_counts import TOKEN_COUNTS
 from modeling import BertForPreTraining
 from optim.build import restore_skip_counts, skip_counts
 
@@ -22,6 +23,8 @@ class TrainingState:
         skipped     counts of the steps that were skipped because a number was not finite
         scaler      the loss scale of --fp16
         data        the position in the stream of batches
+        token_counts   how often each token occurs in the training set: evaluate.py works out from it what can be
+                    predicted without context
         step, phase the step of the phase, and 1 or 2
 
     To save another part, give it state_dict() and load_state_dict(), which checks its values, and add it to both
@@ -32,6 +35,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     stream: BatchStream
     precision: object  # devices.precision.Precision
+    token_counts: torch.Tensor  # (vocab_size,) int64, on the host
 
     def state_dict(self, path, ranks, batches_ahead: int) -> dict:
         """The contents of the checkpoint at `path`, without step and phase.
@@ -43,7 +47,7 @@ class TrainingState:
         return {"model": self.model.state_dict(keep_vars=True), "config": vars(self.model.config),
                 "optimizer": optimizer_shards.save_optimizer(path, self.optimizer, ranks),
                 "skipped": skip_counts(self.optimizer), "scaler": self.precision.state_dict(),
-                "data": self.stream.state_dict(batches_ahead)}
+                "data": self.stream.state_dict(batches_ahead), TOKEN_COUNTS: self.token_counts}
 
     def load_state_dict(self, contents: dict, path) -> None:
         """Load the contents of the checkpoint at `path`, as far as present.  UserError where a value is malformed."""

@@ -21,6 +21,7 @@ from data.masking import masked, row_keys
 from data.row_order import locate, row_order, row_ranges, rows_of_epoch
 from data.shard_reader import ShardReader
 from data.shards import Shard, count_sequences, metadata_path, read_checked_rows
+from data.token_counts import read_checked_counts
 
 HELD_OUT_SEED = 0  # for masking held-out rows without masks: the same masks at every evaluation
 ROWS_CHECKED_FIRST = 50_000  # read and checked before the model is built; the others when they are needed
@@ -191,14 +192,22 @@ def position_of(value, what: str) -> tuple[int, int]:
     raise UserError(f"{what} is {str(value)[:50]}, not the epoch and the row at which it was skipped")
 
 
-def check_first_rows(shards: list[Shard], vocab_size: int, reader: ShardReader) -> None:
-    """Check the first shards, so that most mistakes are found before the model is built."""
-    checked = 0
+def check_first_rows(shards: list[Shard], vocab_size: int, reader: ShardReader, skip_bad_shards: bool) -> np.ndarray:
+    """Check the first shards, so that most mistakes are found before the model is built.
+
+    Returns how often each token occurs in them.  (vocab_size,)
+    """
+    checked, counts = 0, np.zeros(vocab_size, np.int64)
     for shard in shards:
         if checked >= ROWS_CHECKED_FIRST:
-            return
-        reader.call(read_checked_rows, shard, vocab_size)
+            break
+        try:
+            counts += reader.call(read_checked_counts, shard, vocab_size)
+        except UserError:
+            if not skip_bad_shards:
+                raise
         checked += shard.rows
+    return counts
 
 
 def with_masks(rows: dict[str, np.ndarray], shard: Shard, keys: np.ndarray) -> dict[str, np.ndarray]:

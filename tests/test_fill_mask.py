@@ -31,7 +31,9 @@ def test_words_and_probabilities_are_those_of_transformers():
     sentence = "The [MASK] seas deep [MASK]."
     model = BertForPreTraining(config).eval()
     load_weights(model, "ckpt_7.pt")
-    found = fill_mask.best_words(model, tokenizer_of(read_vocabulary("vocab.txt", config), True), sentence, 1003 - 5)
+    tokenizer = tokenizer_of(read_vocabulary("vocab.txt", config), True)
+    masks = fill_mask.MaskPredictor(model, tokenizer, 1003 - 5, None).answer(sentence)["masks"]
+    found = [mask["words"] for mask in masks]
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
     masked_lm = saved_model.loaded("BertForMaskedLM", "masked_lm")
     theirs = transformers.pipeline("fill-mask", masked_lm, tokenizer=tokenizer, top_k=1003)

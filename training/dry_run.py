@@ -20,6 +20,7 @@ from common.files import nearest_existing
 from data.dataloader import batches_once
 from data.shards import read_checked_rows
 from training import memory_estimate
+from training.evaluation import shown_mask_id
 
 MOMENTS = 2  # numbers that the optimizer keeps for each weight
 TIMED_STEPS = 2  # after one that is not
@@ -178,10 +179,11 @@ def evaluation_seconds(trainer) -> float:
     evaluator = trainer.evaluator
     rows = evaluator.batch_size
     with closing(batches_once(evaluator.shards, rows, trainer.model.config.vocab_size)) as batches:
-        batch = trainer.device.put(next(batches))
+        on_host = next(batches)
+    batch, mask_id, frequencies = trainer.device.put(on_host), shown_mask_id(on_host), evaluator.context_free_model()
     for _ in range(2):
         began = time.perf_counter()
-        evaluator.batch_sums(trainer.model, batch).tolist()
+        evaluator.batch_sums(trainer.model, batch, frequencies, mask_id).tolist()
         seconds = time.perf_counter() - began
     trainer.model.train()
     return seconds * -(-sum(shard.rows for shard in evaluator.shards) // (rows * trainer.ranks.world_size))

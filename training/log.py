@@ -28,6 +28,7 @@ class Figure:
     tag: str = ""  # in TensorBoard
     title: str = ""  # of its panel in plot_training.py
     unit: str = ""  # of that panel's axis
+    line_in: str = ""  # the figure in whose panel it is drawn as a dashed line
 
 
 FIGURES = (
@@ -45,9 +46,13 @@ FIGURES = (
     Figure("host_time_share", "", "speed/host_time_share"),  # near 1 on an accelerator: the host limits the speed
     Figure("model_flops_utilization", "MFU {:.1%}"),
     Figure("eval_mlm_loss", "", "held_out/mlm_loss", "Held-out MLM loss", "nats"),
+    Figure("eval_context_free_mlm_loss", "", "held_out/context_free_mlm_loss", line_in="eval_mlm_loss"),
     Figure("eval_mlm_accuracy", "", "held_out/mlm_accuracy", "Held-out MLM accuracy", "share"),
+    Figure("eval_context_free_mlm_accuracy", "", "held_out/context_free_mlm_accuracy", line_in="eval_mlm_accuracy"),
+    *(Figure(f"eval_{kind}_loss", "", f"held_out/{kind}_loss") for kind in ("mask", "kept", "replaced")),
     Figure("eval_nsp_loss", "", "held_out/nsp_loss"),
     Figure("eval_nsp_accuracy", "", "held_out/nsp_accuracy", "Held-out NSP accuracy", "share"),
+    Figure("eval_nsp_larger_class", "", "held_out/nsp_larger_class", line_in="eval_nsp_accuracy"),
 )
 
 

@@ -20,6 +20,7 @@ from data.packing.output import PART_NAME, check_output_dir, check_space, packin
 from data.packing.recipe import knapsack
 from data.packing.scatter_gather import Layout, Survey, gather, scatter, survey, temporary_bytes
 from data.shards import Shard, find_shards
+from data.token_counts import TOKEN_COUNTS, as_text, summed_counts
 from data.workers import open_pool
 
 RECORDED_OPTIONS = ("packing_method", "max_sequences_per_pack", "max_sequence_length", "max_predictions_per_sequence",
@@ -69,8 +70,8 @@ def pack(options: PackingOptions) -> dict:
             layout = Layout(row_count=recipe.row_count, row_length=options.max_sequence_length,
                             max_sequences=options.max_sequences_per_pack, prediction_slots=options.prediction_slots,
                             folder=folder, rule=shards[0].rule)
-            write_rows(run, blocks, surveys, RowAssignment(recipe, histogram, options.seed), layout)
-            publish(folder, output_dir, metadata)
+            counts = write_rows(run, blocks, surveys, RowAssignment(recipe, histogram, options.seed), layout)
+            publish(folder, output_dir, metadata | {TOKEN_COUNTS: as_text(counts)})
     if options.plot:
         plot.plot_packing(recipe, histogram, options.plot)
     return metadata
@@ -102,13 +103,16 @@ def check_predictions_fit(options: PackingOptions, surveys: list[Survey]) -> Non
                         f"--max_predictions_per_sequence {most - depth} fits")
 
 
-def write_rows(run, blocks: list[Block], surveys: list[Survey], assignment: RowAssignment, layout: Layout) -> None:
-    """Write the packed shards and the temporary files into the layout's folder."""
+def write_rows(run, blocks: list[Block], surveys: list[Survey], assignment: RowAssignment,
+               layout: Layout) -> np.ndarray:
+    """Write the packed shards and the temporary files into the layout's folder; how often each token occurs."""
     check_space(temporary_bytes(surveys, layout.part_count), layout.folder)
     ranks_before = accumulate((survey.histogram for survey in surveys), initial=np.zeros_like(assignment.histogram))
     list(run("placing sequences", scatter,
              [(block, assignment, ranks, layout) for block, ranks in zip(blocks, ranks_before, strict=False)]))
-    written = sum(run("writing shards", gather, [(part, len(blocks), layout, layout.folder / PART_NAME.format(part))
-                                                 for part in range(layout.part_count)]))
+    written, counts = zip(*run("writing shards", gather,
+                               [(part, len(blocks), layout, layout.folder / PART_NAME.format(part))
+                                for part in range(layout.part_count)]), strict=True)
     expected = assignment.histogram.sum()
-    assert written == expected, f"{written} sequences written, {expected} in the input"
+    assert sum(written) == expected, f"{sum(written)} sequences written, {expected} in the input"
+    return summed_counts(counts)

@@ -18,6 +18,7 @@ from data.masking import MaskingRule, ranges
 from data.packing.assignment import RowAssignment, ranks_within
 from data.packing.blocks import Block
 from data.shards import MASK_KEYS, write_shard
+from data.token_counts import count_tokens
 
 TOKENS_PER_PART = 2**23  # padding included: 16,384 rows of 512
 
@@ -156,13 +157,13 @@ def records_of(rows: dict, lengths, output_rows, slots) -> tuple[np.ndarray, np.
 
 # --- gather ---
 
-def gather(part: int, block_count: int, layout: Layout, path: Path) -> int:
-    """Write one packed shard; returns the number of sequences in it."""
+def gather(part: int, block_count: int, layout: Layout, path: Path) -> tuple[int, np.ndarray]:
+    """Write one packed shard; returns the number of its sequences, and how often each token occurs."""
     pieces = [read_piece(block_number, part, layout) for block_number in range(block_count)]
     sequences, tokens, predictions = (np.concatenate(records) for records in zip(*pieces, strict=True))
     rows = packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part))
     write_shard(path, rows, layout.rule, layout.prediction_slots)
-    return len(sequences)
+    return len(sequences), count_tokens(rows)
 
 
 def read_piece(block_number: int, part: int, layout: Layout) -> list[np.ndarray]:

@@ -157,7 +157,9 @@ def test_metadata_describe_the_set(unpacked, tmp_path):
         "padding_tokens_packed_dataset": rows * 128 - tokens, "top_8_strategies": metadata["top_8_strategies"],
         "lower_bound_of_samples": metadata["lower_bound_of_samples"], "packing_method": "nnls",
         "max_sequences_per_pack": 3, "max_sequence_length": 128, "max_predictions_per_sequence": 20, "seed": 7,
-        "input_dir": str(unpacked), "input_files": [f"tiny_training_{number}.hdf5" for number in range(3)]}
+        "input_dir": str(unpacked), "input_files": [f"tiny_training_{number}.hdf5" for number in range(3)],
+        "token_counts": metadata["token_counts"]}
+    assert sum(map(int, metadata["token_counts"].split())) == tokens - 3 * 104, "without [CLS] and two [SEP] a sequence"
     top = [tuple(strategy) for strategy in metadata["top_8_strategies"]]
     assert sorted(strategies[strategy] for strategy in top) == sorted(strategies.values())[-8:]
     assert -(-tokens // 128) <= metadata["lower_bound_of_samples"] <= rows

@@ -1,0 +1,69 @@
+"""How often each token occurs in a training set: what a model can know without context.  No torch here.
+
+The packer counts all tokens and keeps the counts in the set's metadata, as "token_counts": the counts by token id,
+separated by blanks.  Other sets are counted over their first rows, which training checks anyway.
+"""
+
+import json
+
+import numpy as np
+
+from common.errors import UserError
+from data.shards import Shard, metadata_path, read_checked_rows
+
+TOKEN_COUNTS = "token_counts"  # in the metadata, and in checkpoints
+
+
+def count_tokens(rows: dict[str, np.ndarray], size: int = 0) -> np.ndarray:
+    """How often each token stands in rows of either form, masked tokens put back.  (V,) int64, V at least `size`
+
+    [CLS] and [SEP], which are never predicted, are not counted.
+    """
+    real = rows["input_mask"] != 0
+    if not real.any():
+        return np.zeros(size, np.int64)
+    input_ids = rows["input_ids"].astype(np.int64)
+    if "masked_lm_positions" in rows:
+        row, slot = np.nonzero(rows["masked_lm_positions"])
+        input_ids[row, rows["masked_lm_positions"][row, slot]] = rows["masked_lm_ids"][row, slot]
+    counts = np.bincount(input_ids[real], minlength=size)
+    first = int(real.any(axis=1).argmax())
+    last = real.shape[1] - 1 - int(real[first, ::-1].argmax())
+    counts[[input_ids[first, 0], input_ids[first, last]]] = 0  # a row begins with [CLS] and ends with [SEP]
+    return counts
+
+
+def summed_counts(counts) -> np.ndarray:
+    """The sum of arrays of counts that may differ in length."""
+    counts = list(counts)
+    total = np.zeros(max(map(len, counts), default=0), np.int64)
+    for part in counts:
+        total[:len(part)] += part
+    return total
+
+
+def as_text(counts: np.ndarray) -> str:
+    return " ".join(map(str, counts.tolist()))
+
+
+def read_checked_counts(shard: Shard, vocab_size: int) -> np.ndarray:
+    """The counts of a shard, whose rows are checked as read_checked_rows does.  (vocab_size,)"""
+    return count_tokens(read_checked_rows(shard, vocab_size), vocab_size)
+
+
+def stored_counts(shards: list[Shard], vocab_size: int) -> np.ndarray | None:
+    """The counts in the metadata of a packed set; None where there are none.  (vocab_size,)"""
+    if not shards[0].packed:
+        return None
+    path = metadata_path(shards[0].path.parent.resolve())
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))[TOKEN_COUNTS]
+        counts = np.array(text.split(), np.int64)
+    except (FileNotFoundError, KeyError):
+        return None
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: no {TOKEN_COUNTS} can be read from it ({error!r})") from None
+    if len(counts) > vocab_size and counts[vocab_size:].any():
+        raise UserError(f"{path}: its {TOKEN_COUNTS} are of {len(counts)} tokens, but the config's vocab_size is "
+                        f"{vocab_size}")
+    return summed_counts([counts[:vocab_size], np.zeros(vocab_size, np.int64)])
