@@ -6,22 +6,10 @@ The log of a resumed run or of its second phase (--resume_from_checkpoint, the s
 first into one curve.  Other logs are separate runs.
 """
 
-from dataclasses import dataclass, field
-
 from common import cli
 from common.errors import UserError
 from common.files import replacing
-from training.log import FIGURES, read_log
-
-
-@dataclass
-class RunCurves:
-    """The figures of a run: key → {step over both phases: value}."""
-
-    name: str
-    output_dir: str
-    curves: dict[str, dict[int, float]] = field(default_factory=dict)
-    phase2_start: int = 0  # the last step of phase 1; 0 where there is no phase 2
+from training.curves import RunCurves, add_curves, draw_panel, panels_of
 
 
 def main(argv=None) -> None:
@@ -38,61 +26,21 @@ def main(argv=None) -> None:
     print(f"drew {args.output}")
 
 
-def add_curves(runs: list[RunCurves], path: str) -> None:
-    """Add the figures of one log file to the run that they belong to.
-
-    Of a step that was logged twice, before and after an interruption, the last line counts.
-    """
-    run, offset = None, 0
-    for line in read_log(path):
-        if line["step"] == "PARAMETER" or run is None:
-            parameters = line["data"] if line["step"] == "PARAMETER" else {}
-            run = run_of(runs, parameters, path)
-            offset = parameters.get("phase1_end_step", 0) if parameters.get("phase2") else 0
-            run.phase2_start = offset or run.phase2_start
-        if isinstance(line["step"], list) and line["step"]:
-            for key, value in line["data"].items():
-                if isinstance(value, int | float):
-                    run.curves.setdefault(key, {})[line["step"][1] + offset] = value
-
-
-def run_of(runs: list[RunCurves], parameters: dict, path: str) -> RunCurves:
-    """The run that these flags continue: the last one with their --output_dir where they resume, else a new one."""
-    output_dir = parameters.get("output_dir", path)
-    before = [run for run in runs if run.output_dir == output_dir]
-    if before and parameters.get("resume_from_checkpoint"):
-        return before[-1]
-    runs.append(RunCurves(path if before else output_dir, output_dir))
-    return runs[-1]
-
-
 def draw_panels(runs: list[RunCurves], output: str) -> None:
-    """Draw a panel for each figure that a run has, with a dotted line where phase 2 starts."""
+    """Draw a panel for each figure that a run has, two in a row, into a PNG file."""
     from matplotlib.figure import Figure
 
-    panels = [figure for figure in FIGURES if figure.title and any(figure.name in run.curves for run in runs)]
+    panels = panels_of(runs)
     figure = Figure(figsize=(12, 3.2 * -(-len(panels) // 2)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flatten()
     for axis, panel in zip(axes, panels, strict=False):
-        axis.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
-        axis.grid(alpha=0.3)
-        for number, run in enumerate(runs):
-            draw_curve(axis, run, panel.name, f"C{number}")
+        draw_panel(axis, panel, runs, [f"C{number}" for number in range(len(runs))])
     for axis in axes[len(panels):]:
         axis.remove()
     if sum(bool(run.curves) for run in runs) > 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
     with replacing(output) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-
-
-def draw_curve(axis, run: RunCurves, key: str, color: str) -> None:
-    points = sorted(run.curves.get(key, {}).items())
-    if not points:
-        return
-    axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 15 else None, label=run.name, color=color)
-    if run.phase2_start:
-        axis.axvline(run.phase2_start, linestyle=":", color=color)
 
 
 if __name__ == "__main__":

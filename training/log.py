@@ -28,6 +28,7 @@ class Figure:
     tag: str = ""  # in TensorBoard
     title: str = ""  # of its panel in plot_training.py
     unit: str = ""  # of that panel's axis
+    line_in: str = ""  # the figure in whose panel this one is a dashed line to compare with
 
 
 FIGURES = (
@@ -45,6 +46,7 @@ FIGURES = (
     Figure("host_time_share", "", "speed/host_time_share"),  # near 1 on an accelerator: the host limits the speed
     Figure("model_flops_utilization", "MFU {:.1%}"),
     Figure("eval_mlm_loss", "", "held_out/mlm_loss", "Held-out MLM loss", "nats"),
+    Figure("eval_context_free_mlm_loss", line_in="eval_mlm_loss"),  # what a model without context reaches
     Figure("eval_mlm_accuracy", "", "held_out/mlm_accuracy", "Held-out MLM accuracy", "share"),
     Figure("eval_nsp_loss", "", "held_out/nsp_loss"),
     Figure("eval_nsp_accuracy", "", "held_out/nsp_accuracy", "Held-out NSP accuracy", "share"),
