@@ -14,6 +14,15 @@ class RunCurves:
     output_dir: str
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
     phase2_start: int = 0  # the last step of phase 1; 0 where there is no phase 2
+    parameters: list[dict] = field(default_factory=list)  # of each start and restart: flags and run_record()
+    evaluation: dict = field(default_factory=dict)  # the figures of the last one in the log, and its step
+
+    def add_step(self, step: int, data: dict) -> None:
+        for key, value in data.items():
+            if isinstance(value, int | float):
+                self.curves.setdefault(key, {})[step] = value
+        if "eval_mlm_loss" in data:
+            self.evaluation = {"step": step, **data}
 
     def phases(self) -> list[tuple[int, int]]:
         """The steps (first, last] of each phase, as far as they were logged."""
@@ -34,10 +43,9 @@ def add_curves(runs: list[RunCurves], path: str) -> None:
             run = run_of(runs, parameters, path)
             offset = parameters.get("phase1_end_step", 0) if parameters.get("phase2") else 0
             run.phase2_start = offset or run.phase2_start
+            run.parameters += [parameters] if parameters else []
         if isinstance(line["step"], list) and line["step"]:
-            for key, value in line["data"].items():
-                if isinstance(value, int | float):
-                    run.curves.setdefault(key, {})[line["step"][1] + offset] = value
+            run.add_step(line["step"][1] + offset, line["data"])
 
 
 def run_of(runs: list[RunCurves], parameters: dict, path: str) -> RunCurves:
