@@ -51,6 +51,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
     from training.compilation import compile_training
     from training.evaluation import Evaluator
     from training.log import TensorBoardLog, TrainingLog, summary_writer
+    from training.run_record import run_record
     from training.trainer import BatchPlan, Trainer
 
     device = select_device(device_options(args, args.use_torch_compile), ranks.local_rank)
@@ -99,7 +100,11 @@ def pretrain_rank(args, ranks, reader) -> dict:
     tensorboard = (TensorBoardLog(args.tensorboard_logdir, phase.first, resume_point.step)
                    if writes and args.tensorboard_logdir else None)
     log = TrainingLog(args.json_summary if writes else None, ranks.first, args.resume_from_checkpoint, tensorboard)
-    log.write("PARAMETER", {**vars(args), "config": vars(config), "device": device.describe()})
+    descriptions = {"precision": precision.describe(), "layers": layers_description,
+                    "optimizer": optimizer_description, "reduction": reduction.describe(),
+                    "compilation": compile_description}
+    log.write("PARAMETER", {**vars(args), **run_record(config=config, device=device, world_size=ranks.world_size,
+                                                       plan=plan, descriptions=descriptions)})
     for line in (*header_lines(args, device, precision, stream.shards, model, plan, resume_point),
                  layers_description, optimizer_description,
                  f"ranks: {ranks.world_size}; reduction of gradients: {reduction.describe()}", compile_description):

@@ -5,6 +5,7 @@ from matplotlib.image import imread
 
 import plot_training
 from common.errors import UserError
+from training.curves import RunCurves, add_curves, line_segments
 from training.log import TrainingLog, read_log
 
 
@@ -23,8 +24,8 @@ def write_log(path, steps, phase2=False, output_dir="out", held_out=True):
 
 def test_phases_of_a_run_are_joined(tmp_path):
     runs = []
-    plot_training.add_curves(runs, write_log(tmp_path / "one.json", 20))
-    plot_training.add_curves(runs, write_log(tmp_path / "two.json", 5, phase2=True))
+    add_curves(runs, write_log(tmp_path / "one.json", 20))
+    add_curves(runs, write_log(tmp_path / "two.json", 5, phase2=True))
     assert len(runs) == 1 and list(runs[0].curves["average_loss"]) == list(range(1, 26))
     assert runs[0].phase2_start == 20
 
@@ -33,8 +34,8 @@ def test_runs_that_share_a_folder_name_stay_apart(tmp_path):
     runs = []
     for folder, steps in (("a", 20), ("b", 9)):
         (tmp_path / folder).mkdir()
-        plot_training.add_curves(runs, write_log(tmp_path / folder / "one.json", steps))
-        plot_training.add_curves(runs, write_log(tmp_path / folder / "two.json", 3, phase2=True))
+        add_curves(runs, write_log(tmp_path / folder / "one.json", steps))
+        add_curves(runs, write_log(tmp_path / folder / "two.json", 3, phase2=True))
     assert [(run.name, len(run.curves["average_loss"])) for run in runs] == [
         ("out", 23), (str(tmp_path / "b/one.json"), 12)]
 
@@ -47,8 +48,17 @@ def test_a_step_logged_twice_counts_as_it_was_logged_last(tmp_path):
     resumed = path.read_text().replace('"resume_from_checkpoint": false', '"resume_from_checkpoint": true')
     path.write_text(interrupted + resumed)
     runs = []
-    plot_training.add_curves(runs, str(path))
+    add_curves(runs, str(path))
     assert runs[0].curves["average_loss"] == {step: 9.0 / step for step in range(1, 10)}
+
+
+def test_the_line_to_compare_with_spans_its_phase():
+    run = RunCurves("a", "a", {"average_loss": dict.fromkeys(range(1, 26), 5.0)}, phase2_start=20)
+    run.curves["eval_context_free_mlm_loss"] = {10: 6.5, 20: 6.4, 25: 6.1}
+    assert line_segments(run, "eval_context_free_mlm_loss") == [(0, 20, 6.4), (20, 25, 6.1)]
+    del run.curves["eval_context_free_mlm_loss"][25]
+    assert line_segments(run, "eval_context_free_mlm_loss") == [(0, 20, 6.4)]
+    assert line_segments(run, "average_nsp_loss") == []
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -17,15 +17,41 @@ Batch sizes are per card and optimizer step; steps are optimizer steps."""
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """The flags as a namespace.  Ends with one line and exit code 2 if a flag is unknown or flags are contradictory."""
-    parser = ArgumentParser(description=DESCRIPTION)
-    for add in (add_files, add_batches, add_schedule, add_precision, add_device, add_many_cards, add_checkpoints,
-                add_log, add_accepted):
-        add(parser)
+    parser = build_parser()
     args = parser.parse_args(argv)
     problem = contradiction(args)
     if problem:
         parser.error(problem)
     return args
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=DESCRIPTION)
+    for add in (add_files, add_batches, add_schedule, add_precision, add_device, add_many_cards, add_checkpoints,
+                add_log, add_accepted):
+        add(parser)
+    return parser
+
+
+def command_flags(values: dict) -> list[str] | None:
+    """The words of the command line that gives these values of the flags; flags at their defaults are left out.
+
+    `values` come from JSON, where a tuple is a list.  The rank's own --local_rank is left out too.  None where a
+    required flag has no value.
+
+        >>> command_flags({"do_train": True, "input_dir": "D", "config_file": "C", "output_dir": "O", "seed": 42})
+        ['--do_train', '--input_dir=D', '--config_file=C', '--output_dir=O']
+    """
+    words = []
+    for action in build_parser()._actions:
+        value = values.get(action.dest)
+        if value is None and action.required:
+            return None
+        text = ":".join(map(str, value)) if isinstance(value, list) else str(value)
+        if value is None or action.dest in ("help", "local_rank") or action.default in (value, text):
+            continue
+        words.append(action.option_strings[0] if action.nargs == 0 else f"{action.option_strings[0]}={text}")
+    return words
 
 
 def add_files(parser) -> None:
