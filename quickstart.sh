@@ -123,8 +123,10 @@ stage "6/7  The likeliest words for each [MASK], beside what their frequency alo
     --random_from "${held_out_text[0]}" --json "$output/examples.json" \
     "Alabama is a state in the [MASK] States." "The book was published [MASK] 1995." "It is the capital [MASK] Angola."
 
-stage "7/7  Curves"
-"$PYTHON" plot_training.py "$output/phase1.json" "$output/phase2.json" --output "$output/curves.png"
+stage "7/7  Curves and a report"
+"$PYTHON" plot_training.py "$output/phase1.json" "$output/phase2.json" --output "$output/curves.png" \
+    --report "$output/report.html" --examples "$output/examples.json" \
+    --evaluation "$output/evaluation_16.json" "$output/evaluation_64.json"
 
 stage "Done"
 cat <<END
@@ -133,8 +135,9 @@ samples         $output/data
 packed rows     $output/packed
 checkpoints     $output/checkpoints
 logs            $output/phase1.json, $output/phase2.json
-curves          $output/curves.png
 evaluation      $output/evaluation.txt
+curves          $output/curves.png
+a page to open  $output/report.html
 END
 if [ "$learned" = no ]; then
     echo "error: the held-out MLM loss is not $margin nats below what a model without context reaches: nothing learned" >&2
