@@ -50,7 +50,7 @@ def parse_arguments(argv):
     parser.add_argument("--model", required=True, help="folder that export_to_huggingface.py wrote")
     parser.add_argument("--text_dir", required=True, help="folder of text shards: …_training_N.txt and …_test_N.txt")
     parser.add_argument("--seeds", type=cli.positive_int, default=3, help="runs of each model, with other examples")
-    parser.add_argument("--training_examples", type=cli.positive_int, default=200, help="sentences to learn from")
+    parser.add_argument("--training_examples", type=cli.positive_int, default=1000, help="sentences to learn from")
     parser.add_argument("--test_examples", type=cli.positive_int, default=600, help="sentences to be judged")
     parser.add_argument("--replaced", type=cli.proportion, default=0.3, help="share of the words that are replaced")
     parser.add_argument("--epochs", type=cli.positive_int, default=8, help="passes over the training examples")

@@ -83,20 +83,22 @@ def folder(tmp_path_factory):
         train(**options, json_summary="one.json", profile_steps="2:3")
         train(**options, json_summary="two.json", phase2=True, resume_from_checkpoint=True, max_steps=4)
         train(**options, json_summary="other.json", output_dir=ODD_NAME, max_steps=3, log_freq=1.0)
-    for name in ("one.json", "two.json"):
-        (folder / f"line_{name}").write_text(with_the_line(folder / name))
+    for name in ("one.json", "two.json", "other.json"):
+        lines = samples.log_lines(folder / name)
+        for file, known in ((f"line_{name}", CONTEXT_FREE), (name, {})):  # the latter as before there was a line
+            (folder / file).write_text("".join(f"DLLL {json.dumps(knowing(line, known))}\n" for line in lines))
     (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
     (folder / "examples.json").write_text(json.dumps(EXAMPLES))
     return folder
 
 
-def with_the_line(log) -> str:
-    """The text of a log whose evaluations know what a model without context reaches."""
-    lines = samples.log_lines(log)
-    for line in lines:
-        if "eval_mlm_loss" in line["data"]:
-            line["data"] |= CONTEXT_FREE
-    return "".join(f"DLLL {json.dumps(line)}\n" for line in lines)
+def knowing(line: dict, known: dict) -> dict:
+    """A line of a log; if it is an evaluation, with these figures of what a model without context reaches."""
+    if "eval_mlm_loss" not in line["data"]:
+        return line
+    of_line = re.compile("eval_(mask|kept|replaced)_|.*context_free|eval_nsp_larger")
+    kept = {name: value for name, value in line["data"].items() if not of_line.match(name)}
+    return line | {"data": kept | known}
 
 
 @pytest.fixture
