@@ -25,6 +25,16 @@ from ops.attention import ATTENTIONS, KERNELS
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 LAYER_NORM_EPS = 1e-12
 IGNORED_LABEL = -1
+# What published configs say beside BertConfig: what must agree with this model, and what says nothing about it.
+AGREEING = {"model_type": "bert", "layer_norm_eps": LAYER_NORM_EPS, "position_embedding_type": "absolute",
+            "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True, "directionality": "bidi",
+            "pooler_type": "first_token_transform"}
+SILENT = {"architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "do_lower_case",
+          "dtype", "eos_token_id", "finetuning_task", "gradient_checkpointing", "id2label", "label2id",
+          "language", "name", "num_labels", "output_attentions", "output_hidden_states", "output_past", "pad_token_id",
+          "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
+          "problem_type", "return_dict", "torch_dtype", "torchscript", "transformers_version", "use_cache",
+          "_name_or_path", "_commit_hash", "_attn_implementation_autoset"}
 MAX_LAYERS = 10_000  # beyond any BERT; building them would take minutes
 INTEGER_KEYS = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
                 "num_hidden_layers", "type_vocab_size", "vocab_size")
@@ -50,7 +60,7 @@ class BertConfig:
     def from_json_file(cls, path) -> "BertConfig":
         """Read and check a config; UserError names the file, the key and the impossible value."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise UserError(f"--config_file {path}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:  # not JSON, not text, endless digits or nesting
@@ -58,6 +68,10 @@ class BertConfig:
         if not isinstance(values, dict):
             raise UserError(f"--config_file {path}: holds no JSON object")
         names = {field.name for field in fields(cls)}
+        disagreeing = disagreement(values)
+        if disagreeing:
+            raise UserError(f"--config_file {path}: {disagreeing}")
+        values = {key: value for key, value in values.items() if key in names or key not in {*AGREEING, *SILENT}}
         if set(values) != names:
             wrong = [f"unknown key {key!r}" for key in sorted(set(values) - names)]
             wrong += [f"missing key {key!r}" for key in sorted(names - set(values))]
@@ -97,6 +111,14 @@ class BertConfig:
     def padded_vocab_size(self) -> int:
         """vocab_size rounded up to a multiple of 8, for matrix units; labels are never the added entries."""
         return -(-self.vocab_size // 8) * 8
+
+
+def disagreement(values: dict) -> str | None:
+    """The first key of a published config that says another architecture than this one, or None."""
+    for key, value in AGREEING.items():
+        if values.get(key, value) != value:
+            return f"{key} is {values[key]!r}, but only {value!r} is supported"
+    return None
 
 
 def config_problem(values: dict) -> str | None:

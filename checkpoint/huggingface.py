@@ -22,7 +22,7 @@ from common.download import local_file
 from common.errors import UserError
 from common.files import replacing_files
 from data.tokenizer import SPECIAL_TOKENS, load_vocabulary, reference_tokenizer
-from modeling import LAYER_NORM_EPS, BertConfig
+from modeling import LAYER_NORM_EPS, BertConfig, disagreement
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # where their weights are spread over several files
@@ -158,16 +158,14 @@ def read_config(folder: Path) -> dict:
     """The values of config.json that BertConfig has."""
     path = folder / "config.json"
     try:
-        values = dict(json.loads(path.read_text(encoding="utf-8")))
+        values = dict(json.loads(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
         raise UserError(f"{folder}: a folder without config.json is not a Hugging Face model") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not readable: {error}") from None
-    required = {"model_type": "bert", "layer_norm_eps": LAYER_NORM_EPS, "position_embedding_type": "absolute",
-                "is_decoder": False, "tie_word_embeddings": True}
-    for key, value in required.items():
-        if values.get(key, value) != value:
-            raise UserError(f"{path}: {key} is {values[key]!r}, but only {value!r} is supported")
+    disagreeing = disagreement(values)
+    if disagreeing:
+        raise UserError(f"{path}: {disagreeing}")
     return {field.name: values[field.name] for field in fields(BertConfig) if field.name in values}
 
 

@@ -158,7 +158,7 @@ def find_readable_shards(folder, split: str = "training", flag: str = "--input_d
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
     shards, errors = [], []
-    for path in sorted(folder.glob("*.hdf5")):
+    for path in sorted(folder.glob("[!.]*.hdf5")):  # macOS leaves files ._NAME beside those of that name
         try:
             shard = reader.call(read_header, path)
             shards += [shard] if shard.packed or split in path.name else []

@@ -29,12 +29,16 @@ PROBE = (
 
 
 def load_vocabulary(path) -> list[str]:
-    """The tokens of a vocabulary file, one a line, in the order of their ids.  UserError for a file that is not one."""
+    """The tokens of a vocabulary file, one a line, in the order of their ids.  UserError for a file that is not one.
+
+    A blank line holds its place, under a name that no text has.
+    """
     try:
-        tokens = Path(path).read_text(encoding="utf-8").split("\n")
+        tokens = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--vocab_file {path}: cannot be read ({error})") from None
     tokens = [token.rstrip("\r") for token in (tokens[:-1] if tokens[-1] == "" else tokens)]
+    tokens = [token if token.strip() else f"[blank line {number}]" for number, token in enumerate(tokens, start=1)]
     missing = [token for token in SPECIAL_TOKENS if token not in tokens]
     if missing:
         raise UserError(f"--vocab_file {path}: no {', '.join(missing)} among its {len(tokens)} tokens")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from common.errors import UserError
 
 OTHER_MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK")  # set by MPICH, Intel MPI and srun: an MPI launcher, but not Open MPI's
+TASKS = ("PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")  # beside these, the number of processes; the first counts
 LOOPBACK = "lo"
 SIOCGIFADDR = 0x8915  # Linux: the request for an interface's address
 
@@ -43,11 +44,16 @@ def rank_info(environment: Mapping[str, str], local_rank: int | None = None) -> 
     elif "OMPI_COMM_WORLD_SIZE" in environment:
         info = info_from_variables(environment, *(f"OMPI_COMM_WORLD_{name}"
                                                   for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
-    elif any(name in environment for name in OTHER_MPI_VARIABLES):
+    elif any(name in environment for name in OTHER_MPI_VARIABLES) and tasks(environment) != 1:
         info = info_from_mpi()
     else:
         info = RankInfo()
     return replace(info, local_rank=local_rank) if given else info
+
+
+def tasks(environment: Mapping[str, str]) -> int | None:
+    """The number of processes that PMI or Slurm has started; None where neither says."""
+    return next((integer(environment, name) for name in TASKS if name in environment), None)
 
 
 def info_from_variables(environment: Mapping[str, str], rank: str, world_size: str, local_rank: str,

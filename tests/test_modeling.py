@@ -195,6 +195,29 @@ def test_impossible_configs_are_named(tmp_path, changes, said):
     assert said in str(error.value) and str(path) in str(error.value)
 
 
+GOOGLE = {"directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12, "pooler_num_fc_layers": 3,
+          "pooler_size_per_head": 128, "pooler_type": "first_token_transform"}
+TRANSFORMERS = {"architectures": ["BertForPreTraining"], "model_type": "bert", "layer_norm_eps": 1e-12,
+                "pad_token_id": 0, "position_embedding_type": "absolute", "transformers_version": "4.5.0"}
+
+
+@pytest.mark.parametrize("further", [GOOGLE, TRANSFORMERS])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_published_configs_are_taken(tmp_path, further, mark):
+    own = samples.write_config(tmp_path / "own.json")
+    path = samples.write_config(tmp_path / "config.json", **further)
+    path.write_text(mark + path.read_text().replace("\n", "\r\n"), encoding="utf-8")
+    assert BertConfig.from_json_file(path) == BertConfig.from_json_file(own)
+
+
+@pytest.mark.parametrize("key, value", [("layer_norm_eps", 1e-5), ("position_embedding_type", "relative_key"),
+                                        ("is_decoder", True), ("directionality", "left"), ("model_type", "roberta")])
+def test_a_published_config_of_another_architecture_is_refused(tmp_path, key, value):
+    path = samples.write_config(tmp_path / "config.json", **{key: value})
+    with pytest.raises(UserError, match=f"{key} is {value!r}, but only"):
+        BertConfig.from_json_file(path)
+
+
 def test_shipped_configs_are_those_of_the_papers():
     large = BertConfig.from_json_file("bert_config.json")
     assert (large.hidden_size, large.num_hidden_layers, large.num_attention_heads) == (1024, 24, 16)

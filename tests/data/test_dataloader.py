@@ -119,6 +119,15 @@ def test_stream_continues_from_any_row(folder):
         assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
+def test_files_that_an_operating_system_leaves_beside_shards_do_no_harm(tmp_path):
+    folder = samples.write_dataset(tmp_path / "data")
+    expected = [shard.path for shard in find_shards(folder)]
+    for shard in expected:
+        shard.with_name(f"._{shard.name}").write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X")
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    assert [shard.path for shard in find_shards(folder)] == expected
+
+
 def test_shards_without_rows_are_passed_over(tmp_path):
     folder = samples.write_dataset(tmp_path, (2, 1))
     empty = {key: values[:0] for key, values in read_rows(find_shards(folder)[0]).items()}

@@ -118,6 +118,17 @@ def test_a_vocabulary_of_other_line_ends_or_missing_is_read_or_named(tmp_path):
         load_vocabulary(tmp_path / "nowhere.txt")
 
 
+def test_a_vocabulary_with_a_past_keeps_every_id(tmp_path):
+    """A byte order mark, blank lines that hold their places, and a line separator within a token."""
+    words = ["sea", "", "deep", " ", "blue\u2028sky", "salt"]
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(("\ufeff" + "".join(f"{word}\r\n" for word in [*SPECIAL_TOKENS, *words])).encode())
+    tokens = load_vocabulary(path)
+    assert tokens[:5] == list(SPECIAL_TOKENS) and len(tokens) == 11
+    ids, _ = WordPieceEncoder(tokens, True).encode(["deep salt sea blue [blank line 7]"])
+    assert ids.tolist()[:3] == [7, 10, 5] and not {6, 8, 9} & set(ids.tolist())
+
+
 def test_encoding_nothing_gives_nothing(tokens):
     ids, offsets = WordPieceEncoder(tokens, True).encode([])
     assert len(ids) == 0 and np.array_equal(offsets, [0])

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 
 import pytest
 import torch
@@ -209,6 +210,21 @@ def test_ranks_that_cannot_connect_report_it(workspace, rank, changes, message):
 ])
 def test_the_rank_comes_from_the_launchers_variables(variables, info):
     assert rendezvous.rank_info(variables) == info
+
+
+@pytest.mark.parametrize("variables", [
+    {"PMI_RANK": "0", "PMI_SIZE": "1"}, {"PMIX_RANK": "0", "SLURM_NTASKS": "1"},
+    {"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, {"SLURM_NTASKS": "8"}])
+def test_one_process_under_a_launchers_variables_is_one_rank(variables):
+    """As in an interactive session of Slurm, and in a batch script before srun."""
+    assert rendezvous.rank_info(variables) == RankInfo()
+
+
+@pytest.mark.parametrize("variables", [{"PMI_SIZE": "2", "SLURM_NTASKS": "1"}, {"PMIX_RANK": "0"}])
+def test_several_processes_of_such_a_launcher_are_not_taken_for_one(variables, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # not installed
+    with pytest.raises(UserError, match="the rank is read through mpi4py"):
+        rendezvous.rank_info(variables)
 
 
 def test_the_local_rank_flag_overrides_the_environment():
