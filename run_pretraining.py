@@ -95,7 +95,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
     stream = BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, ranks=ranks, reader=reader,
                          skip_bad_shards=args.skip_bad_shards, warn=ranks.warn)
     state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision,
-                          token_counts=torch.from_numpy(token_counts))
+                          token_counts=torch.from_numpy(token_counts), init_checkpoint=resume_point.init_checkpoint)
     resume_point.restore(state)
     device.synchronize()  # keeps copying the weights out of the first step's graph
     broadcast_weights(ranks, model)

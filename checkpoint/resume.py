@@ -1,11 +1,11 @@
 """Where a run starts: at step 0, from given weights, or from a checkpoint in its own folder."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint, read_complete, saved_steps
-from checkpoint.state import TrainingState, with_current_keys
+from checkpoint.state import INIT_CHECKPOINT, TrainingState, with_current_keys
 from common.download import local_file
 from common.errors import UserError, whole_number
 
@@ -25,6 +25,7 @@ class ResumePoint:
     step: int = 0
     path: Path | str | None = None
     contents: dict | None = None  # the keys of TrainingState that the run continues with
+    init_checkpoint: str | None = None  # --init_checkpoint of the run's first start
 
     def restore(self, state: TrainingState) -> None:
         """Load the checkpoint, if there is one."""
@@ -41,7 +42,8 @@ def find_resume_point(folder, phase: Phase, *, resume: bool, resume_step: int, i
     """Where a run of this phase starts.
 
     Without `resume` (--resume_from_checkpoint) the folder may hold no checkpoint.  In phase 2 the newest number
-    decides: phase 1's last checkpoint starts the phase, a higher one resumes it, a lower one is an error.
+    decides: phase 1's last checkpoint starts the phase, a higher one resumes it, a lower one is an error.  In an empty
+    folder --init_checkpoint starts either phase; beside checkpoints it must be what their run began with.
     """
     present = saved_steps(folder)
     if present and not resume:
@@ -50,12 +52,20 @@ def find_resume_point(folder, phase: Phase, *, resume: bool, resume_step: int, i
     if present:
         number, contents = (newest_readable(folder, warn) if resume_step == -1 else
                             (resume_step, read_complete(checkpoint_path(folder, resume_step))))
-        return resume_point_at(checkpoint_path(folder, number), number, contents, phase, warn)
-    if phase.number == 2:
-        raise UserError(f"--output_dir {folder}: no checkpoint in it; --phase2 continues from ckpt_{phase.first}.pt")
+        path = checkpoint_path(folder, number)
+        begun_with = contents.get(INIT_CHECKPOINT)
+        if init_checkpoint and begun_with != init_checkpoint:
+            raise UserError(f"--init_checkpoint {init_checkpoint}: {path} is there already, and its run began with "
+                            f"{begun_with or 'fresh weights'}; leave the flag out to continue from {path.name}, or "
+                            f"name another --output_dir")
+        return replace(resume_point_at(path, number, contents, phase, warn), init_checkpoint=begun_with)
     if init_checkpoint:
         contents = read_checkpoint(local_file(init_checkpoint))
-        return ResumePoint(path=init_checkpoint, contents=at_step_zero(contents, init_checkpoint, moments=resume))
+        return ResumePoint(path=init_checkpoint, contents=at_step_zero(contents, init_checkpoint, moments=resume),
+                           init_checkpoint=init_checkpoint)
+    if phase.number == 2:
+        raise UserError(f"--output_dir {folder}: no checkpoint in it; --phase2 continues from ckpt_{phase.first}.pt, "
+                        f"or from an --init_checkpoint")
     if resume:
         warn(f"no checkpoint in {folder} to resume from: starting at step 0")
     return ResumePoint()

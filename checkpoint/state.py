@@ -12,6 +12,8 @@ from data.token_counts import TOKEN_COUNTS
 from modeling import BertForPreTraining
 from optim.build import restore_skip_counts, skip_counts
 
+INIT_CHECKPOINT = "init_checkpoint"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
@@ -25,6 +27,7 @@ class TrainingState:
         data        the position in the stream of batches
         token_counts   how often each token occurs in the training set: evaluate.py works out from it what can be
                     predicted without context
+        init_checkpoint   --init_checkpoint of the run's first start, or None
         step, phase the step of the phase, and 1 or 2
 
     To save another part, give it state_dict() and load_state_dict(), which checks its values, and add it to both
@@ -36,6 +39,7 @@ class TrainingState:
     stream: BatchStream
     precision: object  # devices.precision.Precision
     token_counts: torch.Tensor  # (vocab_size,) int64, on the host
+    init_checkpoint: str | None = None
 
     def state_dict(self, path, ranks, batches_ahead: int) -> dict:
         """The contents of the checkpoint at `path`, without step and phase.
@@ -47,7 +51,8 @@ class TrainingState:
         return {"model": self.model.state_dict(keep_vars=True), "config": vars(self.model.config),
                 "optimizer": optimizer_shards.save_optimizer(path, self.optimizer, ranks),
                 "skipped": skip_counts(self.optimizer), "scaler": self.precision.state_dict(),
-                "data": self.stream.state_dict(batches_ahead), TOKEN_COUNTS: self.token_counts}
+                "data": self.stream.state_dict(batches_ahead), TOKEN_COUNTS: self.token_counts,
+                INIT_CHECKPOINT: self.init_checkpoint}
 
     def load_state_dict(self, contents: dict, path) -> None:
         """Load the contents of the checkpoint at `path`, as far as present.  UserError where a value is malformed."""

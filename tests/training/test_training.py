@@ -122,6 +122,21 @@ def test_init_checkpoint_starts_from_its_weights(workspace):
     assert set(again) == {1} and again[1] < first[1]
 
 
+def test_init_checkpoint_starts_phase_2_in_an_empty_folder_and_is_never_passed_over(workspace, capsys):
+    train()
+    phase2 = {"output_dir": "second", "json_summary": "second.json", "phase2": True, "resume_from_checkpoint": True,
+              "max_steps": 5, "init_checkpoint": "out/ckpt_6.pt"}
+    train(**phase2, steps_this_run=2)
+    first = torch.load("second/ckpt_8.pt", weights_only=True)
+    assert (first["phase"], first["step"], first["init_checkpoint"]) == (2, 2, "out/ckpt_6.pt")
+    train(**phase2)  # the same command goes on
+    assert list(samples.losses(workspace / "second.json")) == [1, 2, 3, 4, 5]
+    assert torch.load("second/ckpt_11.pt", weights_only=True)["init_checkpoint"] == "out/ckpt_6.pt"
+    for folder, began_with in (("second", "out/ckpt_6.pt"), ("out", "fresh weights")):
+        with pytest.raises(UserError, match=f"--init_checkpoint other.pt: {folder}/ckpt_.*began with {began_with}"):
+            train(**{**phase2, "init_checkpoint": "other.pt", "output_dir": folder})
+
+
 def test_packed_rows_count_for_their_sequences(workspace, capsys):
     run_script("pack_pretraining_data_pytorch.py", "--input_dir=data", "--output_dir=packed",
                f"--max_sequence_length={samples.SEQUENCE_LENGTH}",
