@@ -19,6 +19,7 @@ from training.arguments import device_options, parse_arguments, precision_option
 # How often a waiting OpenMP thread looks again before it sleeps: about 0.4 ms.  The default, some 13 ms, keeps a core
 # from whatever else wants to run there, and a step of a small model beside one busy process took 40 times as long.
 SPIN_COUNT = "10000"
+SMALLEST_USE = 0.9  # share of vocab_size that the highest token id of a data set should reach
 
 
 def main(argv=None) -> None:
@@ -173,7 +174,12 @@ def training_shards(args, config, reader, warn) -> tuple:
     check_length("--max_seq_length", args.max_seq_length, config)
     in_first_rows = check_first_rows(found, config.vocab_size, reader, args.skip_bad_shards)
     counts = stored_counts(found, config.vocab_size)
-    return found, in_first_rows if counts is None else counts
+    counts = in_first_rows if counts is None else counts
+    used = len(counts.nonzero()[0]) and int(counts.nonzero()[0][-1]) + 1
+    if used < SMALLEST_USE * config.vocab_size:
+        warn(f"--input_dir {args.input_dir}: no token id above {used - 1} in it, but vocab_size in {args.config_file} "
+             f"is {config.vocab_size}: was the data made with another vocabulary?")
+    return found, counts
 
 
 def held_out_shards(args, config, reader) -> list | None:

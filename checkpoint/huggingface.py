@@ -11,7 +11,9 @@ Only safetensors, tokenizers and torch are needed; transformers is not.
 
 import json
 import shutil
+import sys
 from dataclasses import fields
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ VARIANTS = {"masked_lm": ("bert.embeddings.", "bert.encoder.", "cls.predictions.
 WORDS, BIAS, DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.decoder"
 NEVER_PREDICTED = -10000.0  # the bias of an added entry of the vocabulary: exp() of its logit is 0
 SPECIAL_TOKENS_MAP = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}
+ROOM_FOR_WORDS = 0.05  # share of vocab_size that a vocabulary may leave free
 
 
 def to_ours(name: str) -> str:
@@ -93,12 +96,21 @@ def weight_files(model, variants: bool) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def read_vocabulary(path, config: BertConfig) -> list[str]:
-    """The tokens of a vocabulary file (or URL).  UserError unless there are vocab_size of them."""
+    """The tokens of a vocabulary file (or URL), vocab_size of them.
+
+    Where the config leaves room for a few more, as published models do, these are named [unusedN], with a warning.
+    UserError where many are missing, or there are too many.
+    """
     tokens = load_vocabulary(local_file(path))
-    if len(tokens) != config.vocab_size:
+    missing = config.vocab_size - len(tokens)
+    if missing < 0 or missing > ROOM_FOR_WORDS * config.vocab_size:
         raise UserError(f"--vocab_file {path}: {len(tokens)} tokens, but vocab_size in the config is "
                         f"{config.vocab_size}")
-    return tokens
+    if missing:
+        print(f"warning: --vocab_file {path}: {len(tokens)} tokens, but vocab_size in the config is "
+              f"{config.vocab_size}: the last {missing} are named [unusedN]", file=sys.stderr)
+    free = (name for name in map("[unused{}]".format, count()) if name not in set(tokens))
+    return tokens + list(islice(free, missing))
 
 
 def tokenizer_of(tokens: list[str], lower_case: bool) -> Tokenizer:

@@ -123,6 +123,15 @@ def test_old_files_of_theirs_are_read(workspace):
     assert torch.equal(spread["cls.predictions.bias"][:VOCAB_SIZE], expected["cls.predictions.bias"])
 
 
+def test_a_vocabulary_that_leaves_room_for_words_is_filled_up(workspace, capsys):
+    tokens = (workspace / "vocab.txt").read_text().splitlines()
+    save_vocabulary(workspace / "roomy.txt", [token for token in tokens if token != "[unused990]"][:-9])
+    saved_model.export(vocab_file="roomy.txt")
+    assert "993 tokens, but vocab_size in the config is 1003: the last 10 are named" in capsys.readouterr().err
+    written = (workspace / "out" / "vocab.txt").read_text().splitlines()
+    assert len(written) == len(set(written)) == VOCAB_SIZE
+
+
 def test_tokenizers_of_the_folder_give_the_ids_of_the_vocabulary(workspace):
     export()
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
