@@ -67,14 +67,21 @@ def parse_arguments(argv):
 
 
 def typed_sentences():
-    """Yield lines from standard input up to an empty one; on a terminal, after a prompt."""
+    """Yield lines from standard input: on a terminal, after a prompt, up to an empty one; from a pipe all but those."""
+    on_terminal, number = sys.stdin.isatty(), 0
     while True:
-        if sys.stdin.isatty():
+        number += 1
+        if on_terminal:
             print("a sentence with [MASK] (empty line: end)> ", end="", flush=True)
-        line = sys.stdin.readline().strip()
-        if not line:
+        try:
+            line = sys.stdin.readline()
+            line.encode("utf-8")  # some locales read other bytes as surrogates
+        except UnicodeError:
+            raise UserError(f"standard input: line {number} is not UTF-8") from None
+        if line.strip():
+            yield line.strip()
+        elif on_terminal or not line:
             return
-        yield line
 
 
 def random_sentences(path: str, count: int, seed: int) -> list[str]:

@@ -4,8 +4,12 @@ import io
 import json
 import math
 import os
+import stat
+import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from common.errors import UserError
 
 
 @contextmanager
@@ -95,7 +99,22 @@ def nearest_existing(path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels and local copies of remote files are kept."""
+    """Where compiled kernels and local copies of remote files are kept.
+
+    A user without a home, such as a user id without a name in a container, gets a folder in the temporary one.
+    """
     if os.environ.get("BERT_CACHE_DIR"):
         return Path(os.environ["BERT_CACHE_DIR"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_pretraining"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_pretraining"
+    except RuntimeError:  # there is no home
+        return own_folder(Path(tempfile.gettempdir()) / f"bert_pretraining_{os.getuid()}")
+
+
+def own_folder(path: Path) -> Path:
+    """Make a folder that nobody else can write to, unless it is there.  UserError where it is another user's."""
+    path.mkdir(mode=0o700, exist_ok=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UserError(f"{path}: others can write to it; name another folder in BERT_CACHE_DIR")
+    return path

@@ -1,6 +1,7 @@
 """The words that fill a [MASK]: those of transformers' own pipeline."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,19 @@ def test_a_sentence_is_answered_with_five_words_for_each_mask(capsys):
 
 
 def test_a_mistyped_sentence_does_not_end_the_conversation(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("no mask\nthe [MASK]\n\nnever read [MASK]\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("no mask\nthe [MASK]\n\n \ndeep [MASK]\n"))
     fill_mask.main(FLAGS)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["no [MASK] in 'no mask'", "the [MASK]"] and len(lines) == 3
+    assert lines[:2] == ["no [MASK] in 'no mask'", "the [MASK]"] and len(lines) == 5
+    assert lines[3] == "deep [MASK]", "from a pipe empty lines are passed over"
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8", "POSIX"])
+def test_bytes_that_are_not_utf8_end_in_one_line(locale):
+    done = subprocess.run([sys.executable, ROOT / "fill_mask.py", *FLAGS], input=b"the [MASK]\ncaf\xe9 [MASK]\n",
+                          capture_output=True, env={**os.environ, "LC_ALL": locale})
+    assert done.returncode == 2 and b"the [MASK]" in done.stdout
+    assert done.stderr.decode().splitlines()[-1].endswith("error: standard input: line 2 is not UTF-8")
 
 
 @pytest.mark.parametrize("words, said", [
