@@ -2,7 +2,7 @@
 
 import argparse
 
-from common.cli import ArgumentParser, boolean, options_from, positive_int, proportion
+from common.cli import ArgumentParser, boolean, options_from, positive_float, positive_int, proportion
 from devices.options import DeviceOptions, PrecisionOptions
 
 DESCRIPTION = """BERT pre-training (masked LM + next sentence prediction) with LAMB, on Gaudi, CUDA and CPU.
@@ -88,6 +88,8 @@ def add_schedule(parser) -> None:
         help="end the run at this step of the phase (a step number, not a count); -1 = --max_steps")
     add("--warmup_proportion", type=proportion, default=0.01,
         help="share of --max_steps over which the learning rate warms up")
+    add("--undecayed_rate", type=positive_float, default=1.0, metavar="FACTOR", help="learning rate of biases and "
+        "LayerNorms, as a multiple of the others': LAMB gives them no trust ratio, and 0.1 helps a small model")
     add("--phase2", action="store_true",
         help="second phase: continues from phase 1's last checkpoint with its own schedule")
     add("--phase1_end_step", type=int, default=7038, help="last step of phase 1")

@@ -129,8 +129,9 @@ class Trainer:
         before mark_step, because a pending op would change the next graph.
         """
         self.device.seed(step_seed(self.args.seed, self.phase, step, self.ranks.rank))
+        rate = learning_rate(step, self.args.learning_rate, self.args.warmup_proportion, self.args.max_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.args.learning_rate, self.args.warmup_proportion, self.args.max_steps)
+            group["lr"] = rate * (1.0 if group["weight_decay"] else self.args.undecayed_rate)
         losses = self.zeros(len(LOSSES))
         batch = self.first_batch()
         for micro_step in range(1, self.plan.accumulation_steps + 1):

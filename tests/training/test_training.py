@@ -115,6 +115,18 @@ def test_second_phase_continues_with_its_own_schedule(workspace):
     assert moments.any() and moments.shape == last["optimizer"]["state"][0]["exp_avg_sq"].shape
 
 
+def test_biases_can_have_a_rate_of_their_own(workspace):
+    saved = []
+    for factor in (1.0, 0.1):
+        train(output_dir=f"out_{factor}", max_steps=3, steps_this_run=1, undecayed_rate=factor)
+        saved.append(torch.load(f"out_{factor}/ckpt_1.pt", weights_only=True)["model"])
+    whole, tenth = saved
+    bias, weight = (f"bert.encoder.layer.0.intermediate.dense_act.{part}" for part in ("bias", "weight"))
+    assert whole[bias].any()
+    torch.testing.assert_close(tenth[bias], 0.1 * whole[bias])  # it starts at 0
+    torch.testing.assert_close(tenth[weight], whole[weight])
+
+
 def test_init_checkpoint_starts_from_its_weights(workspace):
     train()
     train(output_dir="again", json_summary="again.json", init_checkpoint="out/ckpt_6.pt", steps_this_run=1)
