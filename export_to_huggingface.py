@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common import cli
 from common.errors import UserError
+from devices import gaudi_environment
 
 # The flags of a run (the PARAMETER line of its log) that the model card shows
 CARD_FLAGS = ("init_checkpoint", "input_dir", "max_seq_length", "train_batch_size", "gradient_accumulation_steps",
@@ -22,6 +23,7 @@ CARD_FIGURES = ("final_loss", "eval_mlm_loss", "eval_context_free_mlm_loss", "ev
 def main(argv=None) -> None:
     args = parse_arguments(argv)
     refuse_folder_in_use(args.output_dir)
+    gaudi_environment.load_software(use_habana=False)
     from checkpoint import huggingface
     from checkpoint.load import load_weights
     from modeling import BertConfig, BertForPreTraining

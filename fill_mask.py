@@ -16,12 +16,14 @@ from common.errors import UserError
 from common.files import write_json
 from data.token_counts import TOKEN_COUNTS
 from data.tokenizer import SPECIAL_TOKENS
+from devices import gaudi_environment
 
 WORDS_IN_SENTENCE = range(8, 31)  # of those taken at random
 
 
 def main(argv=None) -> None:
     args = parse_arguments(argv)
+    gaudi_environment.load_software(use_habana=False)
     from checkpoint.huggingface import read_vocabulary, tokenizer_of
     from checkpoint.load import load_weights
     from modeling import BertConfig, BertForPreTraining

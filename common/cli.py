@@ -57,7 +57,7 @@ def typing_slip(words: list[str]) -> str | None:
         >>> typing_slip(["--do_train", " --seed=3"])
         'a backslash with a space behind it stands before --seed=3: a backslash may only end a line'
     """
-    for word, following in pairwise([*words, ""]):
+    for number, (word, following) in enumerate(pairwise([*words, ""])):
         if word.strip() == "" and word or word[:1].isspace() and word.lstrip().startswith("--"):
             where = f"before {word.strip() or following}" if word.strip() or following else "at the end"
             return f"a backslash with a space behind it stands {where}: a backslash may only end a line"
@@ -66,7 +66,7 @@ def typing_slip(words: list[str]) -> str | None:
         if word.endswith("=") and following and not following.startswith("-"):
             return f"{word} is followed by a space: write {word}{following}"
         if "=" not in word and following.startswith("="):
-            value = following[1:] or next(iter(words[words.index(word) + 2:]), "")
+            value = following[1:] or next(iter(words[number + 2:]), "")
             return f"{word} is followed by a space: write {word}={value}"
     return None
 

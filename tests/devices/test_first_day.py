@@ -52,6 +52,15 @@ def test_a_plugin_that_fails_in_a_run_on_the_cpu_is_one_line_too():
     assert "PyTorch cannot be imported: other release" in refusal(done)
 
 
+@pytest.mark.parametrize("command", [
+    ["fill_mask.py", "--checkpoint=c", "--config_file=c", "--vocab_file=v", "[MASK]"],
+    ["export_to_huggingface.py", "--checkpoint=c", "--config_file=c", "--vocab_file=v", "--output_dir=nowhere"],
+    ["evaluate.py", "--config_file=c", "--eval_dir=d", "--no_cuda"]])
+def test_commands_on_the_cpu_report_a_plugin_that_fails_in_one_line(command):
+    done = gaudi.run(command, GAUDI_STANDIN_FAILS="AttributeError: no local version", **EAGER)
+    assert "PyTorch cannot be imported: no local version (torch 2." in refusal(done)
+
+
 @pytest.mark.parametrize("mode", [LAZY, EAGER], ids=["lazy", "eager"])
 def test_several_servers_without_master_addr_are_refused_at_once(workspace, mode):
     """In eager mode the plugin sets MASTER_ADDR to localhost within `import torch`."""
