@@ -41,12 +41,12 @@ write_config scripts/one_hour_config.json
 sed 's/dropout_prob": 0.0/dropout_prob": 0.1/' "$config" > "$output/phase2_config.json"
 
 stage "3/6  Training, phase 1: $phase1_steps steps on 16 tokens, then phase 2: $phase2_steps steps on 128 tokens"
-frequencies=(--eval_freq 1000 --num_steps_per_checkpoint 200)
-train 1 16 6 "$phase1_steps" --max_steps "$phase1_steps" --train_batch_size 128 --learning_rate 0.01 \
-    "${frequencies[@]}"
+frequencies=(--eval_freq 500 --num_steps_per_checkpoint 200)
+train 1 16 6 "$phase1_steps" --max_steps "$phase1_steps" --train_batch_size 128 --learning_rate 0.007 \
+    --undecayed_rate 0.1 --warmup_proportion 0.05 "${frequencies[@]}"
 train 2 128 51 $((phase1_steps + phase2_steps)) --max_steps "$phase2_steps" --train_batch_size 32 \
-    --learning_rate 0.007 --phase2 --phase1_end_step "$phase1_steps" --config_file "$output/phase2_config.json" \
-    "${frequencies[@]}"
+    --learning_rate 0.007 --undecayed_rate 0.1 --phase2 --phase1_end_step "$phase1_steps" \
+    --config_file "$output/phase2_config.json" "${frequencies[@]}"
 
 stage "4/6  Held-out articles, before and after training, against what a model without context reaches"
 evaluate_before_and_after "$last_checkpoint" "$margin" 16 128
