@@ -14,6 +14,7 @@ from common import cli
 from common.download import local_file
 from common.errors import UserError
 from data.preparation.samples import SampleOptions, add_sample_flags, create_shard
+from data.preparation.text_counts import TextCounts
 from data.tokenizer import load_vocabulary
 
 
@@ -31,8 +32,11 @@ def main(argv=None) -> None:
         counts = create_shard(args.input_file, args.output_file, tokens, options)
     except OSError as error:
         raise UserError(f"--output_file {args.output_file}: cannot be written: {error.strerror}") from None
-    print(f"{args.output_file}: {counts['samples']:,} samples of {counts['documents']:,} documents, "
-          f"{counts['tokens']:,} tokens")
+    counts = TextCounts(**counts)
+    print(f"{args.output_file}: {counts.samples:,} samples of {counts.documents:,} documents, {counts.tokens:,} tokens")
+    print(f"text: {counts.description}")
+    for line in counts.warnings():
+        print(f"warning: {line}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ download → text_formatting → sharding → (create_vocabulary) → create_hdf
 """
 
 import errno
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from data.preparation.datasets import GOOGLE_VOCABULARY, Dataset
 from data.preparation.downloads import DownloadOptions, mirror_pairs
 from data.preparation.formatting import describe_counts
 from data.preparation.samples import SampleOptions, create_shard
+from data.preparation.text_counts import TextCounts
 from data.tokenizer import load_vocabulary, save_vocabulary, train_vocabulary
 from data.workers import open_pool, ordered_map
 
@@ -165,9 +165,12 @@ def create_hdf5_files(options: StageOptions) -> None:
                 bar.update()
     if not options.input_files:
         records.delete_outdated(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
-    totals = sum((Counter(record["counts"]) for record in finished.values()), Counter(shards=len(texts)))
-    print(f"create_hdf5_files: {describe_counts(totals)} in {folder / dataset}")
+    totals = TextCounts.total([record["counts"] for record in finished.values()])
+    print(f"create_hdf5_files: {describe_counts(asdict(totals) | {'shards': len(texts)})} in {folder / dataset}")
+    print(f"text: {totals.description}")
     print(f"vocabulary: {vocab_file} ({len(tokens):,} tokens)")
+    for line in totals.warnings():
+        print(f"warning: {line}")
 
 
 def find_vocabulary(options: StageOptions) -> Path:
