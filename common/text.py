@@ -5,6 +5,7 @@ and \\r\\n end a line: str.splitlines also splits at U+2028, U+0085 and others, 
 """
 
 import codecs
+import io
 
 from common.errors import UserError
 
@@ -18,15 +19,23 @@ def encoding_of(start: bytes) -> str:
     return next((name for mark, name in MARKS if start.startswith(mark)), "utf-8-sig")
 
 
-def encoding_of_file(path) -> str:
-    """The same for a file; UserError where it looks like UTF-16 without a mark."""
-    with open(path, "rb") as file:
-        start = file.read(LONGEST_MARK)
+def checked_encoding(start: bytes, path) -> str:
+    """The same; UserError where the file looks like UTF-16 without a mark."""
     encoding = encoding_of(start)
     if encoding == "utf-8-sig" and b"\0" in start[:2]:
         raise UserError(f"{path}: not UTF-8 (a NUL byte at its start: binary, or UTF-16 without a byte order mark; "
                         f"iconv -f UTF-16{'BE' if start[:1] == bytes(1) else 'LE'} -t UTF-8 converts it)")
     return encoding
+
+
+def open_text(path, errors: str = "strict") -> io.TextIOWrapper:
+    """Open a text file for reading; only \\n ends a line."""
+    file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
+    try:
+        return io.TextIOWrapper(file, checked_encoding(file.peek(LONGEST_MARK), path), errors, newline="\n")
+    except BaseException:
+        file.close()
+        raise
 
 
 def decoded(data: bytes) -> str:
@@ -41,4 +50,4 @@ def lines_of_text(text: str) -> list[str]:
     ['one\\u2028still one', 'two']
     """
     lines = text.split("\n")
-    return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    return [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]

@@ -16,7 +16,7 @@ import numpy as np
 
 from common import cli
 from common.errors import UserError
-from common.text import encoding_of_file
+from common.text import open_text
 from data import shards
 from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
 from data.preparation.text_counts import WAYS_OUT, TextCounts
@@ -69,7 +69,7 @@ def add_sample_flags(parser) -> None:
     group.add_argument("--short_seq_prob", type=cli.proportion,
                        help="proportion of the documents that are cut into shorter samples")
     group.add_argument("--random_seed", type=int, help="seed for pairs and masks; the same seed gives the same files")
-    group.add_argument("--do_lower_case", type=cli.boolean, metavar="1|0",
+    group.add_argument("--do_lower_case", type=cli.boolean, nargs="?", const=True, metavar="1|0",
                        help="lower-case the text and strip accents, for an uncased vocabulary")
     parser.set_defaults(**{field.name: field.default for field in fields(SampleOptions)})
 
@@ -130,7 +130,7 @@ def document_blocks(*paths):
 def line_blocks(path):
     """Yield the stripped lines of about 2 MB of a text file, and whether it was that much."""
     try:
-        with open(path, encoding=encoding_of_file(path), newline="\n") as file:
+        with open_text(path) as file:
             while lines := file.readlines(READ_BYTES):
                 yield [line.strip() for line in lines], sum(map(len, lines)) >= READ_BYTES
     except OSError as error:
