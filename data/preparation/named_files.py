@@ -10,13 +10,12 @@ from pathlib import Path
 
 from common.download import is_remote, local_file
 from common.errors import UserError
-from data.preparation import records
 
 
 def named_files(words: list[str], pattern: str = "", flag: str = "--input_files") -> list[Path]:
     """The files, remote ones as local copies; with a pattern, also those in folders that are named."""
     paths = [path for name in names_in(words) for path in matching_files(name, pattern, flag)]
-    if len({records.file_key(path) for path in paths}) < len(paths):
+    if len({path.absolute() for path in paths}) < len(paths):
         raise UserError(f"{flag}: a file is named twice")
     return paths
 

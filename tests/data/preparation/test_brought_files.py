@@ -217,8 +217,10 @@ def test_sharded_text_without_records_is_taken_where_it_is_complete(work, capsys
 
 
 def test_text_shards_of_any_name_train_a_vocabulary_and_equal_names_are_refused(work):
-    for folder in ("a", "b"):
+    for folder in ("a", "b", "c/a"):
         write_documents(Path(folder, "corpus.txt").absolute(), [5] * 5)
+    with pytest.raises(UserError, match="a/corpus.txt: 2 input files of this name are in folders of this name"):
+        stage("sharding", "--input_files", "a", "c")
     stage("create_vocabulary", "--vocab_size", 60, "--input_files", "a/corpus.txt")
     assert len(load_vocabulary(next(work.glob("vocab/*/vocab.txt")))) > 30
     with pytest.raises(UserError, match="two of the 2 files have the same name"):
