@@ -299,6 +299,8 @@ def empty_rows_fault(rows: dict[str, np.ndarray]) -> str | None:
     are such, too.
     """
     empty = ~rows["input_mask"].any(axis=1)
+    if not empty.any():
+        return None
     for key in ("masked_lm_positions", "next_sentence_weights"):
         used = empty & rows[key].any(axis=1) if key in rows else empty[:0]
         if used.any():

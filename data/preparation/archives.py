@@ -22,8 +22,9 @@ from common.text import encoding_of
 COMPRESSED = {b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x1f\x8b": ".gz"}  # and the usual ending
 NOT_READ = {b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it (zstd -d)",
             b"PK\x03\x04": "a zip archive: unpack it (unzip)", b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it (7z e)"}
-HTML = re.compile(rb"<!doctype\s+html|<html[\s>]", re.IGNORECASE)
-START = 1024  # bytes in which a page says that it is HTML
+HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html[\s>])",
+                  re.IGNORECASE | re.DOTALL)
+START = 4096  # bytes in which a page says that it is HTML
 DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error)
 BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)
 
@@ -44,7 +45,7 @@ def is_archive(path) -> bool:
 
 
 def is_html(start: bytes) -> bool:
-    return bool(HTML.search(start[:START]))
+    return bool(HTML.match(start[:START]))
 
 
 def refuse_other_content(path) -> None:

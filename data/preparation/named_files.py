@@ -1,7 +1,4 @@
-"""The files that --input_files and --input_file name: words, comma-separated names, folders and patterns.
-
-No torch here.
-"""
+"""The files that --input_files names: words, comma-separated names, folders and patterns.  No torch here."""
 
 import re
 from fnmatch import fnmatch
@@ -15,6 +12,8 @@ from common.errors import UserError
 def named_files(words: list[str], pattern: str = "", flag: str = "--input_files") -> list[Path]:
     """The files, remote ones as local copies; with a pattern, also those in folders that are named."""
     paths = [path for name in names_in(words) for path in matching_files(name, pattern, flag)]
+    if words and not paths:
+        raise UserError(f"{flag} {' '.join(words)}: names no file")
     if len({path.absolute() for path in paths}) < len(paths):
         raise UserError(f"{flag}: a file is named twice")
     return paths

@@ -9,6 +9,9 @@ ONE_SIDED = 0.05  # pairs of one kind, random or true; half of each kind is mean
 FEWEST_PAIRS = 8  # among fewer, one kind can be missing by chance
 LEAST_USED = 0.5  # of the tokens; English articles are used almost completely
 LONE_SENTENCES = 1.1  # sentences a document
+WAYS_OUT = ("Give a vocabulary of this language (--vocab_file, or train one) and the case that it is made for "
+            "(--do_lower_case), and put spaces between the words of a script that writes none (Thai, Khmer, Lao): "
+            "more than 100 characters without a space are one [UNK]")
 
 
 @dataclass(kw_only=True)
@@ -58,7 +61,7 @@ class TextCounts:
         shares = (("{} of the tokens are [UNK]", self.share("unknown_tokens", "tokens")),
                   ("{} of the tokens are in a sample", self.share("used_tokens", "tokens")),
                   ("{} of the pairs are random", self.share("random_next", "samples")))
-        return ", ".join(text.format(f"{share:.1%}") for text, share in shares if share is not None)
+        return ", ".join(text.format(f"{share:.1%}") for text, share in shares if share is not None) or "no token in it"
 
     def warnings(self) -> list[str]:
         """A line for each sign that the samples teach little, with its usual causes."""
@@ -85,11 +88,6 @@ class TextCounts:
             return (f"{share:.1%} of the pairs have a random second segment, and NSP learns nothing: a random segment "
                     "comes from another document of the file, and a blank line separates documents")
         return None
-
-
-WAYS_OUT = ("Give a vocabulary of this language (--vocab_file, or train one) and the case that it is made for "
-            "(--do_lower_case), and put spaces between the words of a script that writes none (Thai, Khmer, Lao): "
-            "more than 100 characters without a space are one [UNK]")
 
 
 def covered(starts: np.ndarray, lengths: np.ndarray, size: int) -> int:

@@ -165,12 +165,12 @@ def test_archives_of_books_are_known_by_their_first_bytes(work, capsys):
 
 def test_hidden_files_beside_books_are_left_out_and_html_is_listed(work, capsys):
     for name, text in (("a.TXT", "Good book."), ("._a.TXT", "\0\5\26\7"), (".Trash/b.txt", "Old book."),
-                       ("c.txt", "<!doctype html><p>404")):
+                       ("c.txt", "<!-- gone -->\n<!doctype html><p>404"), ("d.txt", "The <html> tag is old.")):
         Path("shelf", name).parent.mkdir(parents=True, exist_ok=True)
         Path("shelf", name).write_text(text)
     stage("text_formatting", "--input_files", "shelf", dataset="bookscorpus")
-    assert formatted(work, "bookscorpus") == ["Good book."]
-    assert "1 documents, 1 skipped" in (printed := capsys.readouterr().out) and "c.txt: an HTML page" in printed
+    assert formatted(work, "bookscorpus") == ["Good book.", "The <html> tag is old."]
+    assert "2 documents, 1 skipped" in (printed := capsys.readouterr().out) and "c.txt: an HTML page" in printed
 
 
 # names
@@ -193,6 +193,8 @@ def test_commas_folders_and_patterns_name_several_files(work, capsys):
             stage("sharding", "--input_files", *words)
     with pytest.raises(UserError, match="a file is named twice"):
         make("text/part 0.txt,text/part*")
+    with pytest.raises(UserError, match="--input_files ,: names no file"):
+        stage("sharding", "--input_files", ",")
     assert names_in(["s3://b/a,s3://b/c"]) == ["s3://b/a", "s3://b/c"]
 
 
