@@ -20,7 +20,7 @@ from data.preparation.samples import SampleOptions, add_sample_flags, create_sha
 from data.preparation.text_counts import TextCounts
 from data.tokenizer import load_vocabulary
 
-# of google-research/bert, and of NVIDIA's and Habana's copies of it; the defaults here are those of bertPrep.py
+# of google-research/bert and of NVIDIA's copy of it; the defaults here are those of bertPrep.py
 REFERENCE_DEFAULTS = {"max_seq_length": 128, "max_predictions_per_seq": 20, "dupe_factor": 10}
 
 
