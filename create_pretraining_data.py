@@ -10,29 +10,52 @@ pairs and masks.  With --dynamic_masking, samples are stored without masks, and 
 data/bertPrep.py --action create_hdf5_files does this for all shards of a data set.
 """
 
+import sys
+
 from common import cli
 from common.download import local_file
 from common.errors import UserError
+from data.preparation.named_files import named_files
 from data.preparation.samples import SampleOptions, add_sample_flags, create_shard
+from data.preparation.text_counts import TextCounts
 from data.tokenizer import load_vocabulary
+
+# of google-research/bert and of NVIDIA's copy of it; the defaults here are those of bertPrep.py
+REFERENCE_DEFAULTS = {"max_seq_length": 128, "max_predictions_per_seq": 20, "dupe_factor": 10}
 
 
 def main(argv=None) -> None:
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--input_file", required=True,
-                        help="text shard: one sentence a line, a blank line between documents")
+    parser.add_argument("--input_file", "--input_files", required=True, nargs="+", metavar="FILE",
+                        help="text shards, which make one HDF5 shard: one sentence a line, a blank line between "
+                             "documents; several names (also separated by commas), patterns, folders of .txt files")
     parser.add_argument("--output_file", required=True, help="HDF5 shard to write")
     parser.add_argument("--vocab_file", required=True, help="WordPiece vocabulary, one token a line; a path or URL")
     add_sample_flags(parser)
     args = parser.parse_args(argv)
     options = cli.options_from(args, SampleOptions)
+    for line in other_defaults(sys.argv[1:] if argv is None else argv, options):
+        print(line)
+    first, *others = named_files(args.input_file, "*.txt", "--input_file")
     tokens = load_vocabulary(local_file(args.vocab_file))
     try:
-        counts = create_shard(args.input_file, args.output_file, tokens, options)
+        counts = create_shard(first, args.output_file, tokens, options, tuple(others))
     except OSError as error:
         raise UserError(f"--output_file {args.output_file}: cannot be written: {error.strerror}") from None
-    print(f"{args.output_file}: {counts['samples']:,} samples of {counts['documents']:,} documents, "
-          f"{counts['tokens']:,} tokens")
+    counts = TextCounts(**counts)
+    print(f"{args.output_file}: {counts.samples:,} samples of {counts.documents:,} documents, {counts.tokens:,} tokens")
+    print(f"text: {counts.description}")
+    for line in counts.warnings():
+        print(f"warning: {line}")
+
+
+def other_defaults(words: list[str], options: SampleOptions) -> list[str]:
+    """A line for each flag that is not among the words and has another value here than in the reference's command."""
+    typed = {cli.with_underscores(str(word)).partition("=")[0] for word in words}
+    untyped = [(flag, getattr(options, flag), there) for flag, there in REFERENCE_DEFAULTS.items()
+               if f"--{flag}" not in typed]
+    return [f"--{flag} is not given: {here} here, {there} in the reference's create_pretraining_data.py"
+            for flag, here, there in untyped if here != there]
 
 
 if __name__ == "__main__":

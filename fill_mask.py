@@ -14,6 +14,7 @@ from random import Random
 from common import cli
 from common.errors import UserError
 from common.files import write_json
+from common.text import decoded, lines_of_text
 from data.token_counts import TOKEN_COUNTS
 from data.tokenizer import SPECIAL_TOKENS
 from devices import gaudi_environment
@@ -89,7 +90,7 @@ def typed_sentences():
 def random_sentences(path: str, count: int, seed: int) -> list[str]:
     """Sentences of a text shard at random, neither very short nor very long.  UserError where it has too few."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = lines_of_text(decoded(Path(path).read_bytes()))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--random_from {path}: cannot be read: {error}") from None
     usable = [line for line in lines if len(line.split()) in WORDS_IN_SENTENCE]

@@ -60,7 +60,7 @@ class BertConfig:
     def from_json_file(cls, path) -> "BertConfig":
         """Read and check a config; UserError names the file, the key and the impossible value."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            values = json.loads(Path(path).read_bytes())  # UTF-8 or UTF-16, with or without a byte order mark
         except OSError as error:
             raise UserError(f"--config_file {path}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:  # not JSON, not text, endless digits or nesting

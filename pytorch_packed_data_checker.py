@@ -10,6 +10,7 @@ be checked, for example because a file is not a shard.
 import os
 
 from common import cli
+from common.errors import UserError
 from data.packing.verify import find_of_form, verify
 
 
@@ -18,19 +19,32 @@ def main(argv=None) -> int:
     parser.add_argument("--input_dir", required=True, help="folder of packed shards")
     parser.add_argument("--unpacked_dir",
                         help="folder of the unpacked shards that were packed; both sets must hold the same sequences")
+    parser.add_argument("--max_predictions_per_sequence", type=cli.positive_int,
+                        help="the packer's flag of that name; an error where the rows have room for more (default: not "
+                             "checked)")
+    parser.add_argument("--allow_missing_tail", action="store_true",
+                        help="accept that fewer rows are there than the metadata name, by less than a shard has: "
+                             "packers of the reference drop the last, partial shard")
     parser.add_argument("--n_processes", type=cli.positive_int, default=min(4, os.cpu_count() or 1),
                         help="number of processes, each with less than 1 GB of memory")
     parser.add_argument("--disable_progress_bar", action="store_true", help="print no progress bars")
     args = parser.parse_args(argv)
     packed = find_of_form(args.input_dir, packed=True, flag="--input_dir")
     unpacked = find_of_form(args.unpacked_dir, packed=False, flag="--unpacked_dir") if args.unpacked_dir else []
-    report = verify(packed, unpacked, args.n_processes, show_progress=not args.disable_progress_bar)
+    room = packed[0].prediction_slots - packed[0].max_sequences
+    if args.max_predictions_per_sequence and room > args.max_predictions_per_sequence:
+        raise UserError(f"--max_predictions_per_sequence {args.max_predictions_per_sequence}, but {args.input_dir} was "
+                        f"packed with {room}")
+    report = verify(packed, unpacked, args.n_processes, show_progress=not args.disable_progress_bar,
+                    allow_missing_tail=args.allow_missing_tail)
     checked = f"{args.input_dir}: {report.rows:,} rows in {report.shards:,} shards"
     if report.faults:
         print(f"{report.first_fault}\n{checked}: {report.faults:,} faults, the first is named above")
         return 1
-    same = f", the same as in {args.unpacked_dir}" if unpacked else ""
-    print(f"{checked}, {report.sequences:,} sequences{same}: no fault")
+    same = f", {'all of them in' if report.missing_rows else 'the same as in'} {args.unpacked_dir}" if unpacked else ""
+    empty = f", {report.empty_rows:,} of them without a token" if report.empty_rows else ""
+    missing = f" (the last {report.missing_rows:,} are missing, as allowed)" if report.missing_rows else ""
+    print(f"{checked}{missing}{empty}, {report.sequences:,} sequences{same}: no fault")
     return 0
 
 

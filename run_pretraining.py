@@ -147,6 +147,7 @@ def run_fingerprint(args, config, shards, resume_point) -> dict[str, str]:
 def training_shards(args, config, reader, warn) -> tuple:
     """The shards of --input_dir, checked against the flags and the config, and how often each token occurs in them."""
     from data.dataloader import check_first_rows
+    from data.packed_totals import difference_from_metadata
     from data.shards import find_readable_shards, find_shards
     from data.token_counts import stored_counts
 
@@ -164,6 +165,9 @@ def training_shards(args, config, reader, warn) -> tuple:
     if predictions > args.max_predictions_per_seq:
         raise UserError(f"{first.path}: made with {predictions} predictions a sequence, "
                         f"but --max_predictions_per_seq is {args.max_predictions_per_seq}")
+    difference = difference_from_metadata(found)
+    if difference:
+        warn(f"{difference}; the training uses those that are there")
     if args.enable_packed_data_mode is not None:
         warn("--enable_packed_data_mode is deprecated: the shards decide")
         if args.enable_packed_data_mode != first.packed:

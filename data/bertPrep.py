@@ -29,10 +29,11 @@ def parse(argv):
     parser.add_argument("--action", required=True, choices=stages.ACTIONS, help="the stage to run")
     parser.add_argument("--dataset", required=True, choices=DATASETS, help="the data set to run it on")
     parser.add_argument("--input_files", nargs="+", default=[], metavar="FILE",
-                        help="read these instead of the output of the stage before: dumps, or .txt books and folders "
-                             "of them, for text_formatting; files of one document a line, tabs between its "
-                             "paragraphs, for sharding; text shards for create_vocabulary and create_hdf5_files; "
-                             "files of URLs or archives for download of bookscorpus")
+                        help="read these instead of the output of the stage before: dumps or .txt books for "
+                             "text_formatting; files of one document a line, tabs between its paragraphs, for "
+                             "sharding; text shards for create_vocabulary and create_hdf5_files; files of URLs or "
+                             "archives for download of bookscorpus.  Commas may separate them; patterns and folders "
+                             "of .txt files are taken too")
     parser.add_argument("--n_processes", type=cli.positive_int, default=4,
                         help="worker processes; with mpirun … python3 -m mpi4py.futures data/bertPrep.py … the ranks "
                              "are the workers instead")

@@ -53,6 +53,7 @@ class BatchStream:
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-reader")
         self.open_shards: dict[tuple[int, int], Future] = {}
         self.readable: set[tuple[int, int]] = set()  # (epoch, shard) that every rank can read
+        self.searched: set[int] = set()  # shards whose rows without a token are counted
 
     def __iter__(self):
         return self
@@ -81,9 +82,19 @@ class BatchStream:
 
     def read_range(self, epoch: int, shard: int, start: int, stop: int) -> dict[str, np.ndarray]:
         rows, order = self.open(epoch, shard).result()
+        self.count_empty(shard, rows["input_mask"])
         chosen = order[start:stop]
         rows = {key: values[chosen] for key, values in rows.items()}
         return with_masks(rows, self.shards[shard], row_keys(self.seed, epoch, shard, chosen))
+
+    def count_empty(self, shard: int, input_mask: np.ndarray) -> None:
+        """Say once how many rows of a shard hold no token: they take part in batches, and change nothing."""
+        if shard not in self.searched:
+            self.searched.add(shard)
+            empty = int(np.count_nonzero(~input_mask.any(axis=1)))
+            if empty:
+                self.warn(f"{self.shards[shard].path}: {empty} of its {len(input_mask)} rows hold no token and are "
+                          "passed over")
 
     def open(self, epoch: int, shard: int) -> Future:
         if (epoch, shard) not in self.open_shards:
@@ -223,7 +234,7 @@ def as_batch(rows: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
                 "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (count, length)),
                 "next_sentence_positions": np.zeros((count, 1), np.int32),
                 "next_sentence_labels": rows["next_sentence_labels"].reshape(count, 1),
-                "next_sentence_weights": np.ones((count, 1), np.int32)}
+                "next_sentence_weights": rows["input_mask"].any(axis=1, keepdims=True)}
     return {key: torch.from_numpy(values.astype(np.int32)) for key, values in rows.items()}
 
 

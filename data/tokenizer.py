@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from common.errors import UserError
 from common.files import replacing
+from common.text import lines_of_text, open_text
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LARGEST_ALPHABET = 1000  # characters, as in BERT's own vocabulary
@@ -34,10 +35,10 @@ def load_vocabulary(path) -> list[str]:
     A blank line holds its place, under a name that no text has.
     """
     try:
-        tokens = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        with open_text(path) as file:
+            tokens = lines_of_text(file.read())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--vocab_file {path}: cannot be read ({error})") from None
-    tokens = [token.rstrip("\r") for token in (tokens[:-1] if tokens[-1] == "" else tokens)]
     tokens = [token if token.strip() else f"[blank line {number}]" for number, token in enumerate(tokens, start=1)]
     missing = [token for token in SPECIAL_TOKENS if token not in tokens]
     if missing:
@@ -85,7 +86,7 @@ def sample_lines(paths, limit: int) -> list[str]:
     share = min(1.0, limit / max(1, sum(path.stat().st_size for path in paths)))
     lines = []
     for path in paths:
-        with open(path, encoding="utf-8", errors="ignore") as file:
+        with open_text(path, errors="ignore") as file:
             lines += file.read(int(share * path.stat().st_size)).split("\n")
     return lines
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import write_json
-from data.packing.recipe import Recipe
+from data.packing.recipe import Recipe, reference_index
 from data.shards import metadata_path
 
 PART_NAME = "mixed_strategies_part_{}.hdf5"
@@ -74,13 +74,17 @@ def publish(folder: Path, output_dir: Path, metadata: dict) -> None:
     write_json(metadata_path(output_dir), metadata)
 
 
-def packing_figures(recipe: Recipe, histogram: np.ndarray) -> dict:
-    """The statistics in the metadata.  A sample is a row: of one sequence before packing, of several after it."""
+def packing_figures(recipe: Recipe, histogram: np.ndarray, depth: int) -> dict:
+    """The statistics in the metadata.  A sample is a row: of one sequence before packing, of several after it.
+
+    What the reference's packer writes too means the same here.
+    """
     sequences, rows, row_length = int(histogram.sum()), recipe.row_count, len(histogram) - 1
     tokens = int(histogram @ np.arange(row_length + 1))
+    most_frequent = [strategy for strategy, _ in recipe.rows.most_common(8)]
     return {
         "avg_seq_per_sample": sequences / rows,
-        "compression_ratio": rows / sequences,
+        "compression_ratio": 1 - rows / sequences,
         "expected_speed_up": sequences / rows,
         "theoretical_speed_up": sequences * row_length / tokens,
         "new_number_of_samples": rows,
@@ -90,6 +94,8 @@ def packing_figures(recipe: Recipe, histogram: np.ndarray) -> dict:
         "packing_efficiency": tokens / (rows * row_length),
         "padding_tokens_original_dataset": sequences * row_length - tokens,
         "padding_tokens_packed_dataset": rows * row_length - tokens,
-        "top_8_strategies": [list(strategy) for strategy, _ in recipe.rows.most_common(8)],
+        "top_8_strategies": [reference_index(strategy, row_length, depth) for strategy in most_frequent],
+        "most_frequent_strategies": [list(strategy) for strategy in most_frequent],
+        "rows_per_sequence": rows / sequences,
         "lower_bound_of_samples": recipe.bound,
     }

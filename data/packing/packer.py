@@ -64,7 +64,8 @@ def pack(options: PackingOptions) -> dict:
         recipe = METHODS[options.packing_method].solve(histogram, options.max_sequences_per_pack)
         print(f"{options.packing_method}: {recipe.row_count:,} rows by {len(recipe.rows):,} strategies, computed in "
               f"{time.perf_counter() - start:.2f} s; no packing has fewer than {recipe.bound:,}", file=sys.stderr)
-        metadata = (packing_figures(recipe, histogram) | {name: getattr(options, name) for name in RECORDED_OPTIONS}
+        metadata = (packing_figures(recipe, histogram, options.max_sequences_per_pack)
+                    | {name: getattr(options, name) for name in RECORDED_OPTIONS}
                     | {"input_files": [shard.path.name for shard in shards]})
         with staged(output_dir) as folder:
             layout = Layout(row_count=recipe.row_count, row_length=options.max_sequence_length,

@@ -7,6 +7,7 @@ follow each strategy.  `histogram[length]` counts the sequences of that length, 
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -64,3 +65,42 @@ def knapsack(values: np.ndarray, depth: int) -> tuple[np.ndarray, list[np.ndarra
         if (best == before).all():
             break
     return best, choices
+
+
+def reference_index(strategy, row_length: int, depth: int) -> int:
+    """The index of a strategy in the list that the reference's packer makes of all of them.
+
+    That list holds, in lexicographic order, every ascending series of at most `depth` lengths that adds up to the row
+    length; padding is a length there.  A row of `depth` sequences and padding is not in it: its longest sequence is
+    counted with the padding.
+
+    >>> reference_index((5, 1), row_length=8, depth=3)  # with 2 of padding: after (1, 1, 6), before (1, 3, 4)
+    1
+    """
+    lengths, padding = sorted(strategy), row_length - sum(strategy)
+    if padding and len(lengths) < depth:
+        lengths = sorted([*lengths, padding])
+    else:
+        lengths[-1] += padding
+    table = partitions(row_length, depth)
+    index, left, least = 0, row_length, 1
+    for place, length in enumerate(lengths):
+        for shorter in range(least, length):  # the series that have a shorter length here, by the number of the others
+            index += sum(table[count][max(0, left - shorter - count * (shorter - 1))]
+                         for count in range(1, depth - place))
+        left, least = left - length, length
+    return index
+
+
+@cache
+def partitions(row_length: int, depth: int) -> list[list[int]]:
+    """table[count][total]: how many ascending series of `count` lengths, each at least 1, add up to the total.
+
+    Either the first length is 1, or 1 can be taken off each.
+    """
+    table = [[1] + [0] * row_length]
+    for count in range(1, depth + 1):
+        table.append([0] * (row_length + 1))
+        for total in range(count, row_length + 1):
+            table[count][total] = table[count - 1][total - 1] + table[count][total - count]
+    return table

@@ -1,6 +1,5 @@
 """Verification of a packed set: each row by itself, the totals, and the sequences against the unpacked set."""
 
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ import numpy as np
 
 from common.errors import UserError
 from data.masking import ranges
+from data.packed_totals import difference_from_metadata, lacks_tail, named_totals
 from data.packing.blocks import Block, blocks_of, with_progress
 from data.packing.checks import faults
 from data.packing.fingerprints import bucket_of, bucket_sums, sequence_fingerprints
 from data.packing.output import UNFINISHED
-from data.shards import Shard, find_shards, metadata_path, read_rows, tokens_to_predict
+from data.shards import Shard, find_shards, metadata_path, tokens_to_predict
 from data.workers import open_pool
 
 
@@ -24,6 +24,8 @@ class Report:
     shards: int
     rows: int
     sequences: int = 0  # in rows without fault
+    empty_rows: int = 0  # without a token, and with nothing else: packers of the reference leave some
+    missing_rows: int = 0  # of the last part, where that is allowed
     faults: int = 0
     first_fault: str = ""  # a description
 
@@ -40,13 +42,17 @@ def find_of_form(folder: str, packed: bool, flag: str) -> list[Shard]:
     return shards
 
 
-def verify(packed: list[Shard], unpacked: list[Shard], n_processes: int, show_progress: bool) -> Report:
-    """Check a packed set; with unpacked shards, also that both sets hold the same sequences."""
+def verify(packed: list[Shard], unpacked: list[Shard], n_processes: int, show_progress: bool,
+           allow_missing_tail: bool = False) -> Report:
+    """Check a packed set; with unpacked shards, also that both sets hold the same sequences.
+
+    With `allow_missing_tail` the rows of the last part may be missing, and the sequences in them.
+    """
     report = Report(shards=len(packed), rows=sum(shard.rows for shard in packed))
     with open_pool(n_processes) as pool:
         run = partial(with_progress, pool, show_progress)
         sums = verify_rows(run, packed, report)
-        check_totals(packed[0].path.parent, report)
+        check_totals(packed, report, allow_missing_tail)
         if unpacked and not report.faults:
             compare(run, packed, unpacked, sums, report)
     return report
@@ -54,20 +60,34 @@ def verify(packed: list[Shard], unpacked: list[Shard], n_processes: int, show_pr
 
 def verify_rows(run, packed: list[Shard], report: Report) -> np.ndarray:
     """Check every row by itself; returns the bucket_sums of the sequences in rows without fault."""
-    first = next(shard for shard in packed if shard.rows)
-    cls_token = int(read_rows(first, ["input_ids"], slice(1))["input_ids"][0, 0])
-    total = 0
-    for faulty_rows, first_fault, sums in run("checking rows", check_block,
-                                              [(block, cls_token) for block in blocks_of(packed)]):
+    cls_token, total = first_token(packed), 0
+    for faulty_rows, first_fault, empty_rows, sums in run("checking rows", check_block,
+                                                          [(block, cls_token) for block in blocks_of(packed)]):
         report.add(faulty_rows, first_fault)
+        report.empty_rows += empty_rows
         total += sums
     report.sequences = int(total[0].sum())
     return total
 
 
-def check_block(block: Block, cls_token: int) -> tuple[int, str, np.ndarray]:
-    """How many rows of a block have a fault, a description of the first, and the bucket_sums of the other rows."""
+def first_token(packed: list[Shard]) -> int:
+    """The first token of the first row that has one: [CLS]."""
+    for block in blocks_of(packed):
+        rows = block.read(["input_ids", "input_mask"])
+        filled = rows["input_mask"].any(axis=1)
+        if filled.any():
+            return int(rows["input_ids"][filled.argmax(), 0])
+    raise UserError(f"{packed[0].path.parent}: no token in any of its rows")
+
+
+def check_block(block: Block, cls_token: int) -> tuple[int, str, int, np.ndarray]:
+    """How many rows of a block have a fault, a description of the first, how many are empty, and the bucket_sums of
+    the other rows.
+    """
     rows = block.read()
+    numbers = np.flatnonzero(np.any([values.any(axis=1) for values in rows.values()], axis=0))  # of rows not empty
+    empty_rows = len(rows["input_mask"]) - len(numbers)
+    rows = {key: values[numbers] for key, values in rows.items()}
     found = list(faults(rows, cls_token))
     if block.shard.rule:
         crowded = tokens_to_predict(block.shard, rows["input_mask"]) > block.shard.prediction_slots
@@ -76,27 +96,29 @@ def check_block(block: Block, cls_token: int) -> tuple[int, str, np.ndarray]:
     description = ""
     if faulty.any():
         first = int(np.argmax(faulty))
-        description = f"{block.row_name(first)}: {next(fault for fault, bad in found if bad[first])}"
+        description = f"{block.row_name(numbers[first])}: {next(fault for fault, bad in found if bad[first])}"
     sound = {key: values[~faulty] for key, values in rows.items()}
-    return np.count_nonzero(faulty), description, bucket_sums(sequence_fingerprints(sound))
+    return np.count_nonzero(faulty), description, empty_rows, bucket_sums(sequence_fingerprints(sound))
 
 
-def check_totals(folder: Path, report: Report) -> None:
+def check_totals(packed: list[Shard], report: Report, allow_missing_tail: bool) -> None:
     """Compare the set with its metadata, if there are any."""
+    folder = packed[0].path.parent
     unfinished = Path(os.path.abspath(folder)) / UNFINISHED
     if unfinished.exists():
         report.add(1, f"{unfinished}: the packing of this folder was cut short")
-    path = metadata_path(folder)
-    if not path.exists() or report.faults:
+    named = named_totals(folder)
+    if named is None or report.faults:
         return
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-        expected = metadata["new_number_of_samples"], metadata["original_number_of_samples"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the metadata of a packed set ({error!r})") from None
-    if expected != (report.rows, report.sequences):
-        report.add(1, f"{path}: says {expected[0]} rows and {expected[1]} sequences, the shards hold {report.rows} "
-                      f"and {report.sequences}")
+    rows, sequences = named
+    tail_lacks = lacks_tail(rows, packed)
+    if tail_lacks and allow_missing_tail and report.sequences <= sequences:
+        report.missing_rows = rows - report.rows
+    elif rows != report.rows:
+        hint = " (--allow_missing_tail accepts that)" if tail_lacks and not allow_missing_tail else ""
+        report.add(1, f"{difference_from_metadata(packed)}{hint}")
+    elif sequences != report.sequences:
+        report.add(1, f"{metadata_path(folder)}: names {sequences:,} sequences, the shards hold {report.sequences:,}")
 
 
 def compare(run, packed: list[Shard], unpacked: list[Shard], sums: np.ndarray, report: Report) -> None:
@@ -109,6 +131,8 @@ def compare(run, packed: list[Shard], unpacked: list[Shard], sums: np.ndarray, r
         return
     original = sum(run("reading unpacked rows", sums_of_block, [(block,) for block in blocks_of(unpacked)]))
     different = np.flatnonzero((sums != original).any(axis=0))
+    if report.missing_rows:
+        different = surplus_buckets(run, packed, unpacked, different)
     if not len(different):
         return
     surplus = (sums - original)[0].astype(np.int64)
@@ -117,6 +141,21 @@ def compare(run, packed: list[Shard], unpacked: list[Shard], sums: np.ndarray, r
         [found for part in run("finding the difference", members, [(block, bucket) for block in blocks_of(shards)])
          for found in part] for shards in (packed, unpacked))
     report.add(len(different), first_unmatched(in_packed, in_unpacked))
+
+
+def surplus_buckets(run, packed: list[Shard], unpacked: list[Shard], different: np.ndarray) -> np.ndarray:
+    """Those of the buckets that differ in which the packed set holds a sequence more often than the unpacked set."""
+    ours, theirs = (np.sort(np.concatenate(list(run("comparing what is there", fingerprints_in, [
+        (block, different) for block in blocks_of(shards)])))) for shards in (packed, unpacked))
+    values, counts = np.unique(ours, return_counts=True)
+    there = np.searchsorted(theirs, values, "right") - np.searchsorted(theirs, values, "left")
+    return np.unique(bucket_of(values[counts > there]))
+
+
+def fingerprints_in(block: Block, buckets: np.ndarray) -> np.ndarray:
+    """The fingerprints of a block's sequences that fall into these buckets."""
+    values = sequence_fingerprints(block.read())
+    return values[np.isin(bucket_of(values), buckets)]
 
 
 def sums_of_block(block: Block) -> np.ndarray:

@@ -1,6 +1,10 @@
-"""Unpacks archives into a folder, and never outside it."""
+"""Unpacks archives into a folder, and never outside it; and reads compressed files, known by their first bytes."""
 
+import bz2
+import gzip
 import io
+import lzma
+import re
 import shutil
 import stat
 import tarfile
@@ -12,14 +16,66 @@ from common.download import is_remote
 from common.errors import UserError
 from common.files import replacing
 from common.remote_sources import Interrupted, remote_source
+from common.text import encoding_of
 
-ENDINGS = (".zip", ".whl", ".tar", ".gz", ".tgz", ".bz2", ".xz")
+# The first bytes of a file tell what it is, whatever its name: dump.xml.bz2.1 is compressed too.
+COMPRESSED = {b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x1f\x8b": ".gz"}  # and the usual ending
+NOT_READ = {b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it (zstd -d)",
+            b"PK\x03\x04": "a zip archive: unpack it (unzip)", b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it (7z e)"}
+HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html[\s>])",
+                  re.IGNORECASE | re.DOTALL)
+START = 4096  # bytes in which a page says that it is HTML
+DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error)
 BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)
+
+
+def first_bytes(path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(START)
+
+
+def compression(path) -> str | None:
+    """The usual ending of a compressed file, by its first bytes; None for any other file."""
+    start = first_bytes(path)
+    return next((ending for magic, ending in COMPRESSED.items() if start.startswith(magic)), None)
+
+
+def is_archive(path) -> bool:
+    return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+
+
+def is_html(start: bytes) -> bool:
+    return bool(HTML.match(start[:START]))
+
+
+def refuse_other_content(path) -> None:
+    """UserError, which says what it is, for a file that is neither XML nor compressed XML."""
+    start = first_bytes(path)
+    if is_html(start):
+        raise UserError(f"{path}: an HTML page, as servers send in place of a file that they do not have: "
+                        "download it again")
+    for magic, what in NOT_READ.items():
+        if start.startswith(magic):
+            raise UserError(f"{path}: {what}, and name what comes out")
+    if encoding_of(start).startswith(("utf-16", "utf-32")):
+        raise UserError(f"{path}: {encoding_of(start).upper()}, but a dump is UTF-8: "
+                        f"iconv -f {encoding_of(start).upper()} -t UTF-8 converts it")
+    ending = Path(path).suffix.lower()
+    if start and ending in COMPRESSED.values() and not compression(path) and not start.lstrip().startswith(b"<"):
+        raise UserError(f"{path}: damaged or cut short (neither {ending[1:]} nor XML by its first bytes)")
+
+
+def decompressed(path, raw):
+    """The decompressed bytes of the open file `raw`, as a stream."""
+    ending = compression(path)
+    return {".bz2": bz2.open, ".xz": lzma.open, ".gz": gzip.open}[ending](raw) if ending else raw
 
 
 def unpack(archive, folder: Path, wanted: list[str] | None = None) -> list[Path]:
     """Unpack a .zip or .tar(.gz, .bz2, .xz), all files or those wanted, below `folder`; returns their paths."""
     try:
+        if is_html(first_bytes(archive)):
+            raise UserError(f"{archive}: an HTML page, no archive: download it again")
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
                 return unpack_zip(archive, file, folder, wanted)

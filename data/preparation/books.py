@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.text import decoded, lines_of_text
 from data.preparation import archives, records
 from data.preparation.downloads import DownloadOptions, fetch_or_copy
 from data.preparation.formatting import TextFormat
@@ -25,10 +26,10 @@ def download_books(folder: Path, options: DownloadOptions) -> tuple[list[Path], 
                         "--action text_formatting instead; it needs no download)")
     found, failed, urls = [], [], []
     for path in options.input_files:
-        if path.suffix in archives.ENDINGS:
-            found += [book for book in archives.unpack(path, folder) if book.suffix == ".txt"]
+        if archives.is_archive(path) or archives.compression(path):
+            found += [book for book in archives.unpack(path, folder) if is_book(book)]
         else:
-            urls += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            urls += listed_urls(path)
     with ThreadPoolExecutor(options.threads) as pool:
         tasks = [pool.submit(download_book, folder, number, url, options) for number, url in enumerate(urls)]
         for task in tqdm(tasks, unit="book", desc="download"):
@@ -40,6 +41,21 @@ def download_books(folder: Path, options: DownloadOptions) -> tuple[list[Path], 
         raise UserError(f"{options.input_files[0]}: none of its books could be downloaded"
                         f"{': ' * bool(failed)}{''.join(failed[:1])}")
     return found, failed
+
+
+def is_book(path: Path) -> bool:
+    return path.suffix.lower() == ".txt" and not path.name.startswith(".")
+
+
+def listed_urls(path: Path) -> list[str]:
+    """The lines of a file of URLs; UserError where it is no such file."""
+    try:
+        text = decoded(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: neither an archive nor a list of URLs ({error})") from None
+    if archives.is_html(text.encode()):
+        raise UserError(f"{path}: an HTML page, neither an archive nor a list of URLs: download it again")
+    return [line.strip() for line in lines_of_text(text) if line.strip()]
 
 
 def download_book(folder: Path, number: int, url: str, options: DownloadOptions) -> Path:
@@ -81,11 +97,13 @@ def read_books(books: list[Path]) -> tuple[list[str], dict, list[str]]:
 def read_book(book: Path) -> tuple[str, str | None]:
     """(text, None), or ("", why there is no text)."""
     try:
-        text = book.read_bytes().decode("utf-8-sig")
+        text = decoded(book.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         return "", f"cannot be read ({error})"
     if "\0" in text:
-        return "", "binary"
+        return "", "binary, or UTF-16 without a byte order mark"
+    if archives.is_html(text[:archives.START].encode()):
+        return "", "an HTML page"
     text = one_line(text.replace("\r\n", "\n").split("\n\n"))
     return text, None if text else "empty"
 

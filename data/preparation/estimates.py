@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common.cli import format_bytes, format_duration
 from common.files import nearest_existing
+from data.preparation import archives
 from data.preparation.samples import SampleOptions
 
 # MB of input (XML, text, text) that one process handles in a second
@@ -47,4 +48,4 @@ def whole_chain(parts, samples: SampleOptions, workers: int) -> list[str]:
 
 def input_size(paths) -> float:
     """The size of the files in bytes, that of compressed dumps after decompression."""
-    return sum(path.stat().st_size * (BZ2 if path.suffix in (".bz2", ".xz") else 1) for path in paths)
+    return sum(path.stat().st_size * (BZ2 if archives.compression(path) else 1) for path in paths)

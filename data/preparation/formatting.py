@@ -15,7 +15,9 @@ from data.preparation import records
 from data.workers import ordered_map
 
 BATCHES_PER_PART = 512  # about 500 MB of XML: what an interruption loses at most, 15 seconds on 16 cores
-COUNT_WORDS = {"random_next": "pairs with a random second segment"}  # where the name in a record is not enough
+COUNT_WORDS = {  # where the name in a record is not enough
+    "random_next": "pairs with a random second segment", "unknown_tokens": "tokens that are [UNK]",
+    "used_tokens": "tokens in samples"}
 
 
 @dataclass(frozen=True, kw_only=True)

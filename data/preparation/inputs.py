@@ -2,22 +2,13 @@
 
 from pathlib import Path
 
-from common.download import local_file
 from common.errors import UserError
 from data.preparation import layout, records
 from data.preparation.datasets import Dataset
 from data.preparation.formatting import TextFormat
+from data.preparation.named_files import files_below, named_files
 
-
-def named_files(names: list[str]) -> list[Path]:
-    """The files that --input_files names, remote ones as local copies."""
-    paths = [local_file(name) for name in names]
-    for name, path in zip(names, paths, strict=True):
-        if not path.is_file():
-            raise UserError(f"--input_files {name}: no such file")
-    if len({records.file_key(path) for path in paths}) < len(paths):
-        raise UserError("--input_files: a file is named twice")
-    return paths
+TEXTS = "*.txt"
 
 
 def recorded_files(stage: str, folder: Path, dataset: str) -> list[Path]:
@@ -31,26 +22,34 @@ def recorded_files(stage: str, folder: Path, dataset: str) -> list[Path]:
 
 def for_text_formatting(dataset: Dataset, text_format: TextFormat, names: list[str]) -> list[Path]:
     """The files of this format in what --input_files names, else those downloaded or extracted."""
-    if not text_format.pattern:
-        return named_files(names) or recorded_files("download", layout.download_folder(), dataset.name)
-    places = [local_file(name) for name in names]
-    if not places:
-        places = ([layout.working_folder() / "extracted" / dataset.name] if text_format.extracted
-                  else recorded_files("download", layout.download_folder(), dataset.name))
-    return [path for place in places for path in files_below(place, text_format.pattern)]
-
-
-def files_below(place: Path, pattern: str) -> list[Path]:
-    """The file itself, or the files below a folder that match the pattern, in the order of their names."""
-    if place.is_file():
-        return [place]
-    found = [path for path in sorted(place.rglob(pattern)) if not path.name.startswith(".")]
-    if not found:
-        raise UserError(f"{place}: neither a file nor a folder with {pattern} files in it")
-    return found
+    if names:
+        return named_files(names, text_format.pattern)
+    if not text_format.extracted:
+        places = recorded_files("download", layout.download_folder(), dataset.name)
+        return places if not text_format.pattern else [path for place in places
+                                                       for path in files_below(place, text_format.pattern)]
+    return files_below(layout.working_folder() / "extracted" / dataset.name, text_format.pattern)
 
 
 def for_sharding(dataset: Dataset, names: list[str]) -> list[Path]:
     """The formatted text of the data set, or of its parts."""
-    return named_files(names) or [path for part in dataset.parts or (dataset,)
-                                  for path in recorded_files("text_formatting", layout.formatted_folder(), part.name)]
+    return named_files(names, TEXTS) or [
+        path for part in dataset.parts or (dataset,)
+        for path in recorded_files("text_formatting", layout.formatted_folder(), part.name)]
+
+
+def text_shards(folder: Path, dataset: str, names: list[str], stems: list[str]) -> list[Path]:
+    """The text shards that --input_files names, else the output of the sharding.
+
+    A folder without records was not written by it: shards of the reference's scripts are taken under the names that
+    both use, the `stems`, where all are there.
+    """
+    brought = [folder / dataset / f"{stem}.txt" for stem in stems]
+    if names or (folder / "records").exists() or not any(path.is_file() for path in brought):
+        return named_files(names, TEXTS) or recorded_files("sharding", folder, dataset)
+    missing = [path for path in brought if not path.is_file()]
+    if missing:
+        raise UserError(f"{missing[0]}: no such file; {len(missing)} of the {len(brought)} text shards are missing in "
+                        f"this folder, which has no records of its making (--n_training_shards, --n_test_shards)")
+    print(f"{folder / dataset}: no records of its making: its {len(brought)} text shards are taken as they are")
+    return brought

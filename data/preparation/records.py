@@ -6,9 +6,11 @@ elsewhere still matches, and equal runs write equal records.  A record is writte
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 from common.download import file_checksum
+from common.errors import UserError
 from common.files import write_json
 
 
@@ -25,6 +27,11 @@ def combined_fingerprint(paths) -> dict:
 
 
 def file_fingerprints(paths) -> dict:
+    """UserError where the keys of two files are the same."""
+    keys = Counter(map(file_key, paths))
+    for key, count in keys.items():
+        if count > 1:
+            raise UserError(f"{key}: {count} input files of this name are in folders of this name; rename one")
     return {file_key(path): file_fingerprint(path) for path in paths}
 
 

@@ -8,8 +8,7 @@ Shapes: B rows of a block, S = max_seq_length, P = max_predictions_per_seq.
 
 import zlib
 from bisect import bisect_left
-from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from random import Random
 
@@ -17,8 +16,10 @@ import numpy as np
 
 from common import cli
 from common.errors import UserError
+from common.text import open_text
 from data import shards
 from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
+from data.preparation.text_counts import WAYS_OUT, TextCounts
 from data.tokenizer import SPECIAL_TOKENS, WordPieceEncoder
 
 READ_BYTES = 1 << 21  # read at a time; a block of documents is at most twice as large
@@ -68,7 +69,7 @@ def add_sample_flags(parser) -> None:
     group.add_argument("--short_seq_prob", type=cli.proportion,
                        help="proportion of the documents that are cut into shorter samples")
     group.add_argument("--random_seed", type=int, help="seed for pairs and masks; the same seed gives the same files")
-    group.add_argument("--do_lower_case", type=cli.boolean, metavar="1|0",
+    group.add_argument("--do_lower_case", type=cli.boolean, nargs="?", const=True, metavar="1|0",
                        help="lower-case the text and strip accents, for an uncased vocabulary")
     parser.set_defaults(**{field.name: field.default for field in fields(SampleOptions)})
 
@@ -82,52 +83,61 @@ class Documents:
     first: np.ndarray  # (documents + 1,) int64
 
 
-def create_shard(input_file, output_file, tokens: list[str], options: SampleOptions) -> dict:
-    """Make the HDF5 shard of a text shard; returns counts.  The file's name is part of the random seed."""
-    seed = [options.random_seed, zlib.crc32(Path(input_file).stem.encode())]
+def create_shard(input_file, output_file, tokens: list[str], options: SampleOptions, more_files: tuple = ()) -> dict:
+    """Make the HDF5 shard of one or more text shards; returns their TextCounts as a dictionary.
+
+    The files' names are part of the random seed.  UserError, and no file, where every token of the text is [UNK].
+    """
+    input_files = (input_file, *more_files)
+    seed = [options.random_seed, zlib.crc32(",".join(Path(path).stem for path in input_files).encode())]
     random, rng = Random(repr(seed)), np.random.default_rng(seed)
     encoder = WordPieceEncoder(tokens, options.do_lower_case)
     rule = MaskingRule(options.masked_lm_prob, options.max_predictions_per_seq, len(tokens),
                        tuple(tokens.index(token) for token in SPECIAL_TOKENS))
-    counts = Counter(documents=0, sentences=0, tokens=0, samples=0, random_next=0)
+    counts = TextCounts()
     with shards.writing(output_file, options.max_seq_length, options.max_predictions_per_seq,
                         rule if options.dynamic_masking else None) as append:
-        for lines in document_blocks(input_file):
+        for lines in document_blocks(*input_files):
             documents = tokenize(lines, encoder)
             pairs = truncate(plan_pairs(documents, options, random), options, rng)
             for rows in sample_rows(documents.ids, pairs, rule, options, rng):
                 append(rows)
-            counts.update(documents=len(documents.first) - 1, sentences=len(documents.bounds) - 1,
-                          tokens=len(documents.ids), samples=len(pairs), random_next=int(pairs.is_random.sum()))
-    return dict(counts)
+            counts.add(documents, pairs, tokens.index("[UNK]"))
+        if counts.only_unknown:
+            raise UserError(f"{', '.join(map(str, input_files))}: each of its {counts.tokens:,} tokens is [UNK], so "
+                            f"its samples would teach nothing. {WAYS_OUT}")
+    return asdict(counts)
 
 
-def document_blocks(path):
-    """Yield the lines of a text shard, stripped, in lists that hold whole documents.
+def document_blocks(*paths):
+    """Yield the lines of text shards, stripped, in lists that hold whole documents.  The end of a file ends a document.
 
-    A block holds 2 to 4 MB, about a thousand articles, or the whole of a smaller shard: enough documents for random
+    A block holds 2 to 4 MB, about a thousand articles, or the whole of smaller shards: enough documents for random
     segments.
     """
     waiting = []
-    for lines, full in line_blocks(path):
-        if full and "" in waiting:
-            cut = len(waiting) - waiting[::-1].index("")
-            yield waiting[:cut]
-            waiting = waiting[cut:]
-        waiting += lines
+    for number, path in enumerate(paths):
+        waiting += [""] if number else []
+        for lines, full in line_blocks(path):
+            if full and "" in waiting:
+                cut = len(waiting) - waiting[::-1].index("")
+                yield waiting[:cut]
+                waiting = waiting[cut:]
+            waiting += lines
     yield waiting
 
 
 def line_blocks(path):
     """Yield the stripped lines of about 2 MB of a text file, and whether it was that much."""
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with open_text(path) as file:
             while lines := file.readlines(READ_BYTES):
                 yield [line.strip() for line in lines], sum(map(len, lines)) >= READ_BYTES
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} {error.object[error.start]:#04x})") from None
+        name = "UTF-8" if error.encoding == "utf-8" else error.encoding
+        raise UserError(f"{path}: not {name} ({error.reason} {error.object[error.start]:#04x})") from None
 
 
 def tokenize(lines: list[str], encoder: WordPieceEncoder) -> Documents:

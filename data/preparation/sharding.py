@@ -5,6 +5,7 @@ first, each to the shard with the fewest sentences so far, of the split (trainin
 proportion.  Only the numbers of sentences count, so the shards are the same for any number of processes.
 """
 
+from codecs import BOM_UTF8
 from collections import Counter, deque
 from heapq import heapify, heappop, heappush
 from pathlib import Path
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import replacing_files
+from common.text import LONGEST_MARK, checked_encoding, open_text
 from data.preparation import records
 from data.preparation.formatting import describe_counts
 from data.preparation.layout import shard_names
@@ -101,14 +103,34 @@ def split_all(texts, method: str, pool, counts: Counter):
 
 
 def line_chunks(paths, progress):
-    """Yield the bytes of the files in pieces of about 1 MB of whole lines."""
+    """Yield the text of the files, as UTF-8 without a byte order mark, in pieces of about 1 MB of whole lines."""
     for path in paths:
         with open(path, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                if not chunk.endswith(b"\n"):
-                    chunk += file.readline()
-                progress(len(chunk))
-                yield chunk
+            encoding = checked_encoding(file.peek(LONGEST_MARK), path)
+        yield from utf8_chunks(path, progress) if encoding == "utf-8-sig" else transcoded(path, encoding, progress)
+
+
+def utf8_chunks(path, progress):
+    """Bytes that are not UTF-8 stay as they are: split_lines counts the documents that hold them."""
+    with open(path, "rb") as file:
+        if file.peek(len(BOM_UTF8)).startswith(BOM_UTF8):
+            file.seek(len(BOM_UTF8))
+        while chunk := file.read(CHUNK_BYTES):
+            if not chunk.endswith(b"\n"):
+                chunk += file.readline()
+            progress(len(chunk))
+            yield chunk
+
+
+def transcoded(path, encoding: str, progress):
+    with open_text(path) as file:
+        try:
+            while lines := file.readlines(CHUNK_BYTES):
+                yield "".join(lines).encode()
+        except UnicodeError as error:
+            raise UserError(f"{path}: not {encoding.upper()}, though it begins with its byte order mark "
+                            f"({error})") from None
+    progress(path.stat().st_size)
 
 
 def windows(documents):

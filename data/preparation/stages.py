@@ -4,7 +4,6 @@ download → text_formatting → sharding → (create_vocabulary) → create_hdf
 """
 
 import errno
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from data.preparation.datasets import GOOGLE_VOCABULARY, Dataset
 from data.preparation.downloads import DownloadOptions, mirror_pairs
 from data.preparation.formatting import describe_counts
 from data.preparation.samples import SampleOptions, create_shard
+from data.preparation.text_counts import TextCounts
 from data.tokenizer import load_vocabulary, save_vocabulary, train_vocabulary
 from data.workers import open_pool, ordered_map
 
@@ -47,8 +47,8 @@ class StageOptions:
         return layout.sharded_folder(self.n_training_shards, self.n_test_shards, self.fraction_test_set)
 
     def text_shards(self) -> list[Path]:
-        return (inputs.named_files(self.input_files)
-                or inputs.recorded_files("sharding", self.sharded_folder(), self.dataset.name))
+        return inputs.text_shards(self.sharded_folder(), self.dataset.name, self.input_files, layout.shard_names(
+            self.dataset.name, self.n_training_shards, self.n_test_shards))
 
     def trained_vocabulary(self) -> Path:
         return layout.vocabulary_file(self.dataset.name, self.samples.do_lower_case)
@@ -130,7 +130,7 @@ def create_vocabulary(options: StageOptions) -> Path:
     """Train a vocabulary on the training shards; returns its file."""
     path, lower_case = options.trained_vocabulary(), options.samples.do_lower_case
     folder, name = path.parent.parent, f"{path.parent.name}/{path.name}"
-    texts = [text for text in options.text_shards() if "_training_" in text.name]
+    texts = training_texts(options.text_shards())
     made_from = records.file_fingerprints(texts)
     recorded_options = {"vocab_size": options.vocab_size, "do_lower_case": lower_case}
     record = records.finished_record(folder, name, made_from, recorded_options)
@@ -143,6 +143,14 @@ def create_vocabulary(options: StageOptions) -> Path:
     return path
 
 
+def training_texts(texts: list[Path]) -> list[Path]:
+    """The text shards to train on, by their names; all that are not to be held out, where no name says "training"."""
+    chosen = [text for text in texts if "training" in text.name] or [text for text in texts if "test" not in text.name]
+    if not chosen:
+        raise UserError(f"{texts[0]}: held-out text by its name, and there is no other to train a vocabulary on")
+    return chosen
+
+
 def create_hdf5_files(options: StageOptions) -> None:
     folder, dataset = layout.hdf5_folder(options.samples), options.dataset.name
     texts, recorded_options = options.text_shards(), asdict(options.samples)
@@ -151,6 +159,8 @@ def create_hdf5_files(options: StageOptions) -> None:
     vocabulary = {"vocabulary": records.file_fingerprint(vocab_file)}
     made_from = {text: records.file_fingerprints([text]) | vocabulary for text in texts}
     names = {text: f"{dataset}/{text.stem}.hdf5" for text in texts}
+    if len(set(names.values())) < len(names):
+        raise UserError(f"--input_files: two of the {len(texts)} files have the same name, and so would their shards")
     finished = {text: records.finished_record(folder, names[text], made_from[text], recorded_options)
                 for text in texts}
     todo = [text for text in texts if not finished[text]]
@@ -165,9 +175,12 @@ def create_hdf5_files(options: StageOptions) -> None:
                 bar.update()
     if not options.input_files:
         records.delete_outdated(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
-    totals = sum((Counter(record["counts"]) for record in finished.values()), Counter(shards=len(texts)))
-    print(f"create_hdf5_files: {describe_counts(totals)} in {folder / dataset}")
+    totals = TextCounts.total([record["counts"] for record in finished.values()])
+    print(f"create_hdf5_files: {describe_counts(asdict(totals) | {'shards': len(texts)})} in {folder / dataset}")
+    print(f"text: {totals.description}")
     print(f"vocabulary: {vocab_file} ({len(tokens):,} tokens)")
+    for line in totals.warnings():
+        print(f"warning: {line}")
 
 
 def find_vocabulary(options: StageOptions) -> Path:

@@ -10,7 +10,6 @@ and would make the output depend on the date ({{CURRENTYEAR}}).
 
 import bz2
 import html
-import lzma
 import re
 import tempfile
 from collections import Counter
@@ -85,6 +84,7 @@ def dump_batches(paths, progress=lambda size: None, end: bytes = PAGE_END):
     without pages.
     """
     for path in paths:
+        archives.refuse_other_content(path)
         compressed = is_multistream(path)
         for batch in stream_batches(path, progress) if compressed else page_batches(path, progress, end):
             yield batch, compressed
@@ -114,7 +114,7 @@ def page_batches(path, progress, end: bytes):
     """Yield the decompressed XML of a dump in pieces of about 1 MB that end with a page."""
     rest, found, position = b"", False, 0
     try:
-        with open(path, "rb") as raw, decompressed(path, raw) as stream:
+        with open(path, "rb") as raw, archives.decompressed(path, raw) as stream:
             while block := stream.read(BATCH_BYTES):
                 progress(raw.tell() - position)
                 position = raw.tell()
@@ -126,19 +126,10 @@ def page_batches(path, progress, end: bytes):
                     rest = rest[cut:]
                 if len(rest) > LONGEST_PAGE:
                     raise UserError(f"{path}: no {end.decode()} in {len(rest)} bytes; is this what it should be?")
-    except (EOFError, OSError, lzma.LZMAError) as error:
+    except archives.DAMAGED as error:
         raise UserError(f"{path}: damaged or cut short ({error})") from None
     if not found:
         raise UserError(f"{path}: no {end.decode()} in it; is this what it should be?")
-
-
-def decompressed(path, raw):
-    """The decompressed bytes of the open file `raw`; the suffix of `path` names the compression."""
-    if Path(path).suffix == ".bz2":
-        return bz2.open(raw)
-    if Path(path).suffix == ".xz":
-        return lzma.open(raw)
-    return raw
 
 
 def extract_articles(xml: bytes, compressed: bool) -> tuple[list[str], dict, list[str]]:

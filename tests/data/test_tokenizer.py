@@ -111,7 +111,7 @@ def test_a_vocabulary_of_other_line_ends_or_missing_is_read_or_named(tmp_path):
     tokens = load_vocabulary(path)
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert load_vocabulary(path) == tokens
-    path.write_bytes(b"\xff\xfe")
+    path.write_bytes(b"\xff\xfa")
     with pytest.raises(UserError, match="vocab.txt: cannot be read"):
         load_vocabulary(path)
     with pytest.raises(UserError, match="nowhere.txt: cannot be read"):

@@ -59,11 +59,11 @@ def read_packing(input_dir) -> dict | None:
     metadata = read_json(str(path), "the packer's metadata")
     if not isinstance(metadata, dict):
         raise UserError(f"the packer's metadata {path}: no dictionary")
-    strategies = metadata.get("top_8_strategies")
+    strategies = metadata.get("most_frequent_strategies", metadata.get("top_8_strategies"))  # as in older sets
     rows = [row for row in (strategies if isinstance(strategies, list) else [])
             if isinstance(row, list) and row and all(map(is_number, row))]
     return {key: value for key, value in metadata.items() if is_number(value)} | {
-        "top_8_strategies": rows, "packing_method": str(metadata.get("packing_method") or "")}
+        "most_frequent_strategies": rows, "packing_method": str(metadata.get("packing_method") or "")}
 
 
 def read_json(path: str, what: str):

@@ -95,7 +95,7 @@ def fill_picture(packing: dict) -> str:
     shares = zip(("before packing", "after packing"), real_token_shares(packing), strict=True)
     lines = bars([share_bar(name, share) for name, share in shares if share is not None])
     length = packing.get("max_sequence_length")
-    rows = packing["top_8_strategies"][:MOST_ROWS]
+    rows = packing["most_frequent_strategies"][:MOST_ROWS]
     if not rows or not length:
         return lines
     return (f'{lines}<p class="note">The most frequent kinds of rows of {count(length)} tokens, and the lengths of '

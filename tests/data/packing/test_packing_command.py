@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from data.packing import blocks, scatter_gather
 from data.packing.methods import METHODS
+from data.packing.recipe import reference_index
 from data.shards import find_shards, read_rows
 from data.workers import open_pool, ordered_map
 from pack_pretraining_data_pytorch import main
@@ -149,18 +150,20 @@ def test_metadata_describe_the_set(unpacked, tmp_path):
     strategies = Counter(tuple(np.bincount(row)[1:][:row.max()].tolist()) for row in mask)
     assert weights.sum() == 104
     assert metadata == {
-        "avg_seq_per_sample": pytest.approx(104 / rows), "compression_ratio": pytest.approx(rows / 104),
+        "avg_seq_per_sample": pytest.approx(104 / rows), "compression_ratio": pytest.approx(1 - rows / 104),
         "expected_speed_up": pytest.approx(104 / rows), "theoretical_speed_up": pytest.approx(104 * 128 / tokens),
         "new_number_of_samples": rows, "original_number_of_samples": 104, "number_of_sequences_dropped": 0,
         "number_of_strategies_utilized": len(strategies), "packing_efficiency": pytest.approx(tokens / (rows * 128)),
         "padding_tokens_original_dataset": 104 * 128 - tokens,
-        "padding_tokens_packed_dataset": rows * 128 - tokens, "top_8_strategies": metadata["top_8_strategies"],
+        "padding_tokens_packed_dataset": rows * 128 - tokens, "rows_per_sequence": pytest.approx(rows / 104),
+        "most_frequent_strategies": metadata["most_frequent_strategies"],
+        "top_8_strategies": [reference_index(strategy, 128, 3) for strategy in metadata["most_frequent_strategies"]],
         "lower_bound_of_samples": metadata["lower_bound_of_samples"], "packing_method": "nnls",
         "max_sequences_per_pack": 3, "max_sequence_length": 128, "max_predictions_per_sequence": 20, "seed": 7,
         "input_dir": str(unpacked), "input_files": [f"tiny_training_{number}.hdf5" for number in range(3)],
         "token_counts": metadata["token_counts"]}
     assert sum(map(int, metadata["token_counts"].split())) == tokens - 3 * 104, "without [CLS] and two [SEP] a sequence"
-    top = [tuple(strategy) for strategy in metadata["top_8_strategies"]]
+    top = [tuple(strategy) for strategy in metadata["most_frequent_strategies"]]
     assert sorted(strategies[strategy] for strategy in top) == sorted(strategies.values())[-8:]
     assert -(-tokens // 128) <= metadata["lower_bound_of_samples"] <= rows
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data.packing import nnls
 from data.packing.assignment import RowAssignment, ranks_within, shuffled
 from data.packing.methods import METHODS
-from data.packing.recipe import knapsack
+from data.packing.recipe import knapsack, reference_index
 from packing import wikipedia_histogram
 
 
@@ -202,3 +202,19 @@ def test_seed_decides_which_sequences_meet():
     assert pairs[0] == pairs[1]
     assert len(pairs[0] & pairs[2]) < 10
     assert 200 < np.mean([second - first for first, second in pairs[0]]) < 470  # a third of 1000 where all is random
+
+
+@pytest.mark.parametrize(("row_length", "depth"), [(8, 3), (9, 1), (20, 4), (24, 2)])
+def test_a_strategy_has_its_index_in_the_ordered_list_of_all_series_that_fill_a_row(row_length, depth):
+    def filling(left, least, more):
+        for first in range(least, left + 1):
+            if first == left:
+                yield [first]
+            elif more > 1:
+                yield from ([first, *rest] for rest in filling(left - first, first, more - 1))
+
+    series = list(filling(row_length, 1, depth))
+    assert [reference_index(lengths, row_length, depth) for lengths in series] == list(range(len(series)))
+    padded = reference_index((row_length - 1,), row_length, depth)
+    assert series[padded] == ([1, row_length - 1] if depth > 1 else [row_length])
+    assert reference_index((100,) * 5, 512, 16) < reference_index((512,), 512, 16), "deep rows take no time"

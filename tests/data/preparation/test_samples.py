@@ -134,13 +134,15 @@ def test_a_text_shard_that_is_not_utf8_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("flag, value, said", [
-    ("input_file", ".", "cannot be read: Is a directory"),
+    ("input_file", "empty", "empty: neither a file nor a folder with *.txt files in it"),
+    ("input_file", "t.txt,none.txt", "--input_file none.txt: no such file"),
     ("output_file", "t.txt/x.hdf5", "--output_file t.txt/x.hdf5: cannot be written: "),
     ("random_seed", "-1", "--random_seed -1 is negative"),
     ("vocab_file", "special.txt", "special.txt: no words beside the special tokens")])
 def test_what_the_command_cannot_use_is_named_in_a_line(tmp_path, monkeypatch, flag, value, said):
     monkeypatch.chdir(tmp_path)
     Path("t.txt").write_text("the sea\nis deep\n")
+    Path("empty").mkdir()
     Path("v.txt").write_text("\n".join(TOKENS))
     Path("special.txt").write_text("\n".join(SPECIAL_TOKENS))
     flags = {"input_file": "t.txt", "output_file": "x.hdf5", "vocab_file": "v.txt", flag: value}

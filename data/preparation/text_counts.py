@@ -1,0 +1,100 @@
+"""What sample building counts of a text, and what it says of a text that teaches little.  No torch here."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+MOST_UNKNOWN = 0.05  # of the tokens; a vocabulary that fits its text leaves less than 1 %
+ONE_SIDED = 0.05  # pairs of one kind, random or true; half of each kind is meant
+FEWEST_PAIRS = 8  # among fewer, one kind can be missing by chance
+LEAST_USED = 0.5  # of the tokens; English articles are used almost completely
+LONE_SENTENCES = 1.1  # sentences a document
+WAYS_OUT = ("Give a vocabulary of this language (--vocab_file, or train one) and the case that it is made for "
+            "(--do_lower_case), and put spaces between the words of a script that writes none (Thai, Khmer, Lao): "
+            "more than 100 characters without a space are one [UNK]")
+
+
+@dataclass(kw_only=True)
+class TextCounts:
+    """Counts of one text or of several.  None: an older record, which lacks the figure, is among those summed.
+
+    A further figure is a field here, counted in `add`, and said in `description` or in `warnings`.
+    """
+
+    documents: int | None = 0
+    sentences: int | None = 0
+    tokens: int | None = 0
+    unknown_tokens: int | None = 0  # tokens that are [UNK]
+    used_tokens: int | None = 0  # tokens of the text that are in a sample of any pass
+    samples: int | None = 0
+    random_next: int | None = 0  # samples with a random second segment
+
+    def add(self, documents, pairs: np.recarray, unknown_id: int) -> None:
+        """Count the Documents of a block and the pairs planned for them (samples.py)."""
+        self.documents += len(documents.first) - 1
+        self.sentences += len(documents.bounds) - 1
+        self.tokens += len(documents.ids)
+        self.unknown_tokens += int(np.count_nonzero(documents.ids == unknown_id))
+        self.used_tokens += covered(np.concatenate([pairs.a_start, pairs.b_start]),
+                                    np.concatenate([pairs.a_length, pairs.b_length]), len(documents.ids))
+        self.samples += len(pairs)
+        self.random_next += int(pairs.is_random.sum())
+
+    @classmethod
+    def total(cls, records: list[dict]) -> "TextCounts":
+        """The sum of the counts in records of finished shards."""
+        return cls(**{name: None if any(name not in counts for counts in records)
+                      else sum(counts[name] for counts in records) for name in (field.name for field in fields(cls))})
+
+    def share(self, part: str, whole: str) -> float | None:
+        """One count as a share of another; None where it cannot be said."""
+        counted, of = getattr(self, part), getattr(self, whole)
+        return counted / of if of and counted is not None else None
+
+    @property
+    def only_unknown(self) -> bool:
+        return self.share("unknown_tokens", "tokens") == 1.0
+
+    @property
+    def description(self) -> str:
+        """The shares in one line."""
+        shares = (("{} of the tokens are [UNK]", self.share("unknown_tokens", "tokens")),
+                  ("{} of the tokens are in a sample", self.share("used_tokens", "tokens")),
+                  ("{} of the pairs are random", self.share("random_next", "samples")))
+        return ", ".join(text.format(f"{share:.1%}") for text, share in shares if share is not None) or "no token in it"
+
+    def warnings(self) -> list[str]:
+        """A line for each sign that the samples teach little, with its usual causes."""
+        unknown, used = self.share("unknown_tokens", "tokens"), self.share("used_tokens", "tokens")
+        lines = [self.pairs_warning()]
+        if unknown is not None and unknown > MOST_UNKNOWN:
+            lines.append(f"{unknown:.1%} of the tokens are [UNK]: the vocabulary does not fit this text. {WAYS_OUT}")
+        if used is not None and used < LEAST_USED:
+            lines.append(f"the samples use only {used:.1%} of the text's tokens. A sample takes no more of a sentence "
+                         "than fits into --max_seq_length: a line of the text should be one sentence, not a paragraph")
+        return [line for line in lines if line]
+
+    def pairs_warning(self) -> str | None:
+        share = self.share("random_next", "samples")
+        lone = self.sentences <= LONE_SENTENCES * self.documents
+        if share is None or self.samples < FEWEST_PAIRS and not lone and self.documents > 1:
+            return None
+        if share >= 1 - ONE_SIDED:
+            reason = ("the documents have one sentence each: a blank line ends a document, so there should be none "
+                      "after every sentence" if lone else
+                      "most sentences fill a sample by themselves: a line should be one sentence, not a paragraph")
+            return f"{share:.1%} of the pairs have a random second segment, and NSP learns nothing: {reason}"
+        if share <= ONE_SIDED:
+            return (f"{share:.1%} of the pairs have a random second segment, and NSP learns nothing: a random segment "
+                    "comes from another document of the file, and a blank line separates documents")
+        return None
+
+
+def covered(starts: np.ndarray, lengths: np.ndarray, size: int) -> int:
+    """How many of `size` positions lie in at least one of the intervals.
+
+    >>> covered(np.array([0, 1, 6]), np.array([2, 2, 1]), 8)
+    4
+    """
+    changes = np.bincount(starts, minlength=size + 1) - np.bincount(starts + lengths, minlength=size + 1)
+    return int(np.count_nonzero(np.cumsum(changes[:size])))
