@@ -20,6 +20,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, processors
 
 from checkpoint.file import kind_of, read_archive
+from checkpoint.pickle_reader import printable
 from common.download import local_file
 from common.errors import UserError
 from common.files import replacing_files
@@ -197,13 +198,15 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def only_tensors(weights, path: Path) -> dict[str, torch.Tensor]:
-    """The weights that a PyTorch file holds.  UserError where it holds anything else."""
+    """The weights that a PyTorch file holds.  UserError where anything else has the name of one."""
     if not isinstance(weights, dict):
         raise UserError(f"{path}: holds {kind_of(weights)}, not a dictionary of weights")
+    tensors = {name: value for name, value in weights.items()
+               if isinstance(name, str) and isinstance(value, torch.Tensor)}
     for name, value in weights.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: holds {kind_of(value)} where a weight should be")
-    return weights
+        if name not in tensors and isinstance(name, str) and name.startswith(("bert.", "cls.")):
+            raise UserError(f"{path}: {printable(name)} is {kind_of(value)}, no weight")
+    return tensors
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

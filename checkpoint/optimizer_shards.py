@@ -40,14 +40,22 @@ def save_optimizer(checkpoint, optimizer, ranks) -> dict:
     """
     local = local_optimizer(optimizer)
     if local is optimizer:
-        return optimizer.state_dict()
+        state = optimizer.state_dict()
+        return {**state, "param_groups": readable_by_others(optimizer, state["param_groups"])}
     folder = folder_of(checkpoint)
     temporary = folder.with_name(f".{folder.name}.tmp")
     groups = numbered_groups(optimizer)
     file = temporary / f"rank_{ranks.rank}_of_{ranks.world_size}.pt"
     files = on_all_ranks(ranks, partial(write_share, file, optimizer, groups))
     on_all_ranks(ranks, partial(complete, temporary, dict(files), Path(checkpoint)) if ranks.first else lambda: None)
-    return {"folder": folder.name, "param_groups": groups}
+    return {"folder": folder.name, "param_groups": readable_by_others(optimizer, groups)}
+
+
+def readable_by_others(optimizer, groups: list[dict]) -> list[dict]:
+    """The groups with what the LAMBs of apex and of the reference trainer read from them: here it is always so."""
+    always = {"bias_correction": True, "grad_averaging": True,
+              "max_grad_norm": getattr(optimizer, "max_grad_norm", 1.0)}
+    return [{**always, **group} for group in groups]
 
 
 def numbered_groups(optimizer: torch.optim.Optimizer) -> list[dict]:

@@ -2,10 +2,13 @@
 
 import argparse
 import enum
+import os
 import pathlib
 import random
 import shutil
+import subprocess
 import sys
+import textwrap
 
 import h5py
 import numpy as np
@@ -14,7 +17,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 import evaluate
-from checkpoint.folder import newest_readable, read_checkpoint
+from checkpoint import optimizer_shards
+from checkpoint.folder import newest_readable, read_checkpoint, write_checkpoint
 from checkpoint.resume import Phase, find_resume_point
 from checkpoint.state import TrainingState
 from common.errors import UserError
@@ -26,6 +30,7 @@ from lamb import NVLAMB
 from modeling import BertConfig, BertForPreTraining
 from optim.build import parameter_groups
 from tests.support import samples, small_run
+from tests.support.ranks import ROOT
 from tests.support.small_run import logged_steps, train
 
 FILES = [f"sample_training_{number}.hdf5" for number in (2, 0, 1)]  # in the order of their epoch, of 5, 7 and 13 rows
@@ -270,3 +275,66 @@ def test_a_file_that_cannot_be_opened_is_not_called_damaged_either(workspace):
     (workspace / "out/ckpt_6.pt").symlink_to(workspace / "out/ckpt_6.pt")  # a loop of links: opening it fails
     with pytest.raises(UserError, match="ckpt_6.pt: cannot be read: Too many levels.*--resume_step 4"):
         newest_readable("out", warn=pytest.fail)
+
+
+# --- ours, there ---
+
+class TheirLAMB(torch.optim.Optimizer):
+    """What their NVLAMB and apex's FusedLAMB read from groups and state, with the update of this repository."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 1e-3, "bias_correction": True, "betas": (0.9, 0.999), "eps": 1e-6,
+                                  "weight_decay": 0.01, "grad_averaging": True, "max_grad_norm": 1.0})
+
+    def step(self):
+        for group in self.param_groups:
+            assert group["bias_correction"] and group["grad_averaging"] and group["max_grad_norm"] == 1.0
+            group["step"] = group["step"] + 1 if "step" in group else 1
+            for weight in group["params"]:
+                state = self.state[weight]
+                assert state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape
+
+
+def their_phase_two(path) -> tuple:
+    """Model and optimizer after their program's start of phase 2 from a checkpoint."""
+    checkpoint = torch.load(path, map_location="cpu")
+    model = BertForPreTraining(BertConfig.from_json_file("config.json"))
+    model.load_state_dict(checkpoint["model"], strict=False)
+    optimizer = TheirLAMB(parameter_groups(model))
+    for moments in checkpoint["optimizer"]["state"].values():
+        moments["step"] = 0
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group.update(step=0, t_total=5, warmup=0.1, lr=0.004)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint, model, optimizer
+
+
+def test_their_phase_two_starts_from_our_phase_one(workspace):
+    ours = read_checkpoint("out/ckpt_6.pt")
+    _, model, optimizer = their_phase_two("out/ckpt_6.pt")
+    assert_same(model, optimizer.state_dict(), ours, step=0)
+    optimizer.step()
+    assert [group["step"] for group in optimizer.param_groups] == [1, 1]
+
+
+def test_the_documented_program_writes_sharded_moments_and_master_weights_for_them(workspace):
+    """Its weights in the optimizer's order are those that a checkpoint of theirs would hold."""
+    ours = read_checkpoint("out/ckpt_6.pt")
+    model = BertForPreTraining(BertConfig.from_json_file("config.json"))
+    optimizer = NVLAMB(parameter_groups(model))
+    optimizer.load_state_dict(ours["optimizer"])
+    share, entry = optimizer_shards.write_share(workspace / "zero/.new/rank_0_of_1.pt", optimizer,
+                                                ours["optimizer"]["param_groups"])
+    optimizer_shards.complete(workspace / "zero/.new", {share: entry}, workspace / "zero/ckpt_6.pt")
+    write_checkpoint("zero", 6, {**ours, "optimizer": {"folder": "ckpt_6.optim",
+                                                       "param_groups": ours["optimizer"]["param_groups"]}})
+    page = (ROOT / "docs/migration.md").read_text()
+    program = textwrap.dedent(page.partition("<<'END'\n")[2].partition("    END")[0])
+    done = subprocess.run([sys.executable, "-", "zero/ckpt_6.pt", "theirs.pt"], input=program, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    checkpoint, model, optimizer = their_phase_two("theirs.pt")
+    assert_same(model, optimizer.state_dict(), ours, step=0)
+    masters = [weight for group in optimizer.param_groups for weight in group["params"]]
+    assert all(map(torch.equal, checkpoint["master params"], masters)) and len(masters) == len(
+        checkpoint["master params"])
