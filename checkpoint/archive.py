@@ -64,8 +64,8 @@ class Records:
         self.taken += length  # places may overlap
         if offset < 0 or offset + length > self.size or self.taken > self.size:
             raise EOFError(f"the tensors take more than its {self.size} bytes")
-        storage = torch.empty(length, dtype=torch.uint8)
-        view, found = memoryview(storage.numpy()), 0
+        storage = np.empty(length, np.uint8)  # torch.empty raises no MemoryError
+        view, found = memoryview(storage), 0
         self.file.seek(offset)
         for start in range(0, length, BLOCK):
             block = view[start:start + BLOCK]
@@ -74,7 +74,7 @@ class Records:
             found = zlib.crc32(block, found) if self.have_checksums else checksum
         if found != checksum and length:
             raise ValueError(f"the checksum of {key} does not match")
-        return storage
+        return torch.from_numpy(storage)
 
 
 def zip_contents(file, records: Records):
@@ -130,6 +130,8 @@ def legacy_contents(file, size: int):
                   if is_storage(pid)}
     records = Records(file, size, have_checksums=False)
     for key in reader.load():
+        if key not in item_sizes:
+            raise RefusedContents("it holds numbers of an unknown type")
         length = reader.take_number(struct.Struct("<q")) * item_sizes[key]
         if not 0 <= length <= reader.left:
             raise EOFError("it ends early")

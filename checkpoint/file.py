@@ -89,7 +89,8 @@ def read_archive(path, verified: bool = False):
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # what happens to be raised where bytes are wrong
-        raise DamagedFile(f"{path}: not a readable checkpoint: {printable(first_line(error))}") from None
+        kind = "" if isinstance(error, EOFError) or type(error) is ValueError else f"{type(error).__name__}: "
+        raise DamagedFile(f"{path}: not a readable checkpoint: {kind}{printable(first_line(error))}") from None
 
 
 def kind_of(value) -> str:

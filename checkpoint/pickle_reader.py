@@ -59,7 +59,7 @@ def text(data: bytes) -> str:
 
 def whole(data: bytes):
     if len(data) > LARGEST_NUMBER:
-        return Placeholder(f"an integer of {len(data)} bytes", called=True)
+        return Placeholder(f"integer of {len(data)} bytes", called=True)
     return int.from_bytes(data, "little", signed=True)
 
 
@@ -239,7 +239,7 @@ class PickleReader:
             self.stack[-1].state = state
 
     def stored_outside(self) -> None:
-        self.stored.append(Placeholder("an object outside of the pickle", called=True, arguments=self.stack.pop()))
+        self.stored.append(Placeholder("object outside of the pickle", called=True, arguments=self.stack.pop()))
         self.push(self.stored[-1])
 
 
@@ -284,6 +284,6 @@ OPERATIONS = {
     pickle.OBJ: PickleReader.call_from_mark,
     pickle.BUILD: PickleReader.set_state,
     pickle.BINPERSID: PickleReader.stored_outside,
-    pickle.NEXT_BUFFER: lambda reader: reader.push(Placeholder("a buffer outside of the pickle", True)),
+    pickle.NEXT_BUFFER: lambda reader: reader.push(Placeholder("buffer outside of the pickle", True)),
     pickle.READONLY_BUFFER: lambda reader: None,
 }

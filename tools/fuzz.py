@@ -212,8 +212,8 @@ def wrong_with(line: str, kind: Kind) -> str | None:
         return f"a line of {len(line)} characters: {line[:300]}"
     if not any(part in line for part in (*Path(kind.file).parts, "--")):
         return f"neither file nor flag is named: {line}"
-    if not line.isprintable() or "damaged" in line or "memory" in line:
-        return f"the line holds what controls a terminal, or speaks of damage or memory: {line!r}"
+    if Path(kind.file).suffix in (".pt", ".bin") and (not line.isprintable() or "fit into memory" in line):
+        return f"the line holds what controls a terminal, or speaks of too little memory: {line!r}"
     return None
 
 
