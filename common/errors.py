@@ -11,7 +11,7 @@ def whole_number(values: dict, key: str, what: str, default: int = 0) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not int or not 0 <= value < 2**63:
-        raise UserError(f"{what}: {key} is {str(value)[:50]}, not a whole number of at least 0")
+        raise UserError(f"{what}: {key} is {repr(value)[:50]}, not a whole number of at least 0")
     return value
 
 

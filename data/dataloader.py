@@ -200,7 +200,7 @@ def position_of(value, what: str) -> tuple[int, int]:
     """The (epoch, rows) at which a shard was skipped, from a checkpoint."""
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(n) is int and n >= 0 for n in value):
         return tuple(value)
-    raise UserError(f"{what} is {str(value)[:50]}, not the epoch and the row at which it was skipped")
+    raise UserError(f"{what} is {repr(value)[:50]}, not the epoch and the row at which it was skipped")
 
 
 def check_first_rows(shards: list[Shard], vocab_size: int, reader: ShardReader, skip_bad_shards: bool) -> np.ndarray:
