@@ -13,6 +13,7 @@ data/bertPrep.py --action create_hdf5_files does this for all shards of a data s
 from common import cli
 from common.download import local_file
 from common.errors import UserError
+from common.locks import file_lock
 from data.preparation.samples import SampleOptions, add_sample_flags, create_shard
 from data.tokenizer import load_vocabulary
 
@@ -28,7 +29,8 @@ def main(argv=None) -> None:
     options = cli.options_from(args, SampleOptions)
     tokens = load_vocabulary(local_file(args.vocab_file))
     try:
-        counts = create_shard(args.input_file, args.output_file, tokens, options)
+        with file_lock(args.output_file, f"--output_file {args.output_file}"):
+            counts = create_shard(args.input_file, args.output_file, tokens, options)
     except OSError as error:
         raise UserError(f"--output_file {args.output_file}: cannot be written: {error.strerror}") from None
     print(f"{args.output_file}: {counts['samples']:,} samples of {counts['documents']:,} documents, "
