@@ -23,9 +23,10 @@ CARD_FIGURES = ("final_loss", "eval_mlm_loss", "eval_context_free_mlm_loss", "ev
 
 def main(argv=None) -> None:
     args = parse_arguments(argv)
-    refuse_use(args.output_dir, Path(args.output_dir).is_file())
-    with folder_lock(args.output_dir, f"--output_dir {args.output_dir}"):
-        refuse_use(args.output_dir, any(not path.name.startswith(LOCK_NAME) for path in Path(args.output_dir).iterdir()))
+    folder = Path(args.output_dir)
+    refuse_use(folder, folder.is_file())
+    with folder_lock(folder, f"--output_dir {folder}"):
+        refuse_use(folder, any(not path.name.startswith(LOCK_NAME) for path in folder.iterdir()))
         export(args)
 
 

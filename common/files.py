@@ -88,7 +88,7 @@ def sync_folder(folder) -> None:
 def write_json(path, value) -> None:
     """Write `value` as indented JSON, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def nearest_existing(path) -> Path:

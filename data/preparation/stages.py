@@ -3,7 +3,6 @@
 download → text_formatting → sharding → (create_vocabulary) → create_hdf5_files
 """
 
-import errno
 import glob
 from collections import Counter
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.download import TRIES, local_file
-from common.errors import UserError
+from common.errors import NO_SPACE, UserError
 from common.files import remove_leftovers
 from common.locks import FileLocks, folder_lock
 from data.preparation import estimates, formatting, inputs, layout, records, sharding, wikipedia
@@ -23,8 +22,6 @@ from data.preparation.formatting import describe_counts
 from data.preparation.samples import SampleOptions, create_shard
 from data.tokenizer import load_vocabulary, save_vocabulary, train_vocabulary
 from data.workers import open_pool, ordered_map
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True)

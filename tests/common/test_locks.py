@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from common import locks
+from common import lock_owner, locks
 from common.errors import UserError
 from common.locks import LOCK_NAME, file_lock, folder_lock
-from tests.support.lock_owner import ROOT, lock_owner, other_host
+from tests.support.held_folder import ROOT, held_folder, other_host
 
 
 def owner_in(folder) -> dict:
@@ -37,7 +37,7 @@ def refusal(folder) -> str:
 
 def test_the_second_is_refused_by_the_firsts_host_process_and_start(tmp_path):
     before = datetime.now().astimezone().replace(microsecond=0)
-    with lock_owner(tmp_path / "a" / "out") as first:
+    with held_folder(tmp_path / "a" / "out") as first:
         said = refusal(tmp_path / "a" / "out")
         started = owner_in(tmp_path / "a" / "out")["started"]
         assert f"--output_dir x: in use by -c, process {first.pid} on host {socket.gethostname()}, started " in said
@@ -49,7 +49,7 @@ def test_the_second_is_refused_by_the_firsts_host_process_and_start(tmp_path):
 
 @pytest.mark.parametrize("reaped", [True, False])
 def test_the_lock_of_a_killed_process_does_not_hold(tmp_path, reaped):
-    with lock_owner(tmp_path) as first:
+    with held_folder(tmp_path) as first:
         os.kill(first.process.pid, signal.SIGKILL)
         if reaped:
             first.process.wait()
@@ -75,7 +75,7 @@ def test_a_process_number_that_another_process_has_now_does_not_hold(tmp_path):
 
 def test_a_process_on_another_host_is_alive_while_it_renews_its_lock(tmp_path):
     """Its number is that of no process, or of another one, here; where it is told from its number, it is dead."""
-    with lock_owner(tmp_path, prefix=other_host()) as first:
+    with held_folder(tmp_path, prefix=other_host()) as first:
         assert first.pid < 100
         assert f"process {first.pid} on host other, started" in refusal(tmp_path)
     written_lock(tmp_path, pid=2**22 + 1)
@@ -84,7 +84,7 @@ def test_a_process_on_another_host_is_alive_while_it_renews_its_lock(tmp_path):
 
 @pytest.mark.parametrize("clock", [0.0, 1e9, 4e9])
 def test_another_hosts_clock_plays_no_part(tmp_path, monkeypatch, capfd, clock):
-    monkeypatch.setattr(locks, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(lock_owner, "STALE_SECONDS", 1.0)
     path, ended = written_lock(tmp_path, namespace="another", host="other"), threading.Event()
 
     def renew() -> None:
@@ -101,12 +101,12 @@ def test_another_hosts_clock_plays_no_part(tmp_path, monkeypatch, capfd, clock):
         ended.set()
         thread.join()
     assert refusal(tmp_path) == ""  # nobody renews it any more
-    assert f"this run starts after 1 seconds, or when {path} is deleted" in capfd.readouterr().err
+    assert f"this run starts after 120 seconds, or when {path} is deleted" in capfd.readouterr().err
 
 
 def test_a_lock_that_cannot_be_read_counts_as_anothers(tmp_path, monkeypatch):
     """One that was cut when its owner died, and one in a line that no owner writes."""
-    monkeypatch.setattr(locks, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(lock_owner, "STALE_SECONDS", 0.5)
     for text in ("", '{"pid": 12', '{"pid": "x"}'):
         (tmp_path / LOCK_NAME).write_text(text)
         began = time.monotonic()
@@ -121,7 +121,7 @@ def test_a_lock_that_cannot_be_read_counts_as_anothers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_removes_the_lock(tmp_path, number):
-    with lock_owner(tmp_path) as first:
+    with held_folder(tmp_path) as first:
         os.kill(first.process.pid, number)
         assert first.process.wait(timeout=60) == 130
     assert list(tmp_path.iterdir()) == []
@@ -130,11 +130,11 @@ def test_a_signal_removes_the_lock(tmp_path, number):
 def test_a_forked_child_neither_keeps_nor_removes_the_lock(tmp_path):
     """The child leaves the block by an exception, as multiprocessing's do not, and then lives on."""
     child = "pid = os.fork() or sys.exit(); os.waitpid(pid, 0); print('child ended', flush=True)"
-    with lock_owner(tmp_path, child) as first:
+    with held_folder(tmp_path, child) as first:
         first.do()
         assert first.process.stdout.readline() == "child ended\n"
         assert f"process {first.pid} " in refusal(tmp_path)
-    with lock_owner(tmp_path, "os.fork() or __import__('time').sleep(600)") as first:
+    with held_folder(tmp_path, "os.fork() or __import__('time').sleep(600)") as first:
         first.do()
         first.process.kill()
         first.process.wait()
@@ -144,7 +144,7 @@ def test_a_forked_child_neither_keeps_nor_removes_the_lock(tmp_path):
 def test_who_comes_while_the_first_is_ending_waits_for_it(tmp_path):
     second = [sys.executable, "-c", "import sys; from common import cli, locks\n"
               "with locks.folder_lock(sys.argv[1], '--output_dir x'): print('its turn')", tmp_path]
-    with lock_owner(tmp_path, "locks.announce_end(); print('ending', flush=True)") as first:
+    with held_folder(tmp_path, "locks.announce_end(); print('ending', flush=True)") as first:
         first.do()
         assert first.process.stdout.readline() == "ending\n"
         waiting = subprocess.Popen(second, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -157,7 +157,7 @@ def test_who_comes_while_the_first_is_ending_waits_for_it(tmp_path):
 
 def test_a_deleted_lock_is_made_again_and_a_lost_one_ends_its_former_owner(tmp_path):
     path = tmp_path / LOCK_NAME
-    with lock_owner(tmp_path) as first:
+    with held_folder(tmp_path) as first:
         text = path.read_text()
         path.unlink()
         while not path.exists() or not path.read_text():
@@ -173,7 +173,7 @@ def test_a_deleted_lock_is_made_again_and_a_lost_one_ends_its_former_owner(tmp_p
 
 CONTENDER = """
 import fcntl, os, random, sys, time
-from common import locks
+from common import lock_owner, locks
 locks.POLL_SECONDS = 0.005
 random.seed(sys.argv[2])
 for _ in range(12):

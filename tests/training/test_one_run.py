@@ -12,7 +12,7 @@ from checkpoint.folder import saved_steps
 from common.errors import UserError
 from common.locks import LOCK_NAME
 from tests.support import ranks, samples, small_run
-from tests.support.lock_owner import lock_owner, other_host
+from tests.support.held_folder import held_folder, other_host
 from tests.support.small_run import flags, train
 from training.trainer import Trainer
 
@@ -44,13 +44,13 @@ def test_of_two_trainings_that_start_at_once_one_trains(workspace, elsewhere):
 
 
 def test_a_folder_or_log_in_use_is_refused_and_a_dry_run_writes_to_neither(workspace):
-    with lock_owner(workspace / "out") as owner:
+    with held_folder(workspace / "out") as owner:
         with pytest.raises(UserError, match=f"--output_dir out: in use by .*, process {owner.pid} on host"):
             train(max_steps=1)
         train(max_steps=1, dry_run=True)
         assert [path.name for path in Path("out").iterdir()] == [LOCK_NAME]
         train(max_steps=1, output_dir="other", json_summary="/dev/null")
-    with lock_owner(workspace / "logs") as owner:
+    with held_folder(workspace / "logs") as owner:
         (workspace / "logs" / LOCK_NAME).rename(workspace / f"logs/.log.json{LOCK_NAME}")
         with pytest.raises(UserError, match=f"--json_summary logs/log.json: in use by .*, process {owner.pid} on"):
             train(max_steps=1, json_summary="logs/log.json")
@@ -82,7 +82,7 @@ def test_a_run_that_was_told_to_end_says_so_in_its_lock(workspace, monkeypatch):
 
 @ranks.needs_mpirun
 def test_all_ranks_of_a_refused_run_end_with_one_line(workspace):
-    with lock_owner(workspace / "out") as owner:
+    with held_folder(workspace / "out") as owner:
         done = ranks.run(ranks.mpirun(2, sys.executable, ranks.TRAIN[1], *ranks.flags(2, "out")), workspace)
     assert done.returncode == 2
     assert done.stdout.count("error:") == 1

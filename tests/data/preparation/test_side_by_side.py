@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.locks import LOCK_NAME
 from data import bertPrep
 from tests.support import samples
-from tests.support.lock_owner import lock_owner
+from tests.support.held_folder import held_folder
 from tests.support.preparation import ROOT, command, files_below, write_documents, write_vocabulary
 
 FLAGS = ("--max_seq_length", 32, "--max_predictions_per_seq", 5, "--n_processes", 1)
@@ -68,7 +68,7 @@ def test_a_call_leaves_the_files_of_another_alone_and_is_refused_those(folder):
               output.parent / "records/.bookscorpus.json.12.tmp"]
     for path in (*mine, *others):
         path.write_text("half")
-    with lock_owner(output) as owner:
+    with held_folder(output) as owner:
         lock = output / f".{first.stem}.hdf5{LOCK_NAME}"
         (output / LOCK_NAME).rename(lock)
         (output / f"{second.stem}.hdf5").unlink()
@@ -106,7 +106,7 @@ def test_a_second_call_is_refused_in_one_line_and_changes_nothing(tmp_path, monk
     for name in ("text.txt", "a_training_1.txt"):
         write_documents(tmp_path / name, [3] * 9)
     main, words = COMMANDS[place]
-    with lock_owner(tmp_path / place) as owner:
+    with held_folder(tmp_path / place) as owner:
         if place.endswith("/"):  # the lock of a file in it
             (tmp_path / place / LOCK_NAME).rename(tmp_path / place / f".x.hdf5{LOCK_NAME}")
         (tmp_path / place / ".half_written.tmp").write_text("half")

@@ -25,7 +25,7 @@ cli.run(main)
 OTHER_HOST = ("unshare", "--pid", "--uts", "--fork", "--mount-proc", "bash", "-c", 'hostname other; exec "$@"', "bash")
 
 
-class lock_owner:
+class held_folder:
     """A process that holds the lock of a folder in the block; `actions` (Python) run for each line that it gets."""
 
     def __init__(self, folder, actions: str = "pass", prefix: tuple = ()):
@@ -34,7 +34,7 @@ class lock_owner:
                                         stderr=subprocess.PIPE, text=True, start_new_session=True)
         self.pid = int(self.process.stdout.readline())  # as the process sees it
 
-    def __enter__(self) -> "lock_owner":
+    def __enter__(self) -> "held_folder":
         return self
 
     def __exit__(self, *error) -> None:
