@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common import cli
 from common.errors import UserError
+from common.locks import LOCK_NAME, folder_lock
 from devices import gaudi_environment
 
 # The flags of a run (the PARAMETER line of its log) that the model card shows
@@ -22,7 +23,14 @@ CARD_FIGURES = ("final_loss", "eval_mlm_loss", "eval_context_free_mlm_loss", "ev
 
 def main(argv=None) -> None:
     args = parse_arguments(argv)
-    refuse_folder_in_use(args.output_dir)
+    folder = Path(args.output_dir)
+    refuse_use(folder, folder.is_file())
+    with folder_lock(folder, f"--output_dir {folder}"):
+        refuse_use(folder, any(not path.name.startswith(LOCK_NAME) for path in folder.iterdir()))
+        export(args)
+
+
+def export(args) -> None:
     gaudi_environment.load_software(use_habana=False)
     from checkpoint import huggingface
     from checkpoint.load import load_weights
@@ -57,8 +65,8 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def refuse_folder_in_use(folder) -> None:
-    if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
+def refuse_use(folder, in_use: bool) -> None:
+    if in_use:
         raise UserError(f"--output_dir {folder}: in use already; name a new or an empty folder")
 
 

@@ -8,9 +8,12 @@ Gaudi's software reads and changes the environment during that import.
 """
 
 import os
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from common import cli
 from common.errors import UserError
+from common.locks import file_lock, folder_lock
 from data.shard_reader import ShardReader
 from devices import gaudi_environment
 from parallel import rendezvous
@@ -37,12 +40,23 @@ def pretrain(args, info: rendezvous.RankInfo, reader) -> dict:
     """Train, or make the dry run; returns the figures of its summary."""
     from parallel.ranks import init_ranks
 
-    with init_ranks(info, args.collective_timeout) as ranks:
+    with init_ranks(info, args.collective_timeout) as ranks, ranks.first_holds(output_locks(args)):
         return pretrain_rank(args, ranks, reader)
 
 
+@contextmanager
+def output_locks(args):
+    """A block in which no other run writes to --output_dir and --json_summary; a dry run writes nothing."""
+    with ExitStack() as locks:
+        if not args.dry_run:
+            locks.enter_context(folder_lock(args.output_dir, f"--output_dir {args.output_dir}"))
+            if not Path(args.json_summary).exists() or Path(args.json_summary).is_file():  # as /dev/null is not
+                locks.enter_context(file_lock(args.json_summary, f"--json_summary {args.json_summary}"))
+        yield
+
+
 def pretrain_rank(args, ranks, reader) -> dict:
-    """The work of one rank.  Nothing is written before everything has been checked."""
+    """The work of one rank.  Nothing but locks is written before everything has been checked."""
     import torch
 
     from checkpoint.resume import Phase, find_resume_point

@@ -192,7 +192,7 @@ def train_in_child(run: Run, output: Path, bar=None) -> None:
                *training_flags(run, output)]
     last_lines, last_step = deque(maxlen=3), 0
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True) as child:
+                          encoding="utf-8", errors="replace") as child:
         try:
             for line in child.stdout:
                 last_lines.append(line.strip())

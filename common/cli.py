@@ -1,13 +1,16 @@
 """What all command lines share: flags and their types, units in text, errors in one line.  No torch here."""
 
 import argparse
+import errno
+import os
+import select
 import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import fields
 from itertools import pairwise
 
-from common.errors import UserError
+from common.errors import NO_SPACE, UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -136,15 +139,80 @@ def options_from(args, kind: type, **values):
 
 
 def run(main) -> None:
-    """Run a command: a UserError becomes one line on stderr and exit code 2, an interrupt exit code 130."""
+    """Run a command, and end this process with its exit code.
+
+    A UserError, and what the system says of a file or disk, becomes one line on stderr and exit code 2, an interrupt
+    exit code 130.  Where nobody reads the output any more (`… | head -1`), the command ends without a word, and with
+    the exit code of a process that SIGPIPE has ended.
+    """
+    escape_output()
     try:
-        sys.exit(main())
+        code = outcome(main)
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not nobody_reads():
+            raise
+        discard_output()
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        discard_output()
+        code = print_error(f"standard output: cannot be written: {error.strerror}")
+    sys.exit(code)
+
+
+def outcome(main):
+    """The exit code of a command, after the line that tells of its error."""
+    try:
+        return main()
+    except SystemExit as end:  # argparse's
+        return end.code
     except UserError as error:
-        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        return print_error(str(error))
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    except OSError as error:
+        if error.filename is None and error.errno not in (*NO_SPACE, errno.ENOENT):  # the latter: no temporary folder
+            raise
+        return print_error(file_error(error))
+
+
+def print_error(text: str) -> int:
+    """Print the one line of an error that the user can mend; returns its exit code."""
+    print(f"{sys.argv[0]}: error: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+def file_error(error: OSError) -> str:
+    """What the system says of a file; below the folder of temporary files also how to choose another."""
+    path = os.fsdecode(error.filename or "")
+    text = f"{path}: {error.strerror}" if path else error.strerror
+    if path.startswith(os.environ.get("TMPDIR", "/tmp")) or "temporary" in text:
+        text += " (the environment variable TMPDIR names another folder for temporary files)"
+    return text
+
+
+def escape_output() -> None:
+    """Let stdout and stderr show what their encoding lacks as escapes, such as \\u2192, in place of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def nobody_reads() -> bool:
+    """Whether the reader of stdout or stderr, a pipe, is gone."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def discard_output() -> None:
+    """Let what is written to stdout from now on, and what waits in its buffer, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 @contextmanager

@@ -1,5 +1,9 @@
 """Errors that users can fix, and checks of values from files.  No torch here."""
 
+import errno
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit
+
 
 class UserError(ValueError):
     """An error in the user's input.  The text names the file or flag, and the values; commands exit with code 2."""

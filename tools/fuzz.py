@@ -91,7 +91,7 @@ def in_words(tallies: dict[str, Counts]) -> str:
 @contextmanager
 def stderr_to_file():
     """A block in which the stderr of child processes and libraries goes to CHILD_OUTPUT; it yields the screen."""
-    with os.fdopen(os.dup(2), "w") as screen, open(CHILD_OUTPUT, "ab") as file:
+    with os.fdopen(os.dup(2), "w", encoding="utf-8") as screen, open(CHILD_OUTPUT, "ab") as file:
         os.dup2(file.fileno(), 2)
         try:
             yield screen
@@ -218,7 +218,7 @@ def wrong_with(line: str, kind: Kind) -> str | None:
 
 
 def wrong_with_child() -> str | None:
-    text = Path(CHILD_OUTPUT).read_text(errors="replace")
+    text = Path(CHILD_OUTPUT).read_text(encoding="utf-8", errors="replace")
     os.truncate(CHILD_OUTPUT, 0)
     return f"the child process printed {text}" if "Traceback" in text else None
 

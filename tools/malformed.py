@@ -102,7 +102,8 @@ def write_sound_data(folder: Path) -> None:
     packed |= {key: packed[key] % VOCABULARY for key in ("input_ids", "masked_lm_ids")}
     for name in ("a", "b"):
         write_shard(folder / f"packed/{name}.hdf5", {key: value.numpy() for key, value in packed.items()})
-    (folder / "packed_metadata.json").write_text(json.dumps({"avg_seq_per_sample": 1.5, "top_8_strategies": [[24]]}))
+    metadata = {"avg_seq_per_sample": 1.5, "top_8_strategies": [[24]]}
+    (folder / "packed_metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
 
 
 def write_checkpoints(folder: Path) -> None:

@@ -257,7 +257,7 @@ def wait_for_children(process: subprocess.Popen) -> None:
 
 
 def last_words(folder: Path) -> str:
-    return (folder / "output.txt").read_text(errors="replace")[-2000:]
+    return (folder / "output.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
 
 
 # --- checks of what the runs leave ---
@@ -318,7 +318,7 @@ def logged_figures(output: Path) -> list[tuple[tuple[int, int], dict]]:
     found = []
     for phase in LENGTHS:
         path = output / f"log_{phase}.json"
-        for text in path.read_text().splitlines() if path.exists() else ():
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
                 line = json.loads(text.removeprefix("DLLL "))
             except json.JSONDecodeError:

@@ -9,13 +9,13 @@ import math
 import os
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from tqdm import tqdm
 
+from common.cli import discard_output
 from common.errors import UserError
 
 
@@ -88,9 +88,13 @@ class TrainingLog:
     def print(self, text: str) -> None:
         """Print a line on the console, flushed because the output may be a file or a pipe."""
         if self.active:
-            with suppress(OSError):  # a full disk or a closed pipe must not end the run
+            try:
                 tqdm.write(text)
                 sys.stdout.flush()
+            except BrokenPipeError:  # nobody reads any more, which must not end the run
+                discard_output()
+            except OSError:  # nor must a full disk
+                pass
 
     def warn(self, text: str) -> None:
         """Print and log a problem that did not end the run."""

@@ -15,6 +15,7 @@ from checkpoint.folder import checkpoint_path, newest_path
 from checkpoint.resume import Phase
 from checkpoint.state import TrainingState
 from common.errors import UserError
+from common.locks import announce_end
 from data.dataloader import sequences_in
 from devices.device import Device
 from optim.build import optimizer_metrics, skip_counts
@@ -111,6 +112,7 @@ class Trainer:
             if stopping:
                 self.log.print(f"stopping after step {step}: {self.signals.name or 'a signal'} asked for it")
                 self.last_step = step
+                announce_end()
             if self.is_due(step, self.log_every):
                 self.log_step(step, losses)
             if self.is_due(step, self.args.num_steps_per_checkpoint) and not self.args.skip_checkpoint:

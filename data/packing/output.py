@@ -25,8 +25,6 @@ def check_output_dir(output_dir: Path, input_dir: Path, overwrite: bool) -> None
     """UserError where the output folder must not be written to."""
     if input_dir.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
         raise UserError(f"--output_dir {output_dir} lies inside --input_dir {input_dir}: choose another")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is not a folder")
     foreign = sorted(set(output_dir.glob("*.hdf5")) - set(packed_parts(output_dir)))
     if foreign:
         raise UserError(f"--output_dir {output_dir} holds {foreign[0].name}, which this command did not write: "

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from common.locks import folder_lock
 from data.masking import MOST_SEQUENCES
 from data.packing import plot
 from data.packing.assignment import RowAssignment
@@ -52,6 +53,11 @@ class PackingOptions:
 def pack(options: PackingOptions) -> dict:
     """Pack the shards of a folder; returns the metadata.  UserError, before anything is written, for bad input."""
     output_dir = Path(os.path.abspath(options.output_dir))
+    with folder_lock(output_dir, f"--output_dir {output_dir}"):
+        return pack_into(output_dir, options)
+
+
+def pack_into(output_dir: Path, options: PackingOptions) -> dict:
     check_output_dir(output_dir, Path(options.input_dir), options.overwrite)
     shards = find_unpacked(options)
     blocks = blocks_of(shards)

@@ -48,7 +48,7 @@ def record_path(folder, name: str) -> Path:
 def read_record(folder, name: str) -> dict | None:
     """The record; None if there is none or it cannot be read: then the work is done again."""
     try:
-        return json.loads(record_path(folder, name).read_text())
+        return json.loads(record_path(folder, name).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
 
