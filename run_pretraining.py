@@ -126,7 +126,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
                     "compilation": compile_description}
     log.write("PARAMETER", {**vars(args), **run_record(config=config, device=device, world_size=ranks.world_size,
                                                        plan=plan, descriptions=descriptions)})
-    for line in (*header_lines(args, device, precision, stream.shards, model, plan, resume_point),
+    for line in (*header_lines(args, device, precision, stream.pieces, model, plan, resume_point),
                  layers_description, optimizer_description,
                  f"ranks: {ranks.world_size}; reduction of gradients: {reduction.describe()}", compile_description):
         if line:
@@ -215,14 +215,15 @@ def check_length(what: str, length: int, config) -> None:
         raise UserError(f"{what} {length} is above max_position_embeddings {config.max_position_embeddings}")
 
 
-def header_lines(args, device, precision, shards, model, plan, resume_point) -> list[str]:
+def header_lines(args, device, precision, pieces, model, plan, resume_point) -> list[str]:
     """Lines for the console: model, data, batch and first step."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    form = "packed" if shards[0].packed else "unpacked"
+    form = "packed" if pieces[0].packed else "unpacked"
+    shards = len({piece.path for piece in pieces})
     return [
         f"{args.bert_model}: {parameters / 1e6:.1f} million parameters on {device.describe()}, {precision.describe()}",
-        f"data: {sum(shard.rows for shard in shards)} {form} rows of {args.max_seq_length} tokens in "
-        f"{len(shards)} shards of {args.input_dir}",
+        f"data: {sum(piece.rows for piece in pieces)} {form} rows of {args.max_seq_length} tokens in "
+        f"{shards} shards of {args.input_dir}" + (f", read in {len(pieces)} pieces" if len(pieces) > shards else ""),
         plan.describe(),
         f"phase {2 if args.phase2 else 1}, from step {resume_point.step} of {args.max_steps}"
         + (f", from {resume_point.path}" if resume_point.path else ""),

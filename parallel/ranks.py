@@ -82,8 +82,11 @@ class SingleRank:
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         return self.sum(values) / self.world_size
 
+    def start_sum(self, values: torch.Tensor) -> dist.Work | None:
+        """Start to replace a small host tensor by its sum over all ranks; wait() on the returned work."""
+
     def start_maximum(self, values: torch.Tensor) -> dist.Work | None:
-        """Start to replace a small host tensor by its maximum over all ranks; wait() on the returned work."""
+        """The same with the maximum."""
 
 
 class RankGroup(SingleRank):
@@ -192,6 +195,9 @@ class RankGroup(SingleRank):
         total = values.clone()
         dist.all_reduce(total, group=self.host_group)
         return total
+
+    def start_sum(self, values: torch.Tensor) -> dist.Work | None:
+        return dist.all_reduce(values, group=self.host_group, async_op=True)
 
     def start_maximum(self, values: torch.Tensor) -> dist.Work | None:
         return dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True)

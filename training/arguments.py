@@ -76,7 +76,12 @@ def add_batches(parser) -> None:
     add("--train_batch_size", type=positive_int, default=32,
         help="sequences per card and optimizer step, over all accumulation steps")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per optimizer step; must "
-        "divide --train_batch_size.  On packed data it is divided by the average number of sequences in a row")
+        "divide --train_batch_size.  On packed data it is divided by the average number of sequences in a row.  The "
+        "loss is the mean of the micro-batches' means, so it depends on how rows fall into them: see --normalize_loss")
+    add("--normalize_loss", choices=("micro_batch", "tokens"), default="micro_batch",
+        help="what weighs the same in the loss of a step: every micro-batch of every card, whatever its number of "
+        "masked tokens, as in the reference scripts (default); or every masked token, and in the NSP loss every "
+        "sequence")
 
 
 def add_schedule(parser) -> None:

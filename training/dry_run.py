@@ -17,7 +17,7 @@ from checkpoint.folder import KEPT, saved_steps
 from common.cli import format_bytes, format_duration
 from common.errors import UserError, first_line
 from common.files import nearest_existing
-from data.dataloader import batches_once
+from data.dataloader import batches_once, in_pieces
 from data.shards import read_checked_rows
 from training import memory_estimate
 from training.evaluation import shown_mask_id
@@ -45,9 +45,9 @@ def dry_run(trainer) -> dict[str, float]:
 def count_usable_rows(trainer) -> int:
     """Check every row of every shard, which a training run does when the shard's turn comes; how many it can use."""
     hidden = trainer.args.disable_progress_bar or not trainer.ranks.first or None
-    held_out = trainer.evaluator.shards if trainer.evaluator else []
+    held_out = in_pieces(trainer.evaluator.shards) if trainer.evaluator else []
     usable, stream = 0, trainer.stream
-    training = [shard for number, shard in enumerate(stream.shards) if number not in stream.skipped_shards]
+    training = [piece for number, piece in enumerate(stream.pieces) if number not in stream.skipped_shards]
     for shard in tqdm([*held_out, *training], unit="shard", desc="checking rows", disable=hidden, leave=False):
         try:
             stream.reader.call(read_checked_rows, shard, trainer.model.config.vocab_size)

@@ -3,6 +3,7 @@
 import argparse
 import math
 import time
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,13 +27,13 @@ from parallel.stop_signal import StopSignals, StopVote
 from training.compilation import GraphWatch
 from training.evaluation import Evaluator, describe_figures
 from training.log import TrainingLog
+from training.loss_weights import build_loss_weights
 from training.metrics import Throughput, batch_flops, measured_peak
 from training.profiling import StepProfiler
 
 LOSSES = ("loss", "mlm_loss", "nsp_loss")  # outputs of the model
 STEP_LOSSES = ("step_loss", "mlm_loss", "nsp_loss")  # their names in the log: the losses of the logged step, …
 AVERAGES = ("average_loss", "average_mlm_loss", "average_nsp_loss")  # … and their averages since the last log line
-BATCHES_AHEAD = 1  # micro-batches that were taken from the stream, but not used, when a step ends
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Trainer:
         self.profiler = StepProfiler(args, device, self.ranks.rank, self.log.print)
         self.signals = StopSignals()
         self.stop_vote = StopVote(self.ranks)
-        self.batch = None  # the next micro-batch, on the device
+        self.loss_weights = build_loss_weights(args.normalize_loss, self.plan.accumulation_steps, self.ranks, device)
+        self.batches = deque()  # the next micro-batches, on the device, and what Throughput counts of them
         self.final_loss = None
         self.loss_sums = self.zeros(len(AVERAGES) + 1)  # over the steps since the last log line, see with_count
         self.checkpoints = CheckpointWriter(args.output_dir, device, self.log.print, self.log.warn, self.phase.first)
@@ -125,7 +127,7 @@ class Trainer:
                 return
 
     def train_step(self, step: int) -> torch.Tensor:
-        """One optimizer step; the mean LOSSES of its micro-batches, on the device.  (3,)
+        """One optimizer step; the LOSSES of its micro-batches, averaged as loss_weights says, on the device.  (3,)
 
         Losses are added in place, because hmp casts ops in the whole process but leaves in-place ones in fp32; and
         before mark_step, because a pending op would change the next graph.
@@ -135,20 +137,24 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * (1.0 if group["weight_decay"] else self.args.undecayed_rate)
         losses = self.zeros(len(LOSSES))
-        batch = self.first_batch()
+        self.first_batch()
+        self.loss_weights.start_step()
         for micro_step in range(1, self.plan.accumulation_steps + 1):
             last = micro_step == self.plan.accumulation_steps
             if last:  # late, to include signals of a long step, but early enough to overlap with the device's work
                 self.stop_vote.start(stop=self.signals.received)
             self.device.start_micro_step(micro_step - 1)
+            batch, counted = self.batches.popleft()
+            self.throughput.add_micro_batch(*counted)
             with self.reduction.micro_step(last):
                 with self.precision.autocast():
                     outputs = self.reduction.model(batch)
-                self.precision.backward(nan_grads_if_loss_not_finite(outputs["loss"]) / self.plan.accumulation_steps)
-            losses += torch.stack([outputs[name].detach() for name in LOSSES])
+                with self.precision.casts_off():
+                    weighted = self.loss_weights.weighted(outputs)
+                self.precision.backward(nan_grads_if_loss_not_finite(weighted["loss"]) / self.plan.accumulation_steps)
+            losses += torch.stack([weighted[name].detach() for name in LOSSES])
             self.device.mark_step()
-            batch = self.next_batch()  # while the device works
-        self.batch = batch
+            self.fetch()  # while the device works
         losses /= self.plan.accumulation_steps
         self.loss_sums += with_count(losses)
         self.reduction.finish()
@@ -163,17 +169,18 @@ class Trainer:
 
     def first_batch(self) -> dict[str, torch.Tensor]:
         """The first micro-batch of the next step."""
-        self.batch = self.batch or self.next_batch()
-        return self.batch
+        while len(self.batches) < self.loss_weights.batches_ahead:
+            self.fetch()
+        return self.batches[0][0]
 
-    def next_batch(self) -> dict[str, torch.Tensor]:
-        """The next micro-batch, on its way to the device."""
+    def fetch(self) -> None:
+        """Take a micro-batch from the stream, and send it on its way to the device."""
         began = time.perf_counter()
         batch = next(self.stream)
         waiting = time.perf_counter() - began
-        self.throughput.add_micro_batch(sequences_in(batch) * self.ranks.world_size, waiting,
-                                        batch_flops(self.model.config, batch))
-        return self.device.put(batch)
+        counted = (sequences_in(batch) * self.ranks.world_size, waiting, batch_flops(self.model.config, batch))
+        self.loss_weights.count(batch)
+        self.batches.append((self.device.put(batch), counted))
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something done every `every` steps (0 = only at the end) is due after this one."""
@@ -181,7 +188,7 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        return self.stream.epoch(self.stream.rows_used(BATCHES_AHEAD))
+        return self.stream.epoch(self.stream.rows_used(len(self.batches)))
 
     def log_step(self, step: int, losses: torch.Tensor) -> None:
         """Log the steps since the last log line: the only place in the loop where values reach the host.
@@ -224,7 +231,7 @@ class Trainer:
             number = self.phase.first + step
             path = checkpoint_path(self.args.output_dir, number)
             try:
-                contents = self.state.state_dict(path, self.ranks, BATCHES_AHEAD)
+                contents = self.state.state_dict(path, self.ranks, len(self.batches))
             except OSError as error:  # on all ranks alike
                 if step == self.last_step:
                     raise UserError(f"{path.name}, the last of this run, could not be written: {error}") from None
