@@ -10,6 +10,7 @@ be checked, for example because a file is not a shard.
 import os
 
 from common import cli
+from common.errors import UserError
 from data.packing.verify import find_of_form, verify
 
 
@@ -18,11 +19,14 @@ def main(argv=None) -> int:
     parser.add_argument("--input_dir", required=True, help="folder of packed shards")
     parser.add_argument("--unpacked_dir",
                         help="folder of the unpacked shards that were packed; both sets must hold the same sequences")
+    parser.add_argument("--max_predictions_per_sequence", type=cli.positive_int,
+                        help="that of the packing command: sets made with more are an error")
     parser.add_argument("--n_processes", type=cli.positive_int, default=min(4, os.cpu_count() or 1),
                         help="number of processes, each with less than 1 GB of memory")
     parser.add_argument("--disable_progress_bar", action="store_true", help="print no progress bars")
     args = parser.parse_args(argv)
     packed = find_of_form(args.input_dir, packed=True, flag="--input_dir")
+    check_predictions(packed[0], args.max_predictions_per_sequence)
     unpacked = find_of_form(args.unpacked_dir, packed=False, flag="--unpacked_dir") if args.unpacked_dir else []
     report = verify(packed, unpacked, args.n_processes, show_progress=not args.disable_progress_bar)
     checked = f"{args.input_dir}: {report.rows:,} rows in {report.shards:,} shards"
@@ -32,6 +36,14 @@ def main(argv=None) -> int:
     same = f", the same as in {args.unpacked_dir}" if unpacked else ""
     print(f"{checked}, {report.sequences:,} sequences{same}: no fault")
     return 0
+
+
+def check_predictions(shard, most: int | None) -> None:
+    """UserError where the shards have room for more predictions a sequence than `most`, if that is given."""
+    predictions = shard.prediction_slots - shard.max_sequences
+    if most is not None and predictions > most:
+        raise UserError(f"{shard.path}: made with {predictions} predictions a sequence, "
+                        f"but --max_predictions_per_sequence is {most}")
 
 
 if __name__ == "__main__":

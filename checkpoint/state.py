@@ -13,6 +13,7 @@ from modeling import BertForPreTraining
 from optim.build import restore_skip_counts, skip_counts
 
 INIT_CHECKPOINT = "init_checkpoint"
+PHASE_STEPS = "phase_steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class TrainingState:
                     predicted without context
         init_checkpoint   --init_checkpoint of the run's first start, or None
         step, phase the step of the phase, and 1 or 2
+        phase_steps the steps that the phase is to have, --max_steps
 
     To save another part, give it state_dict() and load_state_dict(), which checks its values, and add it to both
     methods here.

@@ -13,7 +13,7 @@ import lamb
 from checkpoint.async_writer import CheckpointWriter
 from checkpoint.folder import checkpoint_path, newest_path
 from checkpoint.resume import Phase
-from checkpoint.state import TrainingState
+from checkpoint.state import PHASE_STEPS, TrainingState
 from common.errors import UserError
 from data.dataloader import sequences_in
 from devices.device import Device
@@ -29,8 +29,9 @@ from training.metrics import Throughput, batch_flops, measured_peak
 from training.profiling import StepProfiler
 
 LOSSES = ("loss", "mlm_loss", "nsp_loss")  # outputs of the model
-STEP_LOSSES = ("step_loss", "mlm_loss", "nsp_loss")  # their names in the log: the losses of the logged step, …
-AVERAGES = ("average_loss", "average_mlm_loss", "average_nsp_loss")  # … and their averages since the last log line
+STEP_LOSSES = ("step_mean_loss", "mlm_loss", "nsp_loss")  # their names in the log: the means of the logged step, …
+AVERAGES = ("average_loss", "average_mlm_loss", "average_nsp_loss")  # … and the means since the last log line
+LAST_LOSS = "step_loss"  # of the last micro-batch
 BATCHES_AHEAD = 1  # micro-batches that were taken from the stream, but not used, when a step ends
 
 
@@ -81,27 +82,29 @@ class Trainer:
         self.model, self.optimizer = self.state.model, self.state.optimizer
         self.stream, self.precision = self.state.stream, self.state.precision
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
-        self.log_every = max(1, round(args.log_freq))
-        self.throughput = Throughput(args.peak_tflops * 1e12 or measured_peak(device, self.precision.dtype))
+        self.throughput = Throughput(args.peak_tflops * 1e12 or measured_peak(device, self.precision.dtype),
+                                     self.ranks.world_size)
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, self.ranks.rank, self.log.print)
         self.signals = StopSignals()
         self.stop_vote = StopVote(self.ranks)
         self.batch = None  # the next micro-batch, on the device
+        self.ahead: tuple[int, float, float] | None = None  # its sequences, the seconds waited for it, its FLOPs
         self.final_loss = None
+        self.began, self.seconds = time.perf_counter(), 0.0  # of the loop, until the last log line
         self.loss_sums = self.zeros(len(AVERAGES) + 1)  # over the steps since the last log line, see with_count
         self.checkpoints = CheckpointWriter(args.output_dir, device, self.log.print, self.log.warn, self.phase.first)
 
     def train(self) -> dict:
         """Run all steps; returns the figures of the summary."""
-        began = time.perf_counter()
+        self.began = time.perf_counter()
         self.log.start_bar(self.first_step, self.last_step, self.args.disable_progress_bar)
         with self.signals.listening():
             try:
                 self.run_steps()
             finally:
                 self.checkpoints.close()
-        return self.summary(time.perf_counter() - began)
+        return self.summary()
 
     def run_steps(self) -> None:
         for step in range(self.first_step + 1, self.last_step + 1):
@@ -111,7 +114,7 @@ class Trainer:
             if stopping:
                 self.log.print(f"stopping after step {step}: {self.signals.name or 'a signal'} asked for it")
                 self.last_step = step
-            if self.is_due(step, self.log_every):
+            if self.is_due(step, self.args.log_freq):
                 self.log_step(step, losses)
             if self.is_due(step, self.args.num_steps_per_checkpoint) and not self.args.skip_checkpoint:
                 self.save(step)
@@ -123,7 +126,7 @@ class Trainer:
                 return
 
     def train_step(self, step: int) -> torch.Tensor:
-        """One optimizer step; the mean LOSSES of its micro-batches, on the device.  (3,)
+        """One optimizer step; the mean LOSSES of its micro-batches, and LAST_LOSS, on the device.  (4,)
 
         Losses are added in place, because hmp casts ops in the whole process but leaves in-place ones in fp32; and
         before mark_step, because a pending op would change the next graph.
@@ -143,7 +146,8 @@ class Trainer:
                 with self.precision.autocast():
                     outputs = self.reduction.model(batch)
                 self.precision.backward(nan_grads_if_loss_not_finite(outputs["loss"]) / self.plan.accumulation_steps)
-            losses += torch.stack([outputs[name].detach() for name in LOSSES])
+            micro_losses = torch.stack([outputs[name].detach() for name in LOSSES])
+            losses += micro_losses
             self.device.mark_step()
             batch = self.next_batch()  # while the device works
         self.batch = batch
@@ -152,6 +156,7 @@ class Trainer:
         self.reduction.finish()
         self.precision.step(self.optimizer)
         self.model.zero_grad(set_to_none=not self.args.cuda_graphs)  # as compilation.prepare_replay wants it
+        losses = torch.cat([losses, micro_losses[:1]])
         self.device.mark_step()
         self.throughput.add_step()
         return losses
@@ -165,12 +170,13 @@ class Trainer:
         return self.batch
 
     def next_batch(self) -> dict[str, torch.Tensor]:
-        """The next micro-batch, on its way to the device."""
+        """The next micro-batch, on its way to the device.  The one before it then counts as trained."""
         began = time.perf_counter()
         batch = next(self.stream)
         waiting = time.perf_counter() - began
-        self.throughput.add_micro_batch(sequences_in(batch) * self.ranks.world_size, waiting,
-                                        batch_flops(self.model.config, batch))
+        if self.ahead is not None:
+            self.throughput.add_micro_batch(*self.ahead)
+        self.ahead = sequences_in(batch), waiting, batch_flops(self.model.config, batch)
         return self.device.put(batch)
 
     def is_due(self, step: int, every: int) -> bool:
@@ -188,13 +194,15 @@ class Trainer:
         """
         metrics = optimizer_metrics(self.optimizer)
         values = torch.cat([self.loss_sums, losses, *(value.reshape(1) for value in metrics.values())]).cpu()
-        figures = dict(zip([*AVERAGES, "finite_steps", *STEP_LOSSES, *metrics], self.ranks.mean(values).tolist(),
-                           strict=True))
+        figures = dict(zip([*AVERAGES, "finite_steps", *STEP_LOSSES, LAST_LOSS, *metrics],
+                           self.ranks.mean(values).tolist(), strict=True))
         metrics = {name: figures.pop(name) for name in metrics}
         finite_steps = figures.pop("finite_steps")
         for name in AVERAGES:
             figures[name] = figures[name] / finite_steps if finite_steps else math.nan
-        self.final_loss = figures["average_loss"]
+        self.final_loss, self.seconds = figures["average_loss"], time.perf_counter() - self.began
+        if step == self.last_step:
+            figures["final_loss"] = self.final_loss
         self.loss_sums = self.zeros(len(AVERAGES) + 1)
         new_graphs = self.graph_watch.new_graphs(step - self.first_step)
         self.log.step(self.epoch, step, {
@@ -229,7 +237,9 @@ class Trainer:
                 self.log.warn(f"{path.name} could not be written ({error}), and the training continues")
                 return
             if self.ranks.first:
-                self.checkpoints.save(number, {**contents, "step": step, "phase": self.phase.number})
+                self.checkpoints.save(number, {**contents, "step": step, "phase": self.phase.number,
+                                               PHASE_STEPS: self.args.max_steps})
+            self.log.write("PARAMETER", {"checkpoint_step": step})
 
     def check_skipped(self, step: int, metrics: dict[str, float]) -> None:
         """UserError where more steps in a row were skipped than --max_skipped_steps allows."""
@@ -249,10 +259,12 @@ class Trainer:
         self.log.write([self.epoch, step], {f"eval_{name}": value for name, value in figures.items()})
         self.log.print(f"held out after step {step}: {describe_figures(figures)}")
 
-    def summary(self, seconds: float) -> dict:
+    def summary(self) -> dict:
         """The figures of the whole run, logged with an empty step."""
-        data = {"e2e_train_time": time.time() - self.log.started, "raw_train_time": seconds,
-                "training_sequences_per_second": self.throughput.average, "final_loss": self.final_loss}
+        rate = self.throughput.all_sequences / self.seconds if self.seconds else None
+        data = {"e2e_train_time": time.time() - self.log.started, "training_sequences_per_second": rate,
+                "final_loss": self.final_loss, "raw_train_time": self.seconds,
+                "steady_sequences_per_second": self.throughput.average}
         self.log.write([], data)
         return data
 

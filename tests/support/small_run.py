@@ -33,7 +33,7 @@ def train(**changes) -> None:
 
 def logged_steps(path) -> dict[int, dict]:
     """step → the figures of its log line that depend on nothing but the training."""
-    timed = ("time", "perf", "waiting", "utilization")
+    timed = ("time", "perf", "per_second", "waiting", "utilization")
     return {line["step"][1]: {name: value for name, value in line["data"].items()
                               if not any(word in name for word in timed)}
             for line in samples.log_lines(path) if "step_loss" in line["data"]}
