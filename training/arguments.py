@@ -108,8 +108,8 @@ def add_schedule(parser) -> None:
         "LayerNorms, as a multiple of the others': LAMB gives them no trust ratio, and 0.1 helps a small model")
     add("--phase2", action="store_true", help="second phase: continues from phase 1's last checkpoint in --output_dir "
         "with its own schedule; --resume_from_checkpoint need not be given, unless --init_checkpoint is")
-    add("--phase1_end_step", type=whole, help="last step of phase 1 (default: 7038 where that checkpoint is there, else "
-        "what the checkpoints in --output_dir say)")
+    add("--phase1_end_step", type=whole, help="last step of phase 1 (default: 7038 where that checkpoint is in "
+        "--output_dir, else what the checkpoints there say)")
 
 
 def add_precision(parser) -> None:

@@ -36,23 +36,20 @@ class Figure:
 
 
 SINCE = "since the last line"
-REFERENCE_FIGURES = (  # of the reference scripts, with their meaning and in their order; they come first in a line
+# The keys of the reference scripts, in their order; they come first in a line
+REFERENCE_KEYS = ("average_loss", "step_loss", "learning_rate", "average_training_time_step", "average_perf_per_step",
+                  "final_loss")
+FIGURES = (
     Figure("average_loss", "nats", f"MLM + NSP loss, mean of the steps {SINCE} and of all cards", "loss {:.4f}",
            "loss/total", "Training loss"),
-    Figure("step_loss", "nats", "the same of the step's last micro-batch, mean of all cards"),
-    Figure("learning_rate", "rate", "of the step", "rate {:.3e}", "optimizer/learning_rate", "Learning rate"),
-    Figure("average_training_time_step", "seconds", f"of a micro-batch, mean {SINCE}; checkpoints and evaluations do "
-           "not count"),
-    Figure("average_perf_per_step", "sequences/s", f"of one card, {SINCE}; a packed row counts as the sequences in it"),
-    Figure("final_loss", "nats", "`average_loss` again, in the line of the run's last step only"),
-)
-FIGURES = (
-    *REFERENCE_FIGURES,
     Figure("average_mlm_loss", "nats", "MLM part of `average_loss`", "mlm {:.4f}"),
     Figure("average_nsp_loss", "nats", "NSP part of `average_loss`", "nsp {:.4f}"),
-    Figure("step_mean_loss", "nats", "MLM + NSP loss, mean of the logged step's micro-batches and of all cards"),
+    Figure("final_loss", "nats", "`average_loss` again, in the line of the run's last step only"),
+    Figure("step_loss", "nats", "MLM + NSP loss of the step's last micro-batch, mean of all cards"),
+    Figure("step_mean_loss", "nats", "MLM + NSP loss, mean of the step's micro-batches and of all cards"),
     Figure("mlm_loss", "nats", "MLM part of `step_mean_loss`", "", "loss/mlm", "MLM loss"),
     Figure("nsp_loss", "nats", "NSP part of `step_mean_loss`", "", "loss/nsp", "NSP loss"),
+    Figure("learning_rate", "rate", "of the step", "rate {:.3e}", "optimizer/learning_rate", "Learning rate"),
     Figure("gradient_norm", "", "norm of all gradients of the step, before it is clipped to 1", "",
            "optimizer/gradient_norm"),
     Figure("skipped_steps", "steps", "skipped so far, because loss or gradient norm were not finite", "",
@@ -60,6 +57,9 @@ FIGURES = (
     Figure("skipped_in_a_row", "steps", "skipped in a row, the last one included"),
     Figure("most_skipped_in_a_row", "steps", "the largest such number so far"),
     Figure("skipped_shards", "shards", "left out by `--skip_bad_shards`"),
+    Figure("average_training_time_step", "seconds", f"of a micro-batch, mean {SINCE}; checkpoints and evaluations do "
+           "not count"),
+    Figure("average_perf_per_step", "sequences/s", f"of one card, {SINCE}; a packed row counts as the sequences in it"),
     Figure("sequences_per_second", "sequences/s", f"of all cards, {SINCE}", "{:.1f} sequences/s",
            "speed/sequences_per_second", "Throughput"),
     Figure("step_time", "seconds", f"of an optimizer step, mean {SINCE}", "{:.3f} s/step", "speed/seconds_per_step"),
@@ -115,8 +115,8 @@ SUMMARY = (
     Figure("training_sequences_per_second", "sequences/s", "of all cards: all sequences over `raw_train_time`"),
     Figure("final_loss", "nats", "`average_loss` of the last line; null where no step was left to do"),
     Figure("raw_train_time", "seconds", "of the loop, until its last step was logged"),
-    Figure("steady_sequences_per_second", "sequences/s", "of all cards, without the first two log lines' steps, "
-           "checkpoints and evaluations; null for a short run"),
+    Figure("steady_sequences_per_second", "sequences/s", "of all cards, without checkpoints, evaluations and "
+           "the first log lines, until two steps are done; null for a short run"),
 )
 
 
@@ -174,7 +174,7 @@ class TrainingLog:
     def step(self, epoch: int, step: int, data: dict) -> None:
         """Report the figures of a logged step in the file, on the console, and beside the bar."""
         self.last_line = [epoch, step]
-        first = {figure.name: data[figure.name] for figure in REFERENCE_FIGURES if figure.name in data}
+        first = {key: data[key] for key in REFERENCE_KEYS if key in data}
         self.write(self.last_line, first | data)
         self.bar.set_postfix_str(f"loss {data['step_mean_loss']:.3f}, {data['sequences_per_second']:.1f} sequences/s",
                                  refresh=False)

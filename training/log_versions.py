@@ -52,10 +52,14 @@ def reference_flags(config) -> dict:
 
 
 def from_reference(data: dict, flags: dict) -> dict:
-    """The figures of a line, with those of a step and of all cards where the flags tell them."""
+    """The figures of a line, with those of a step and of all cards where the flags tell them.
+
+    The line of the last step has only final_loss, which is its average_loss; the summary repeats it.
+    """
     data = data | products(data, {"step_time": ("average_training_time_step", flags.get("gradient_accumulation_steps")),
                                   "sequences_per_second": ("average_perf_per_step", flags.get("world_size"))})
-    return {"average_loss": data["final_loss"], **data} if "final_loss" in data else data
+    ends_steps = "final_loss" in data and "e2e_train_time" not in data
+    return {"average_loss": data["final_loss"], **data} if ends_steps else data
 
 
 def from_earlier_version(data: dict) -> dict:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from checkpoint.folder import checkpoint_path
 from checkpoint.file import write_file
+from checkpoint.folder import checkpoint_path
 from checkpoint.resume import last_step_of_phase1
 from common.errors import UserError
 

@@ -81,8 +81,8 @@ def test_a_boolean_flag_may_stand_bare_also_before_a_sentence(words, lower_case,
 
 
 @pytest.mark.parametrize("word, closest", [
-    ("--max_step=5", "--max_steps"), ("--max-sequence-length=5", "--max_seq_length"), ("--do_lowercase", "--do_lower_case"),
-    ("--resume", "--resume_step"), ("--warmup", None)])
+    ("--max_step=5", "--max_steps"), ("--max-sequence-length=5", "--max_seq_length"), ("--warmup", None),
+    ("--do_lowercase", "--do_lower_case"), ("--resume", "--resume_step")])
 def test_an_unknown_flag_is_one_line_with_the_closest_known_one(word, closest, capsys):
     with pytest.raises(SystemExit) as caught:
         small_parser().parse_args(["--max_steps=3", word])

@@ -53,6 +53,9 @@ def test_losses_are_those_of_one_rank(workspace, mode, count):
     done = ranks.run(mpirun(count, *TRAIN, *flags(count, output, eval_dir="held_out", **MODES[mode])), workspace)
     assert done.returncode == 0, done.stdout
     assert_same_figures(workspace, output, TOLERANCE[mode])
+    of_all, of_one = (ranks.figures(workspace / f"{output}.json", name)[30]
+                      for name in ("sequences_per_second", "average_perf_per_step"))
+    assert of_all == pytest.approx(count * of_one)
 
 
 def test_torchrun_gives_the_losses_of_one_rank(workspace):

@@ -45,7 +45,8 @@ def test_every_flag_of_the_reference_scripts_is_known(name):
     ("--autocast", {"hmp": True}), ("--use_autocast True", {"hmp": True}), ("--use-autocast=False", {"hmp": False}),
     ("--hmp --hmp_opt_level O1", {"hmp": True}), ("--amp", {"fp16": True}), ("--fp16", {"fp16": True}),
     ("--init_loss_scale 1048576", {"init_loss_scale": 2.0**20}), ("--loss_scale 0.0", {"loss_scale": 0.0}),
-    ("--use_habana --use-hpu-graphs True", {"use_hpu_graphs": True}), ("--use_hpu_graphs False", {"use_hpu_graphs": False}),
+    ("--use_habana --use-hpu-graphs True", {"use_hpu_graphs": True}),
+    ("--use_hpu_graphs False", {"use_hpu_graphs": False}),
     ("--use_habana --use_hpu_graphs", {"use_hpu_graphs": True}),
     ("--no_compiled_autograd", {"no_compiled_autograd": True, "use_torch_compile": False}),
     ("--log_memory_usage True", {}), ("--log-memory-usage", {}), ("--use_env", {}), ("--num_train_epochs=3.0", {}),
@@ -72,7 +73,8 @@ def test_flags_are_taken_as_the_reference_scripts_take_them(words, expected):
     ("--max_steps 7038.5", "'7038.5' is not a whole number"), ("--log_freq 0.5", "'0.5' is not a whole number"),
     ("--resume_step 1.5", "'1.5' is not a whole number"), ("--profile maybe", "'maybe' is neither true nor false"),
     ("--profile_steps 5,3", "'5,3' is not A or A:B"), ("--json-sumary=a", "did you mean --json_summary?"),
-    ("--max_pred=20", "did you mean --max_predictions_per_seq?"), ("--use_hpu_graph True", "did you mean --use_hpu_graphs?")])
+    ("--max_pred=20", "did you mean --max_predictions_per_seq?"),
+    ("--use_hpu_graph True", "did you mean --use_hpu_graphs?")])
 def test_what_cannot_be_meant_is_one_line(words, said, capsys):
     with pytest.raises(SystemExit) as caught:
         values(*words.split())
