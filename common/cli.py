@@ -127,7 +127,7 @@ def whole(text: str) -> int:
     try:
         number = float(text)
     except ValueError:
-        number = 0.5
+        number = float("nan")
     if not number.is_integer():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(number)
