@@ -18,7 +18,7 @@ from devices import gaudi_environment
 CARD_FLAGS = ("init_checkpoint", "input_dir", "max_seq_length", "train_batch_size", "gradient_accumulation_steps",
               "learning_rate", "warmup_proportion", "max_steps", "seed", "hmp", "fp16", "device")
 CARD_FIGURES = ("final_loss", "eval_mlm_loss", "eval_context_free_mlm_loss", "eval_mlm_accuracy", "eval_nsp_accuracy",
-                "training_sequences_per_second")
+                "training_sequences_per_second", "steady_sequences_per_second")
 
 
 def main(argv=None) -> None:
@@ -54,7 +54,7 @@ def parse_arguments(argv):
     parser.add_argument("--config_file", required=True, help="its model config, JSON")
     parser.add_argument("--vocab_file", required=True, help="the vocabulary that its data was tokenized with")
     parser.add_argument("--output_dir", required=True, help="folder to write; must be new or empty")
-    parser.add_argument("--do_lower_case", type=cli.boolean, default=True, metavar="1|0",
+    parser.add_argument("--do_lower_case", **cli.BOOLEAN, default=True,
                         help="whether the data was lower-cased (an uncased vocabulary)")
     parser.add_argument("--log", nargs="+", default=[], metavar="LOG",
                         help="logs of the training (--json_summary), for the tables of the model card")
@@ -72,11 +72,11 @@ def refuse_use(folder, in_use: bool) -> None:
 
 def logged_phases(log: str) -> list[dict]:
     """The flags and last figures of each phase in a log; a resumed run belongs to its phase."""
-    from training.log import read_log
+    from training.log_versions import read_current_log
 
     phases: dict[int, dict] = {}
     phase: dict = {}
-    for line in read_log(log):
+    for line in read_current_log(log):
         data = line["data"]
         if line["step"] == "PARAMETER":
             number = 2 if data.get("phase2") else 1

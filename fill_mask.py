@@ -58,13 +58,13 @@ def parse_arguments(argv):
     parser.add_argument("--checkpoint", required=True, help="ckpt_<step>.pt, or a Hugging Face model folder")
     parser.add_argument("--config_file", required=True, help="its model config, JSON")
     parser.add_argument("--vocab_file", required=True, help="the vocabulary that its data was tokenized with")
-    parser.add_argument("--do_lower_case", type=cli.boolean, default=True, metavar="1|0",
+    parser.add_argument("--do_lower_case", **cli.BOOLEAN, default=True,
                         help="whether the data was lower-cased (an uncased vocabulary)")
     parser.add_argument("--top", type=cli.positive_int, default=5, help="words to show for each [MASK]")
     parser.add_argument("--random_from", metavar="TEXT", help="a text shard (a sentence a line): take sentences from "
                         "it at random, hide a word in each, and tell the true word's rank")
     parser.add_argument("--random_count", type=cli.positive_int, default=3, help="how many of them")
-    parser.add_argument("--seed", type=int, default=1, help="random seed of these sentences and words")
+    parser.add_argument("--seed", type=cli.whole, default=1, help="random seed of these sentences and words")
     parser.add_argument("--json", metavar="FILE", help="also write sentences and words to a file")
     return parser.parse_args(argv)
 

@@ -79,12 +79,12 @@ def train_all(folder: Path, counts: list[int]) -> dict[str, dict]:
 
     ranks.write_workspace(folder)
     train(folder, 1, "one", STEPS, {})
-    one = ranks.figures(folder / "one.json", "step_loss")
+    one = ranks.figures(folder / "one.json", "step_mean_loss")
     runs = {mode: {} for mode in MODES}
     for mode, count in tqdm([(mode, count) for mode in MODES for count in counts], desc="runs"):
         output = f"{mode}_{count}"
         long, short = (train(folder, count, f"{output}_{steps}", steps, MODES[mode]) for steps in (STEPS, SHORT))
-        losses = ranks.figures(folder / f"{output}_{STEPS}.json", "step_loss")
+        losses = ranks.figures(folder / f"{output}_{STEPS}.json", "step_mean_loss")
         runs[mode][count] = {
             "bytes": (long - short) / (STEPS - SHORT) / count, "last_loss": losses[STEPS],
             "largest_difference": max(abs(losses[step] - one[step]) for step in one)}

@@ -7,9 +7,11 @@ from pathlib import Path
 from checkpoint import reference
 from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint, read_complete, saved_steps
 from checkpoint.load import groups_of
-from checkpoint.state import INIT_CHECKPOINT, OWN_KEYS, TrainingState, with_current_keys
+from checkpoint.state import INIT_CHECKPOINT, OWN_KEYS, PHASE_STEPS, TrainingState, with_current_keys
 from common.download import local_file
 from common.errors import UserError, whole_number
+
+PHASE1_STEPS = 7038  # of the published recipe
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,28 @@ class Phase:
 
     number: int = 1
     first: int = 0
+
+
+def last_step_of_phase1(folder, warn: Callable[[str], None]) -> int:
+    """Where phase 1 ended, by the checkpoints that phase 2 is to continue from, where no flag says it.
+
+    UserError where they leave it open.  In a folder without checkpoints it is that of the published recipe.
+    """
+    present = saved_steps(folder)
+    if not present or PHASE1_STEPS in present:
+        return PHASE1_STEPS
+    number, contents = newest_readable(folder, warn)
+    path = checkpoint_path(folder, number)
+    step = whole_number(contents, "step", path, number)
+    if whole_number(contents, "phase", path, 1) == 2:
+        return number - step
+    planned = whole_number(contents, PHASE_STEPS, path) if PHASE_STEPS in contents else None
+    if step == planned or (planned is None and len(present) == 1):
+        return number
+    names = ", ".join(checkpoint_path(folder, one).name for one in present)
+    reason = (f"which of {names} ended phase 1?" if planned is None
+              else f"phase 1 is not finished: {path.name} is step {step} of {planned}")
+    raise UserError(f"--output_dir {folder}: {reason}; --phase2 continues from ckpt_N.pt with --phase1_end_step N")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from optim.build import restore_skip_counts, skip_counts
 
 INIT_CHECKPOINT = "init_checkpoint"
 OWN_KEYS = {"phase", "data", "rows"}  # a checkpoint that has none of them was written by another trainer
+PHASE_STEPS = "phase_steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class TrainingState:
                     predicted without context
         init_checkpoint   --init_checkpoint of the run's first start, or None
         step, phase the step of the phase, and 1 or 2
+        phase_steps the steps that the phase is to have, --max_steps
 
     From a checkpoint of the reference trainer (reference.py) also, never written here:
 

@@ -1,6 +1,7 @@
 """What all command lines share: flags and their types, units in text, errors in one line.  No torch here."""
 
 import argparse
+import difflib
 import errno
 import os
 import select
@@ -29,7 +30,28 @@ class ArgumentParser(argparse.ArgumentParser):
         problem = typing_slip(args)
         if problem:
             self.error(problem)
-        return super().parse_known_args([with_underscores(word) for word in args], namespace)
+        words = [with_underscores(word) for word in args]
+        self.check_names(words)
+        return super().parse_known_args(self.with_values(words), namespace)
+
+    def check_names(self, words: list[str]) -> None:
+        """End with one line where a flag is unknown; it names the known one that is most like it."""
+        for word in words:
+            if word == "--":
+                return
+            flag = word.partition("=")[0]
+            if word.startswith("--") and " " not in flag and flag not in self._option_string_actions:
+                closest = closest_name(flag, list(self._option_string_actions))
+                self.error(f"unrecognized arguments: {word}" + (f": did you mean {closest}?" if closest else ""))
+
+    def with_values(self, words: list[str]) -> list[str]:
+        """The words with "=True" at each bare boolean flag that a positional argument, not its value, follows."""
+        if all(action.option_strings for action in self._actions):
+            return words
+        bare = [(action := self._option_string_actions.get(word)) is not None and action.type is boolean
+                and action.nargs == "?" and following.strip().lower() not in TRUE + FALSE
+                for word, following in pairwise([*words, ""])]
+        return [f"{word}=True" if is_bare else word for word, is_bare in zip(words, bare, strict=True)]
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
@@ -42,6 +64,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         if action.default in (None, "", False, [], argparse.SUPPRESS) or action.required:
             return action.help
         return super()._get_help_string(action)
+
+
+def closest_name(flag: str, known: list[str]) -> str | None:
+    """The known flag that begins with `flag`, or else that is written most like it; None where none is.
+
+        >>> closest_name("--max_step", ["--max_seq_length", "--max_steps"])
+        '--max_steps'
+    """
+    longer = [name for name in known if name.startswith(flag)]
+    return next(iter(longer or difflib.get_close_matches(flag, known, 1)), None)
 
 
 def with_underscores(word: str) -> str:
@@ -74,20 +106,40 @@ def typing_slip(words: list[str]) -> str | None:
     return None
 
 
+TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
+
+
 def boolean(text: str) -> bool:
     """The type of a flag that takes true/false, 1/0 or yes/no in any case."""
     word = text.strip().lower()
-    if word in ("true", "1", "yes"):
-        return True
-    if word in ("false", "0", "no"):
-        return False
+    if word in TRUE + FALSE:
+        return word in TRUE
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false (true/false, 1/0, yes/no)")
+
+
+# Of a flag that takes such a value, and means True without one
+BOOLEAN = {"nargs": "?", "const": True, "type": boolean, "metavar": "BOOL"}
+
+
+def whole(text: str) -> int:
+    """The type of a flag that takes a whole number, also one written as a float: 7038.0, 1e4."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not number.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(number)
 
 
 def positive_int(text: str) -> int:
     try:
-        number = int(text)
-    except ValueError:
+        number = whole(text)
+    except argparse.ArgumentTypeError:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")

@@ -14,7 +14,7 @@ import lamb
 from checkpoint.async_writer import CheckpointWriter
 from checkpoint.folder import checkpoint_path, newest_path
 from checkpoint.resume import Phase
-from checkpoint.state import TrainingState
+from checkpoint.state import PHASE_STEPS, TrainingState
 from common.errors import UserError
 from common.locks import announce_end
 from data.dataloader import sequences_in
@@ -32,8 +32,9 @@ from training.metrics import Throughput, batch_flops, measured_peak
 from training.profiling import StepProfiler
 
 LOSSES = ("loss", "mlm_loss", "nsp_loss")  # outputs of the model
-STEP_LOSSES = ("step_loss", "mlm_loss", "nsp_loss")  # their names in the log: the losses of the logged step, …
-AVERAGES = ("average_loss", "average_mlm_loss", "average_nsp_loss")  # … and their averages since the last log line
+STEP_LOSSES = ("step_mean_loss", "mlm_loss", "nsp_loss")  # their names in the log: the means of the logged step, …
+AVERAGES = ("average_loss", "average_mlm_loss", "average_nsp_loss")  # … and the means since the last log line
+LAST_LOSS = "step_loss"  # of the last micro-batch
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Trainer:
         self.model, self.optimizer = self.state.model, self.state.optimizer
         self.stream, self.precision = self.state.stream, self.state.precision
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
-        self.log_every = max(1, round(args.log_freq))
-        self.throughput = Throughput(args.peak_tflops * 1e12 or measured_peak(device, self.precision.dtype))
+        self.throughput = Throughput(args.peak_tflops * 1e12 or measured_peak(device, self.precision.dtype),
+                                     self.ranks.world_size)
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, self.ranks.rank, self.log.print)
         self.signals = StopSignals()
@@ -92,19 +93,20 @@ class Trainer:
         self.loss_weights = build_loss_weights(args.normalize_loss, self.plan.accumulation_steps, self.ranks, device)
         self.batches = deque()  # the next micro-batches, on the device, and what Throughput counts of them
         self.final_loss = None
+        self.began, self.seconds = time.perf_counter(), 0.0  # of the loop, until the last log line
         self.loss_sums = self.zeros(len(AVERAGES) + 1)  # over the steps since the last log line, see with_count
         self.checkpoints = CheckpointWriter(args.output_dir, device, self.log.print, self.log.warn, self.phase.first)
 
     def train(self) -> dict:
         """Run all steps; returns the figures of the summary."""
-        began = time.perf_counter()
+        self.began = time.perf_counter()
         self.log.start_bar(self.first_step, self.last_step, self.args.disable_progress_bar)
         with self.signals.listening():
             try:
                 self.run_steps()
             finally:
                 self.checkpoints.close()
-        return self.summary(time.perf_counter() - began)
+        return self.summary()
 
     def run_steps(self) -> None:
         for step in range(self.first_step + 1, self.last_step + 1):
@@ -115,7 +117,7 @@ class Trainer:
                 self.log.print(f"stopping after step {step}: {self.signals.name or 'a signal'} asked for it")
                 self.last_step = step
                 announce_end()
-            if self.is_due(step, self.log_every):
+            if self.is_due(step, self.args.log_freq):
                 self.log_step(step, losses)
             if self.is_due(step, self.args.num_steps_per_checkpoint) and not self.args.skip_checkpoint:
                 self.save(step)
@@ -127,7 +129,8 @@ class Trainer:
                 return
 
     def train_step(self, step: int) -> torch.Tensor:
-        """One optimizer step; the LOSSES of its micro-batches, averaged as loss_weights says, on the device.  (3,)
+        """One optimizer step; the LOSSES of its micro-batches, averaged as loss_weights says, and LAST_LOSS, on the
+        device.  (4,)
 
         Losses are added in place, because hmp casts ops in the whole process but leaves in-place ones in fp32; and
         before mark_step, because a pending op would change the next graph.
@@ -160,6 +163,7 @@ class Trainer:
         self.reduction.finish()
         self.precision.step(self.optimizer)
         self.model.zero_grad(set_to_none=not self.args.cuda_graphs)  # as compilation.prepare_replay wants it
+        losses = torch.cat([losses, outputs["loss"].detach().reshape(1)])
         self.device.mark_step()
         self.throughput.add_step()
         return losses
@@ -178,7 +182,7 @@ class Trainer:
         began = time.perf_counter()
         batch = next(self.stream)
         waiting = time.perf_counter() - began
-        counted = (sequences_in(batch) * self.ranks.world_size, waiting, batch_flops(self.model.config, batch))
+        counted = (sequences_in(batch), waiting, batch_flops(self.model.config, batch))
         self.loss_weights.count(batch)
         self.batches.append((self.device.put(batch), counted))
 
@@ -197,13 +201,15 @@ class Trainer:
         """
         metrics = optimizer_metrics(self.optimizer)
         values = torch.cat([self.loss_sums, losses, *(value.reshape(1) for value in metrics.values())]).cpu()
-        figures = dict(zip([*AVERAGES, "finite_steps", *STEP_LOSSES, *metrics], self.ranks.mean(values).tolist(),
-                           strict=True))
+        figures = dict(zip([*AVERAGES, "finite_steps", *STEP_LOSSES, LAST_LOSS, *metrics],
+                           self.ranks.mean(values).tolist(), strict=True))
         metrics = {name: figures.pop(name) for name in metrics}
         finite_steps = figures.pop("finite_steps")
         for name in AVERAGES:
             figures[name] = figures[name] / finite_steps if finite_steps else math.nan
-        self.final_loss = figures["average_loss"]
+        self.final_loss, self.seconds = figures["average_loss"], time.perf_counter() - self.began
+        if step == self.last_step:
+            figures["final_loss"] = self.final_loss
         self.loss_sums = self.zeros(len(AVERAGES) + 1)
         new_graphs = self.graph_watch.new_graphs(step - self.first_step)
         self.log.step(self.epoch, step, {
@@ -238,7 +244,9 @@ class Trainer:
                 self.log.warn(f"{path.name} could not be written ({error}), and the training continues")
                 return
             if self.ranks.first:
-                self.checkpoints.save(number, {**contents, "step": step, "phase": self.phase.number})
+                self.checkpoints.save(number, {**contents, "step": step, "phase": self.phase.number,
+                                               PHASE_STEPS: self.args.max_steps})
+            self.log.write("PARAMETER", {"checkpoint_step": step})
 
     def check_skipped(self, step: int, metrics: dict[str, float]) -> None:
         """UserError where more steps in a row were skipped than --max_skipped_steps allows."""
@@ -258,10 +266,12 @@ class Trainer:
         self.log.write([self.epoch, step], {f"eval_{name}": value for name, value in figures.items()})
         self.log.print(f"held out after step {step}: {describe_figures(figures)}")
 
-    def summary(self, seconds: float) -> dict:
+    def summary(self) -> dict:
         """The figures of the whole run, logged with an empty step."""
-        data = {"e2e_train_time": time.time() - self.log.started, "raw_train_time": seconds,
-                "training_sequences_per_second": self.throughput.average, "final_loss": self.final_loss}
+        rate = self.throughput.all_sequences / self.seconds if self.seconds else None
+        data = {"e2e_train_time": time.time() - self.log.started, "training_sequences_per_second": rate,
+                "final_loss": self.final_loss, "raw_train_time": self.seconds,
+                "steady_sequences_per_second": self.throughput.average}
         self.log.write([], data)
         return data
 

@@ -68,8 +68,9 @@ def add_sample_flags(parser) -> None:
                             "--dynamic_masking)")
     group.add_argument("--short_seq_prob", type=cli.proportion,
                        help="proportion of the documents that are cut into shorter samples")
-    group.add_argument("--random_seed", type=int, help="seed for pairs and masks; the same seed gives the same files")
-    group.add_argument("--do_lower_case", type=cli.boolean, nargs="?", const=True, metavar="1|0",
+    group.add_argument("--random_seed", type=cli.whole,
+                       help="seed for pairs and masks; the same seed gives the same files")
+    group.add_argument("--do_lower_case", **cli.BOOLEAN,
                        help="lower-case the text and strip accents, for an uncased vocabulary")
     parser.set_defaults(**{field.name: field.default for field in fields(SampleOptions)})
 

@@ -33,7 +33,7 @@ class LoggedRun:
 
     @property
     def losses(self) -> list[float]:
-        return [line["step_loss"] for line in self.lines]
+        return [line["step_mean_loss"] for line in self.lines]
 
 
 class Report:
@@ -108,7 +108,7 @@ class Runs:
         if done.returncode:
             return LoggedRun(error_line(done))
         logged = [json.loads(line.removeprefix("DLLL ")) for line in log.read_text(encoding="utf-8").splitlines()]
-        steps = [line for line in logged if "step_loss" in line["data"]]
+        steps = [line for line in logged if "step_mean_loss" in line["data"]]
         return LoggedRun(None, [line["data"] for line in steps], float(steps[0]["timestamp"]) - began)
 
     def on_hpu(self, name: str, *flags: str, **options) -> LoggedRun:
