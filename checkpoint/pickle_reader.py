@@ -57,7 +57,7 @@ def text(data: bytes) -> str:
     return str(data, "utf-8", "surrogatepass")
 
 
-def whole(data: bytes):
+def long_integer(data: bytes):
     if len(data) > LARGEST_NUMBER:
         return Placeholder(f"integer of {len(data)} bytes", called=True)
     return int.from_bytes(data, "little", signed=True)
@@ -79,7 +79,7 @@ BY_LENGTH = {  # the width of the length, and what the bytes behind it become
     pickle.SHORT_BINUNICODE: (ONE, text), pickle.BINUNICODE: (FOUR, text), pickle.BINUNICODE8: (EIGHT, text),
     pickle.SHORT_BINBYTES: (ONE, bytes), pickle.BINBYTES: (FOUR, bytes), pickle.BINBYTES8: (EIGHT, bytes),
     pickle.BYTEARRAY8: (EIGHT, bytes), pickle.SHORT_BINSTRING: (ONE, old_text), pickle.BINSTRING: (FOUR, old_text),
-    pickle.LONG1: (ONE, whole), pickle.LONG4: (FOUR, whole),
+    pickle.LONG1: (ONE, long_integer), pickle.LONG4: (FOUR, long_integer),
 }
 MEMO_READS = {pickle.BINGET: ONE, pickle.LONG_BINGET: FOUR}
 MEMO_WRITES = {pickle.BINPUT: ONE, pickle.LONG_BINPUT: FOUR}
