@@ -164,6 +164,11 @@ class BatchStream:
         """Wait until the shards that are read in the background are read, or found to be unreadable."""
         wait(self.open_shards.values())
 
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the rows that are read now, and of those that two of the largest pieces have: the most at a time."""
+        return sum(self.pieces[shard].nbytes for _, shard in self.open_shards), \
+            2 * max(piece.nbytes for piece in self.pieces)
+
     def rows_used(self, batches_ahead: int) -> int:
         """Rows of the endless sequence that were used, where each rank holds this many unused micro-batches."""
         return self.next_row - batches_ahead * self.stride

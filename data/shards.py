@@ -86,6 +86,11 @@ class Shard:
             or [self]
 
     @property
+    def nbytes(self) -> int:
+        """Of its rows in memory."""
+        return self.rows * self.row_bytes
+
+    @property
     def name(self) -> str:
         """The name of the file, and for a piece the numbers of its first and last row."""
         last_row = self.first_row + self.rows - 1
