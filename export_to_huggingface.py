@@ -97,7 +97,8 @@ def model_card(args, name: str, model, contents: dict, phases: list[dict]) -> st
         "Attention heads": config.num_attention_heads,
         "Vocabulary": f"{config.vocab_size:,} tokens, {'lower-cased' if args.do_lower_case else 'cased'}",
         "Longest sequence": config.max_position_embeddings, "Checkpoint": Path(args.checkpoint).name,
-        "Phase": contents.get("phase"), "Step of the phase": contents.get("step")}
+        **{title: contents[key] for title, key in (("Phase", "phase"), ("Step of the phase", "step"))
+           if type(contents.get(key)) is int}}
     tables = [f"## Phase {phase.pop('phase', '')}, from its log\n\n{markdown_table(phase)}"
               for phase in map(dict, phases)]
     initial = next((phase["init_checkpoint"] for phase in phases if phase.get("init_checkpoint")), None)

@@ -102,8 +102,8 @@ def random_sentences(path: str, count: int, seed: int) -> list[str]:
 
 def usable_counts(counts, vocab_size: int) -> list[int] | None:
     """How often each token occurs in the training set, from a checkpoint; None where it does not hold that."""
-    counts = counts.tolist() if hasattr(counts, "tolist") else None
-    return counts if isinstance(counts, list) and len(counts) == vocab_size and sum(counts) else None
+    counts = counts.tolist() if getattr(counts, "shape", None) == (vocab_size,) else None
+    return counts if counts and sum(counts) else None
 
 
 class MaskPredictor:

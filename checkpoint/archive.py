@@ -216,7 +216,9 @@ class Values:
         key = pid[2]
         if key not in self.storages:
             self.storages[key] = self.records.read(key)
-        return self.storages[key].view(dtype).as_strided(size, stride, offset)
+        view = self.storages[key].view(dtype).as_strided(size, stride, offset)
+        # One number can be a tensor of any size, until it is copied.
+        return view if view.numel() * view.itemsize <= self.records.size else None
 
     def parameter(self, item: Placeholder, arguments: list, depth: int):
         """The tensor that a Parameter was made of"""

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, processors
 
-from checkpoint.file import kind_of, read_archive
+from checkpoint.file import is_plain, kind_of, read_archive
 from checkpoint.pickle_reader import printable
 from common.download import local_file
 from common.errors import UserError
@@ -144,6 +144,9 @@ def read_folder(folder) -> dict:
     bias = weights.pop(f"{DECODER}.bias", None)
     if bias is not None:
         weights.setdefault(BIAS, bias)
+    for name, dimensions in ((WORDS, 2), (BIAS, 1)):
+        if name in weights and (not is_plain(weights[name]) or weights[name].dim() != dimensions):
+            raise UserError(f"{folder}: {name} is no tensor of floating-point numbers with {dimensions} dimensions")
     decoder = weights.pop(f"{DECODER}.weight", None)
     if decoder is not None and not torch.equal(decoder, weights[WORDS]):
         raise UserError(f"{folder}: {DECODER}.weight differs from the word embedding; this code shares the two")

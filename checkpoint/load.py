@@ -3,7 +3,7 @@
 import torch
 
 from checkpoint import optimizer_shards
-from checkpoint.file import check_tensor, is_plain
+from checkpoint.file import check_tensor, is_plain, kind_of
 from checkpoint.folder import read_checkpoint
 from common.download import local_file
 from common.errors import UserError, whole_number
@@ -103,7 +103,8 @@ def groups_of(state, path) -> list[dict]:
     """The param_groups of an optimizer's state_dict."""
     groups = state.get("param_groups") if isinstance(state, dict) else None
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        raise UserError(f"{path}: its optimizer does not hold param_groups")
+        raise UserError(f"{path}: its optimizer does not hold param_groups (it is {kind_of(state)}); --init_checkpoint "
+                        f"takes the weights alone")
     return groups
 
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 MARKER = "EXECUTED"
 KEYS = ("data_loader", "model", "optimizer", "config", "phase", "step", "data", "rows", "skipped", "scaler", "files",
-        "init_checkpoint", "master params", "epoch", "folder", "bert.pooler.dense.bias")
+        "init_checkpoint", "master params", "epoch", "folder", "token_counts", "bert.pooler.dense.bias",
+        "bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.decoder.weight")
 OPEN = f"open({MARKER!r}, 'w')"
 CALLS = (  # functions and arguments with which they would leave the marker
     ("os", "system", (f"touch {MARKER}",)), ("posix", "system", (f"touch {MARKER}",)), ("builtins", "eval", (OPEN,)),
@@ -106,8 +107,8 @@ def lengths(draw) -> bytes:
     four, eight = struct.pack("<I", min(huge, 2**32 - 1)), struct.pack("<Q", huge)
     storage = plain(("storage",)) + b"0(" + plain("storage") + named("torch", "FloatStorage") + b"".join(
         map(plain, (draw(st.sampled_from(("0", "1", "../1", "no"))), "cpu", huge))) + b"tQ"
-    sizes = draw(st.sampled_from(((huge,), (huge, 0), (2, -huge), (0,) * 80, (1, 1))))
-    strides = draw(st.sampled_from(((0,), (1,), (0, 0), (huge, 1))))
+    sizes = draw(st.sampled_from(((huge,), (huge, 0), (2, -huge), (0,) * 80, (1, 1), (), (9, huge), (99, 24))))
+    strides = draw(st.sampled_from(((0,), (1,), (0, 0), (huge, 1), ())))
     parts = map(plain, (draw(st.sampled_from((0, huge, -1))), sizes, strides, False, {}))
     tensor = called(named("torch._utils", "_rebuild_tensor_v2"), b"(" + storage + b"".join(parts) + b"t")
     dtype = called(named("numpy", "dtype"), plain(("f8", False, True))) + plain((3, "<", None)) + b"b"

@@ -17,12 +17,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 import evaluate
+import export_to_huggingface
+import fill_mask
 from checkpoint import optimizer_shards
 from checkpoint.folder import newest_readable, read_checkpoint, write_checkpoint
 from checkpoint.resume import Phase, find_resume_point
 from checkpoint.state import TrainingState
 from common.errors import UserError
 from data.shards import find_shards
+from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
 from devices.device import select_device
 from devices.options import DeviceOptions, PrecisionOptions
 from devices.precision import Precision
@@ -112,7 +115,7 @@ def restored(folder, **changes) -> tuple:
     point = find_resume_point(folder, given.pop("phase", Phase()), warn=warnings.append, **given)
     model = BertForPreTraining(BertConfig.from_json_file("config.json"))
     optimizer = NVLAMB(parameter_groups(model))
-    stream = samples.batch_stream(find_shards("data"), 4)
+    stream = samples.batch_stream(find_shards("data"), 4, seed=5)  # of which the order of three shards is 1, 2, 0
     stream.warn = warnings.append
     precision = Precision(PrecisionOptions(), select_device(DeviceOptions(no_cuda=True)))
     point.restore(TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision,
@@ -231,7 +234,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_objects_of_any_class_stay_unread_and_numbers_of_numpy_become_plain(workspace, protocol, capsys):
+def test_objects_of_any_class_stay_unread_and_numbers_of_numpy_become_plain(workspace, protocol):
     contents = {**theirs("out/ckpt_4.pt"), **STRANGE, "seed": WorkerSeed(3)}
     contents["optimizer"]["state"][0]["trust_ratio"] = np.float32(0.5)
     path = write_theirs(workspace / "out", 4, contents, pickle_protocol=protocol)
@@ -243,8 +246,21 @@ def test_objects_of_any_class_stay_unread_and_numbers_of_numpy_become_plain(work
         "namespace": "argparse.Namespace", "enum": f"{__name__}.Reduction", "graph": f"{__name__}.Node",
         "seed": "__main__.WorkerSeed", "data_loader": "torch.utils.data.dataloader.DataLoader"}
     assert restored("out")[0].step == 4
-    evaluate.main([f"--checkpoint={path}", "--config_file=config.json", "--eval_dir=held_out", "--no_cuda"])
+
+
+def test_the_commands_for_a_trained_model_read_them(workspace, capsys):
+    contents = {**theirs("out/ckpt_4.pt"), **STRANGE, "step": Node(), "token_counts": np.arange(6)}
+    given = [f"--checkpoint={write_theirs(workspace / 'out', 4, contents)}", "--config_file=config.json"]
+    evaluate.main([*given, "--eval_dir=held_out", "--no_cuda"])
     assert "MLM loss" in capsys.readouterr().out
+    size = samples.TINY["vocab_size"] - len(SPECIAL_TOKENS)
+    save_vocabulary(workspace / "vocab.txt", [*SPECIAL_TOKENS, *(f"w{number}" for number in range(size))])
+    fill_mask.main([*given, "--vocab_file=vocab.txt", "w1 [MASK] w2"])
+    assert "[MASK]" in capsys.readouterr().out
+    export_to_huggingface.main([*given, "--vocab_file=vocab.txt", "--output_dir=exported"])
+    assert "Step of the phase" not in (workspace / "exported/README.md").read_text()
+    weights = read_checkpoint("exported")["model"]
+    assert all(torch.equal(weights[name], weight) for name, weight in contents["model"].items())
 
 
 def test_weights_in_a_dictionary_of_another_class_are_read(workspace):
@@ -257,7 +273,7 @@ def test_weights_in_a_dictionary_of_another_class_are_read(workspace):
     (lambda theirs: {**theirs, "model": argparse.Namespace(**{"\x1b[31m": 1})}, "its model is an argparse.Namespace"),
     (lambda theirs: argparse.Namespace(model=theirs["model"]), "it holds an argparse.Namespace"),
     (lambda theirs: theirs["model"], "it holds no model"),
-    (lambda theirs: {**theirs, "optimizer": Node()}, "its optimizer does not hold param_groups"),
+    (lambda theirs: {**theirs, "optimizer": Node()}, "does not hold param_groups (it is a tests.checkpoint."),
 ], ids=["model", "all", "bare weights", "optimizer"])
 def test_what_cannot_be_read_is_named_with_the_way_out_and_no_older_one_is_taken_for_it(workspace, contents, held):
     torch.save(contents(theirs("out/ckpt_4.pt")), "out/ckpt_6.pt")
@@ -265,7 +281,7 @@ def test_what_cannot_be_read_is_named_with_the_way_out_and_no_older_one_is_taken
         train(resume_from_checkpoint=True)
     assert "out/ckpt_6.pt: " in str(raised.value) and held in str(raised.value)
     assert str(raised.value).isprintable() and "damaged" not in str(raised.value)
-    if "optimizer" not in held:
+    if "param_groups" not in held:
         assert 'torch.save({"model": model.state_dict()}, PATH)' in str(raised.value)
         assert str(raised.value).endswith("; --resume_step 4 goes on from the one before")
 
