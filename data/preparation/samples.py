@@ -6,6 +6,7 @@ are planned as offsets into one array of token ids; then rows are made of them, 
 Shapes: B rows of a block, S = max_seq_length, P = max_predictions_per_seq.
 """
 
+import os
 import zlib
 from bisect import bisect_left
 from collections import Counter
@@ -84,7 +85,7 @@ class Documents:
 
 def create_shard(input_file, output_file, tokens: list[str], options: SampleOptions) -> dict:
     """Make the HDF5 shard of a text shard; returns counts.  The file's name is part of the random seed."""
-    seed = [options.random_seed, zlib.crc32(Path(input_file).stem.encode())]
+    seed = [options.random_seed, zlib.crc32(os.fsencode(Path(input_file).stem))]
     random, rng = Random(repr(seed)), np.random.default_rng(seed)
     encoder = WordPieceEncoder(tokens, options.do_lower_case)
     rule = MaskingRule(options.masked_lm_prob, options.max_predictions_per_seq, len(tokens),
