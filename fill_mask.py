@@ -37,7 +37,7 @@ def main(argv=None) -> None:
     predictor = MaskPredictor(model, tokenizer, args.top, usable_counts(counts, config.vocab_size))
     examples = []
     for sentence in args.sentences:
-        examples.append(predictor.answer(as_text(sentence, "SENTENCE")))
+        examples.append(predictor.answer(in_utf8(sentence, "SENTENCE")))
         print(example_text(examples[-1]))
     for sentence in random_sentences(args.random_from, args.random_count, args.seed) if args.random_from else ():
         masked = predictor.mask_a_word(sentence, args.seed)
@@ -81,7 +81,7 @@ def typed_sentences():
         number += 1
         if on_terminal:
             print("a sentence with [MASK] (empty line: end)> ", end="", flush=True)
-        line = as_text(sys.stdin.readline(LONGEST_LINE), f"standard input: line {number}")
+        line = in_utf8(sys.stdin.readline(LONGEST_LINE), f"standard input: line {number}")
         if len(line) == LONGEST_LINE and not line.endswith("\n"):
             while sys.stdin.readline(LONGEST_LINE)[-1:] not in ("\n", ""):
                 """Pass over the rest of it."""
@@ -92,7 +92,7 @@ def typed_sentences():
             return
 
 
-def as_text(words: str, where: str) -> str:
+def in_utf8(words: str, where: str) -> str:
     """Words from outside, also where the locale knows no UTF-8, and Python reads its bytes as surrogates."""
     try:
         words.encode("utf-8")

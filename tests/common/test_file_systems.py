@@ -21,7 +21,8 @@ PACK = [str(ROOT / "pack_pretraining_data_pytorch.py"), "--input_dir=data", "--o
         "--max_sequence_length=24", "--max_predictions_per_sequence=4", "--n_processes=1", "--disable_progress_bar"]
 TRAIN = [str(ROOT / "run_pretraining.py"), "--do_train", "--config_file=config.json", "--input_dir=data",
          "--output_dir=out", "--max_seq_length=24", "--max_predictions_per_seq=4", "--train_batch_size=8",
-         "--gradient_accumulation_steps=2", "--max_steps=1", "--json_summary=out/log.json", "--no_cuda"]
+         "--gradient_accumulation_steps=2", "--max_steps=1", "--json_summary=out/log.json", "--no_cuda",
+         "--use_cpu_kernels=False"]
 READ_ALL = "+dac_read_search"  # only so that an interpreter below /root can be read
 
 
