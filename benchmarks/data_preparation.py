@@ -135,7 +135,8 @@ def sample_text(scratch: Path, sample: Path) -> tuple[Path, Path]:
     timed(["sharding", *one], work)
     timed(["create_vocabulary", *one], work)
     path = work / "sample_training_0.txt"
-    path.write_text("".join(shard.read_text(encoding="utf-8") for shard in sorted(work.glob("sharded*/*/*.txt"))))
+    path.write_text("".join(shard.read_text(encoding="utf-8") for shard in sorted(work.glob("sharded*/*/*.txt"))),
+                    encoding="utf-8")
     return path, next(work.glob("vocab/*/vocab.txt"))
 
 

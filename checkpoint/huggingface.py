@@ -73,7 +73,7 @@ def write_folder(folder, model, tokens: list[str], lower_case: bool, card: str, 
     tensors = weight_files(model, variants)
     with replacing_files(folder, [*tensors, *contents]) as paths:
         for text, path in zip(contents.values(), paths[len(tensors):], strict=True):
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")  # the card names files
         for weights, path in zip(tensors.values(), paths, strict=False):
             save_file(weights, path, metadata={"format": "pt"})
             shutil.copymode(paths[-1], path)  # save_file makes files that nobody else may read

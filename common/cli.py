@@ -53,6 +53,10 @@ class ArgumentParser(argparse.ArgumentParser):
                 for word, following in pairwise([*words, ""])]
         return [f"{word}=True" if is_bare else word for word, is_bare in zip(words, bare, strict=True)]
 
+    def _print_message(self, message, file=None):
+        """Without argparse's disregard of errors, so that run() can tell of them."""
+        print(message, end="", file=file or sys.stderr)
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
@@ -199,18 +203,26 @@ def run(main) -> None:
     """
     escape_output()
     try:
-        code = outcome(main)
-        if sys.stdout:
-            sys.stdout.flush()
+        code = flushed(outcome(main))
     except BrokenPipeError:
         if not nobody_reads():
             raise
         discard_output()
         code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def flushed(code):
+    """The same exit code, or that of an error where the output cannot be written."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
     except OSError as error:
         discard_output()
-        code = print_error(f"standard output: cannot be written: {error.strerror}")
-    sys.exit(code)
+        return print_error(f"standard output: cannot be written: {error.strerror}")
+    return code
 
 
 def outcome(main):

@@ -222,7 +222,8 @@ class LockFile:
             self.remove_made_folders()
             return
         self.ended.set()
-        HELD.remove(self)
+        with suppress(ValueError):  # release_all, in another thread, has removed it in this moment
+            HELD.remove(self)
         give_up = time.monotonic() + REMOVAL_SECONDS
         while (seen := sighting(self.path)) and seen.owner and seen.owner.token == self.token:
             with suppress(OSError):

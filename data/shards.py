@@ -286,7 +286,7 @@ def created(path):
 def opened(path):
     """Yield the h5py.File of a shard.  UserError where it cannot be opened, or reading in the block fails."""
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:  # not every shared file system has locks
             yield file
     except UserError:
         raise

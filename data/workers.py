@@ -42,7 +42,11 @@ def open_pool(n_processes: int):
     if n_processes == 1:
         return SerialExecutor()
     # Fresh interpreters: a fork would copy this process's memory, and locks that its threads hold.
-    pool = ProcessPoolExecutor(n_processes, get_context("spawn"), prepare_worker)
+    try:
+        pool = ProcessPoolExecutor(n_processes, get_context("spawn"), prepare_worker)
+    except OSError as error:
+        raise UserError(f"--n_processes {n_processes}: processes share locks in /dev/shm, which cannot be used here: "
+                        f"{error.strerror}; make room in it (docker run --shm-size), or give --n_processes 1") from None
     pool.workers, pool.description = n_processes, f"{n_processes} processes"
     return pool
 

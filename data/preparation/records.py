@@ -6,6 +6,7 @@ elsewhere still matches, and equal runs write equal records.  A record is writte
 
 import hashlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def combined_fingerprint(paths) -> dict:
     """One fingerprint of many files and their names, in this order."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{file_key(path)} {file_fingerprint(path)}\n".encode())
+        digest.update(os.fsencode(f"{file_key(path)} {file_fingerprint(path)}\n"))
     return {"files": len(paths), "sha256": digest.hexdigest()}
 
 
