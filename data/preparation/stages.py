@@ -5,7 +5,7 @@ download → text_formatting → sharding → (create_vocabulary) → create_hdf
 
 import errno
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,8 +13,9 @@ from tqdm import tqdm
 from common.download import TRIES, local_file
 from common.errors import UserError
 from common.files import remove_leftovers
-from data.preparation import estimates, formatting, inputs, layout, records, sharding, wikipedia
-from data.preparation.datasets import GOOGLE_VOCABULARY, Dataset
+from data.preparation import estimates, formatting, inputs, layout, records, shard_numbers, sharding, wikipedia
+from data.preparation.datasets import GOOGLE_VOCABULARY, NAMES, Dataset
+from data.preparation.document_filters import DocumentFilters
 from data.preparation.downloads import DownloadOptions, mirror_pairs
 from data.preparation.formatting import describe_counts
 from data.preparation.samples import SampleOptions, create_shard
@@ -35,20 +36,31 @@ class StageOptions:
     n_processes: int
     dump_date: str
     mirror: list
-    n_training_shards: int
-    n_test_shards: int
+    filters: DocumentFilters
+    n_training_shards: int | None
+    n_test_shards: int | None
     fraction_test_set: float
     segmentation_method: str
     vocab_file: str | None
     vocab_size: int
     skip_wikiextractor: bool
 
-    def sharded_folder(self) -> Path:
-        return layout.sharded_folder(self.n_training_shards, self.n_test_shards, self.fraction_test_set)
+    def shard_numbers(self, untyped: tuple[int, int]) -> tuple[int, int]:
+        """Those typed, else the data set's own, else these."""
+        return (self.n_training_shards or self.dataset.training_shards or untyped[0],
+                self.n_test_shards or self.dataset.test_shards or untyped[1])
 
     def text_shards(self) -> list[Path]:
-        return inputs.text_shards(self.sharded_folder(), self.dataset.name, self.input_files, layout.shard_names(
-            self.dataset.name, self.n_training_shards, self.n_test_shards))
+        """Those that --input_files names, else those that sharding made."""
+        name, numbers = self.dataset.name, (0, 0)
+        if not self.input_files and 0 in self.shard_numbers(numbers):
+            numbers = shard_numbers.numbers_made(name, self.fraction_test_set)
+            if not numbers:
+                raise UserError(f"{layout.working_folder()}: no text shards of {name} in it; run --action sharding "
+                                f"--dataset {name} first, or name files with --input_files")
+        numbers = self.shard_numbers(numbers)
+        return inputs.text_shards(layout.sharded_folder(*numbers, self.fraction_test_set), name, self.input_files,
+                                  layout.shard_names(name, *numbers))
 
     def trained_vocabulary(self) -> Path:
         return layout.vocabulary_file(self.dataset.name, self.samples.do_lower_case)
@@ -75,6 +87,9 @@ def estimate(options: StageOptions) -> None:
 
 def download(options: StageOptions) -> None:
     dataset, folder = options.dataset, layout.download_folder()
+    if not dataset.built_in:
+        raise UserError(f"--dataset {dataset.name}: neither {NAMES}. One's own text needs no download: --action "
+                        f"text_formatting --input_files takes s3:// and https:// names too")
     if not dataset.download:
         raise UserError(f"--dataset {dataset.name}: download {' and '.join(part.name for part in dataset.parts)} one "
                         f"by one")
@@ -99,11 +114,14 @@ def format_text(options: StageOptions) -> None:
         raise UserError(f"--dataset {dataset.name}: nothing to format; its parts are formatted one by one")
     if options.skip_wikiextractor and text_format is wikipedia.DUMP:
         text_format = wikipedia.EXTRACTED
+    text_format = replace(text_format, filters=options.filters)
     text_share = 1.0 if text_format.extracted else dataset.text_share
     paths = inputs.for_text_formatting(dataset, text_format, options.input_files)
     made_from = text_format.fingerprints(paths)
     record = records.finished_record(folder, dataset.name, made_from, text_format.options())
     if not record:
+        if records.read_record(folder, dataset.name):
+            print(f"text_formatting: {dataset.name} was made of other files or with other flags: it is made anew")
         with (stage_pool("text_formatting", paths, text_share, options, folder) as pool,
               tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True,
                    desc="text_formatting") as bar):
@@ -113,10 +131,13 @@ def format_text(options: StageOptions) -> None:
 
 
 def shard_text(options: StageOptions) -> None:
-    folder, dataset = options.sharded_folder(), options.dataset.name
-    texts = inputs.for_sharding(options.dataset, options.input_files)
+    dataset, texts = options.dataset.name, inputs.for_sharding(options.dataset, options.input_files)
     made_from = records.file_fingerprints(texts)
-    recorded_options = {"training_shards": options.n_training_shards, "test_shards": options.n_test_shards,
+    training, test = options.shard_numbers((0, 0))
+    if not training or not test:
+        training, test = options.shard_numbers(shard_numbers.numbers_for(texts, options.fraction_test_set))
+    folder = layout.sharded_folder(training, test, options.fraction_test_set)
+    recorded_options = {"training_shards": training, "test_shards": test,
                         "fraction_test_set": options.fraction_test_set,
                         "segmentation_method": options.segmentation_method}
     record = records.finished_record(folder, dataset, made_from, recorded_options)
