@@ -68,9 +68,13 @@ def parse(argv):
                        help=f"the same; {Dataset.test_shards} and {SAMPLE.test_shards}")
     group.add_argument("--fraction_test_set", type=cli.proportion, default=0.1,
                        help="proportion of the sentences that go to the test shards, held out from training")
-    group.add_argument("--segmentation_method", choices=SPLITTERS, default="punkt",
-                       help="how documents are split into sentences: punkt is NLTK's English model with more "
-                            "abbreviations, nltk gives exactly NLTK's sentences; the others need pip install NAME")
+    group.add_argument("--language", metavar="XX",
+                       help="code of the text's language, for its sentences; default: that of wikicorpus_XX, else en")
+    group.add_argument("--segmentation_method", choices=SPLITTERS,
+                       help="how documents are split into sentences: punkt is NLTK's model of the language with more "
+                            "abbreviations, nltk gives exactly NLTK's sentences, rule knows no language; nupunkt needs "
+                            "pip install nupunkt; default: the first of punkt, sentencex and rule that knows the "
+                            "language")
     group = parser.add_argument_group("vocabulary")
     group.add_argument("--vocab_file", help="WordPiece vocabulary, a path or URL; default: the one that "
                                             "create_vocabulary trained on the data set, else Google's (uncased); if "

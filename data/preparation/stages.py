@@ -13,7 +13,17 @@ from tqdm import tqdm
 from common.download import TRIES, local_file
 from common.errors import UserError
 from common.files import remove_leftovers
-from data.preparation import estimates, formatting, inputs, layout, records, shard_numbers, sharding, wikipedia
+from data.preparation import (
+    estimates,
+    formatting,
+    inputs,
+    layout,
+    records,
+    sentences,
+    shard_numbers,
+    sharding,
+    wikipedia,
+)
 from data.preparation.datasets import GOOGLE_VOCABULARY, NAMES, Dataset
 from data.preparation.document_filters import DocumentFilters
 from data.preparation.downloads import DownloadOptions, mirror_pairs
@@ -40,7 +50,8 @@ class StageOptions:
     n_training_shards: int | None
     n_test_shards: int | None
     fraction_test_set: float
-    segmentation_method: str
+    segmentation_method: str | None  # None: the default of the language
+    language: str | None  # None: that of the data set
     vocab_file: str | None
     vocab_size: int
     skip_wikiextractor: bool
@@ -137,9 +148,13 @@ def shard_text(options: StageOptions) -> None:
     if not training or not test:
         training, test = options.shard_numbers(shard_numbers.numbers_for(texts, options.fraction_test_set))
     folder = layout.sharded_folder(training, test, options.fraction_test_set)
+    language = options.language or options.dataset.language
+    method = options.segmentation_method or sentences.default_method(language)
+    sentences.splitter(method, language)
+    print(f"sharding: {sentences.description(method, language)}", flush=True)
     recorded_options = {"training_shards": training, "test_shards": test,
-                        "fraction_test_set": options.fraction_test_set,
-                        "segmentation_method": options.segmentation_method}
+                        "fraction_test_set": options.fraction_test_set, "segmentation_method": method,
+                        **({} if language == "en" else {"language": language})}  # records of English lack it
     record = records.finished_record(folder, dataset, made_from, recorded_options)
     if not record:
         with stage_pool("sharding", texts, 1.0, options, folder) as pool:

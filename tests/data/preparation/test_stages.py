@@ -220,7 +220,7 @@ def test_a_splitter_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencex", None)
     sentences.splitter.cache_clear()
     with pytest.raises(UserError, match="--segmentation_method sentencex: package not installed"):
-        sentences.splitter("sentencex")
+        sentences.splitter("sentencex", "bg")
 
 
 # sharding
