@@ -81,6 +81,8 @@ def parse(argv):
                                             "that cannot be downloaded for the sample, one is trained on it")
     group.add_argument("--vocab_size", type=cli.positive_int, default=8192,
                        help="number of tokens that create_vocabulary trains")
+    group.add_argument("--unused_tokens", type=cli.positive_int, default=0, metavar="N",
+                       help="of them, tokens [unused0] … that no text has, to give a meaning to later")
     add_sample_flags(parser)
     parser.add_argument("--interactive_json_config_generator", nargs="?", const=True,
                         help="accepted for old command lines; has no effect")

@@ -28,11 +28,12 @@ from data.preparation.datasets import GOOGLE_VOCABULARY, NAMES, Dataset
 from data.preparation.document_filters import DocumentFilters
 from data.preparation.downloads import DownloadOptions, mirror_pairs
 from data.preparation.formatting import describe_counts
-from data.preparation.samples import SampleOptions, create_shard
+from data.preparation.samples import SampleOptions, counts_of_words, create_shard
 from data.preparation.text_counts import TextCounts
-from data.tokenizer import load_vocabulary, save_vocabulary, train_vocabulary
+from data.tokenizer import load_vocabulary, sample_lines, save_vocabulary, train_vocabulary
 from data.workers import open_pool, ordered_map
 
+COUNTED_BYTES = 1 << 20  # of text, for what create_vocabulary says of its words
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -54,6 +55,7 @@ class StageOptions:
     language: str | None  # None: that of the data set
     vocab_file: str | None
     vocab_size: int
+    unused_tokens: int
     skip_wikiextractor: bool
 
     def shard_numbers(self, untyped: tuple[int, int]) -> tuple[int, int]:
@@ -168,14 +170,20 @@ def create_vocabulary(options: StageOptions) -> Path:
     folder, name = path.parent.parent, f"{path.parent.name}/{path.name}"
     texts = training_texts(options.text_shards())
     made_from = records.file_fingerprints(texts)
-    recorded_options = {"vocab_size": options.vocab_size, "do_lower_case": lower_case}
+    recorded_options = {"vocab_size": options.vocab_size, "do_lower_case": lower_case,
+                        **({"unused_tokens": options.unused_tokens} if options.unused_tokens else {})}
     record = records.finished_record(folder, name, made_from, recorded_options)
     if not record:
         remove_leftovers(path.parent, folder / "records")
-        tokens = train_vocabulary(texts, options.vocab_size, lower_case)
+        tokens = train_vocabulary(texts, options.vocab_size, lower_case, options.unused_tokens)
         save_vocabulary(path, tokens)
-        record = records.write_record(folder, name, made_from, recorded_options, {name: {}}, {"tokens": len(tokens)})
-    print_result("create_vocabulary", record, path)
+        counts = {"tokens": len(tokens)} | {f"text_{figure}": count for figure, count in counts_of_words(
+            sample_lines(texts, COUNTED_BYTES), tokens, lower_case).items()}
+        record = records.write_record(folder, name, made_from, recorded_options, {name: {}}, counts)
+    print(f"create_vocabulary: {record['counts']['tokens']:,} tokens in {path}", flush=True)
+    if "text_words" in record["counts"]:  # older records lack them
+        print_text_counts([{figure.removeprefix("text_"): count for figure, count in record["counts"].items()
+                            if figure.startswith("text_")}])
     return path
 
 
@@ -211,12 +219,11 @@ def create_hdf5_files(options: StageOptions) -> None:
                 bar.update()
     if not options.input_files:
         records.delete_outdated(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
-    totals = TextCounts.total([record["counts"] for record in finished.values()])
-    print(f"create_hdf5_files: {describe_counts(asdict(totals) | {'shards': len(texts)})} in {folder / dataset}")
-    print(f"text: {totals.description}")
+    counts = [record["counts"] for record in finished.values()]
+    shown = asdict(TextCounts.total(counts)) | {"shards": len(texts)}
+    print(f"create_hdf5_files: {describe_counts(shown)} in {folder / dataset}")
     print(f"vocabulary: {vocab_file} ({len(tokens):,} tokens)")
-    for line in totals.warnings():
-        print(f"warning: {line}")
+    print_text_counts(counts)
 
 
 def find_vocabulary(options: StageOptions) -> Path:
@@ -226,6 +233,10 @@ def find_vocabulary(options: StageOptions) -> Path:
         return local_file(options.vocab_file)
     if trained.is_file():  # where the stage trained it by itself, it follows changes of the text
         return create_vocabulary(options) if may_train else trained
+    language = options.language or options.dataset.language
+    if language not in ("en", "simple"):
+        raise UserError(f"--dataset {options.dataset.name}: Google's vocabulary is English, the text's language is "
+                        f"{language}: give --vocab_file, or train one with --action create_vocabulary")
     if not options.samples.do_lower_case:
         raise UserError("--do_lower_case 0: Google's vocabulary is of lower case; give --vocab_file, or train one with "
                         "--action create_vocabulary --do_lower_case 0")
@@ -251,6 +262,14 @@ def stage_pool(stage: str, paths, share: float, options: StageOptions, folder: P
         size = estimates.input_size(paths)
         print(estimates.announcement(stage, size, size * share, pool, folder), flush=True)
         yield pool
+
+
+def print_text_counts(counts: list[dict]) -> None:
+    """The shares that these records of TextCounts add up to, and what they warn of."""
+    totals = TextCounts.total(counts)
+    print(f"text: {totals.description}")
+    for line in totals.warnings():
+        print(f"warning: {line}")
 
 
 def print_result(stage: str, record: dict, where: Path) -> None:

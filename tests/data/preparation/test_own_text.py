@@ -233,6 +233,23 @@ def test_names_that_would_mix_up_files_are_refused(work, name, said):
         stage("text_formatting", dataset=name)
 
 
+def test_a_trained_vocabulary_is_described_and_googles_is_not_taken_for_other_languages(work, capsys):
+    Path("t.txt").write_text("".join("Das Meer ist tief und alt. Schiffe fahren.\n" * 20))
+    stage("sharding", "--input_files", "t.txt", "--language", "de")
+    with pytest.raises(UserError, match="the text's language is de: give --vocab_file, or train one with --action cre"):
+        stage("create_hdf5_files", "--language", "de")
+    capsys.readouterr()
+    flags = ("--vocab_size", 60, "--unused_tokens", 4, "--do_lower_case", 0)
+    for _ in range(2):
+        stage("create_vocabulary", *flags)
+        printed = capsys.readouterr().out
+        assert "create_vocabulary: 60 tokens in " in printed
+        assert "text: 0.0% of the tokens are [UNK], " in printed and " pieces a word, " in printed
+    assert (work / "vocab/mine_cased/vocab.txt").read_text().split()[5:9] == [f"[unused{n}]" for n in range(4)]
+    stage("create_hdf5_files", "--language", "de", "--do_lower_case", 0, "--max_seq_length", 32)
+    assert "(60 tokens)" in capsys.readouterr().out
+
+
 def test_own_text_needs_no_download_and_its_stages_say_what_comes_first(work):
     with pytest.raises(UserError, match="needs no download"):
         stage("download")
