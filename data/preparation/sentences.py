@@ -22,11 +22,12 @@ MARKS_OF_ENDS = "。｡！？।॥۔؟።፧။។៕։"
 FOREIGN_ENDS = re.compile(  # marks, and the quotes and brackets that they close; ３．１４ has a decimal point
     rf"(?:[{MARKS_OF_ENDS}]|．(?![0-9０-９]))[{MARKS_OF_ENDS}．.!?…]*[」』”’）)】》〉〕］｝｣﹂﹄〟]*")
 
-PUNKT_MODELS = {"cs": "czech", "da": "danish", "de": "german", "el": "greek", "en": "english", "es": "spanish",
-                "et": "estonian", "fi": "finnish", "fr": "french", "it": "italian", "ja": "japanese",
-                "ml": "malayalam", "nb": "norwegian", "nl": "dutch", "nn": "norwegian", "no": "norwegian",
-                "pl": "polish", "pt": "portuguese", "ru": "russian", "simple": "english", "sl": "slovene",
-                "sv": "swedish", "tr": "turkish", "zh": "chinese"}
+PUNKT_MODELS = {
+    "cs": "czech", "da": "danish", "de": "german", "el": "greek", "en": "english", "es": "spanish", "et": "estonian",
+    "fi": "finnish", "fr": "french", "it": "italian", "ml": "malayalam", "nb": "norwegian", "nl": "dutch",
+    "nn": "norwegian", "no": "norwegian", "pl": "polish", "pt": "portuguese", "ru": "russian", "simple": "english",
+    "sl": "slovene", "sv": "swedish", "tr": "turkish",
+    "ja": "english", "zh": "english"}  # their own sentences end at FOREIGN_ENDS; the rest is often English
 SENTENCEX_LANGUAGES = {  # those with rules of their own; it splits all others as English
     "am", "ar", "bg", "bn", "ca", "da", "de", "el", "en", "es", "fi", "fr", "gu", "hi", "hy", "it", "ja", "kk", "kn",
     "ml", "mr", "my", "nl", "pa", "pl", "pt", "ru", "sk", "ta", "te", "uk"}

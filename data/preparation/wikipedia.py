@@ -47,6 +47,8 @@ PAGE = re.compile(rb"<page>(.*?)</page>", re.DOTALL)
 DOC = re.compile(r"<doc\b[^>]*>\n?(.*?)</doc>", re.DOTALL)
 TITLE = re.compile(r"<title>(.*?)</title>", re.DOTALL)
 NAMESPACE = re.compile(r"<ns>(-?\d+)</ns>")
+MAGIC_WORD = re.compile(r"__[^\W\da-z]+__")  # __TOC__ in another language
+VARIANTS = re.compile(r"-\{(?:[A-Z]\|)?(?:zh(?:-\w+)*:)?([^;{}]*)(?:;[^{}]*)?\}-")  # a word in several Chinese scripts
 TEXT = re.compile(r"<text\b[^>]*?(?:/>|>(.*?)</text>)", re.DOTALL)
 
 
@@ -205,7 +207,8 @@ def article_text(page: str) -> tuple[str, str]:
 def plain_text(title: str, wikitext: str) -> str:
     extractor = Extractor("", "", "", title, [])
     text = clean(extractor, wikitext, expand_templates=True, html_safe=False)
-    return one_line(compact(text, extractor=extractor))
+    text = VARIANTS.sub(r"\1", MAGIC_WORD.sub("", "\n".join(compact(text, extractor=extractor))))
+    return one_line(text.split("\n"))
 
 
 def one_line(paragraphs) -> str:

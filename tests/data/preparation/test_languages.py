@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sentence_splitters
+from common.download import file_checksum
 from common.errors import UserError
 from data import bertPrep
-from data.preparation import sentences
+from data.preparation import sentences, wikipedia
 from data.preparation.sentences import default_method, split_document
+from tests.support.preparation import page, write_dump
 
 ABBREVIATIONS = {
     "de": ["z.B. Hunde", "z. B. Hunde", "d. h. Brot", "d.h. Brot", "Dr. Alt", "usw. im Haus", "bzw. Brot"],
@@ -84,3 +86,38 @@ def test_the_language_of_a_text_decides_its_sentences_and_is_recorded(work, caps
     assert len(sentences_of(work, "mine")) == 20 * count and said in capsys.readouterr().out
     options = json.loads(next(work.glob("sharded_*/records/mine.json")).read_text())["options"]
     assert options.get("language") == (flags[1] if flags else None)
+
+
+# Wikipedias
+
+
+@pytest.mark.parametrize(("wikitext", "line"), [
+    ("'''Köln''\' ist eine [[Stadt]].\n[[Datei:Dom.jpg|mini|Dom]]\n[[Kategorie:Ort]]\n__INHALTSVERZEICHNIS__",
+     "Köln ist eine Stadt."),
+    ("'''София''\' е [[столица]]та.\n[[Файл:x.jpg|мини|Снимка]]\n[[Категория:Градове]]\n__БЕЗ_СЪДЪРЖАНИЕ__",
+     "София е столицата."),
+    ("'''北京市''\'，簡稱-{zh-hans:京; zh-hant:亰}-，是[[中華人民共和國|中国]]的-{首都}-。",
+     "北京市，簡稱京，是中国的首都。"),
+    ("القاهرة هي [[عاصمة]] مصر.\n[[ملف:x.jpg|تصغير|صورة]]\n__لا_فهرس__", "القاهرة هي عاصمة مصر."),
+    ("Python has __init__ and [[A|-{b}-]].", "Python has __init__ and b.")])
+def test_markup_in_other_languages_leaves_only_text(wikitext, line):
+    assert wikipedia.plain_text("T", wikitext) == line
+
+
+@pytest.mark.parametrize(("dataset", "wiki", "count"), [
+    ("wikicorpus_de", "dewiki", 40), ("wikicorpus_zh_yue", "zh_yuewiki", 60), ("wikicorpus_simple", "simplewiki", 60),
+    ("wikicorpus_be-tarask", "be_x_oldwiki", 40)])
+def test_the_wikipedia_of_every_language_is_downloaded_and_split_in_it(work, tmp_path, dataset, wiki, count):
+    dump = write_dump(tmp_path / wiki / f"20260101/{wiki}-20260101-pages-articles-multistream.xml.bz2",
+                      [page(f"T{number}", f"Hier, z.B. in D{number}, lebt er. Er schläft.") for number in range(20)])
+    (tmp_path / wiki / "latest").mkdir()
+    (tmp_path / wiki / f"latest/{wiki}-latest-sha1sums.txt").write_text(f"{file_checksum(dump, 'sha1')}  {dump.name}\n")
+    for action in ("download", "text_formatting", "sharding"):
+        stage(action, "--mirror", wikipedia.DUMPS, tmp_path, dataset=dataset)
+    assert len(sentences_of(work, dataset)) == count
+    assert len(list(work.glob(f"sharded_*_1_*_1_*/{dataset}/*.txt"))) == 2
+
+
+def test_a_language_that_wikipedia_does_not_have_is_named(work, tmp_path):
+    with pytest.raises(UserError, match="xxwiki/latest/xxwiki-latest-sha1sums.txt: no such file"):
+        stage("download", "--mirror", wikipedia.DUMPS, tmp_path, dataset="wikicorpus_xx")
