@@ -18,7 +18,6 @@ from data.preparation.formatting import MOST_FAULTY, TextFormat
 from data.preparation.text_fields import field_line, json_text, text_line
 
 BATCH_BYTES = 1 << 20  # of text handed to a worker at a time
-BATCH_ROWS = 1000  # of parquet read at a time
 LONGEST_DOCUMENT = 1 << 24  # bytes; a longer .txt file becomes several documents
 LONGEST_LINE = 1 << 28  # bytes; a .jsonl file without the end of a line within this is none
 LONGEST_FIELD = 1 << 28  # characters of a .csv field
@@ -150,10 +149,13 @@ def table_batches(source: TextSource, field: str, progress):
 def parquet_batches(source: TextSource, field: str, progress):
     """Yield ("rows", the texts of some rows).  Row groups are read in pieces, however large they are."""
     with formats.parquet_file(source.path, buffer_size=BATCH_BYTES) as file:
-        rows = max(1, file.metadata.num_rows)
-        for batch in file.iter_batches(BATCH_ROWS, columns=[field]):
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        rows, size = max(1, file.metadata.num_rows), max(1, sum(group.total_byte_size for group in groups))
+        done = 0
+        for batch in file.iter_batches(max(1, BATCH_BYTES * rows // size), columns=[field], use_threads=False):
             yield "rows", batch.column(0).to_pylist()
-            progress(source.size * batch.num_rows / rows)
+            progress(source.size * (done + batch.num_rows) // rows - source.size * done // rows)
+            done += batch.num_rows
 
 
 READERS = {"jsonl": json_batches, "csv": table_batches, "tsv": table_batches, "parquet": parquet_batches}

@@ -89,7 +89,7 @@ def test_zstd_is_read_in_several_frames_and_a_cut_file_is_refused(work):
 
 def test_parquet_is_read_by_its_column_in_small_pieces(work, monkeypatch):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(corpus, "BATCH_ROWS", 3)
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 60)
     parquet.write_table(pyarrow.table({"n": range(5), "body": [*TEXTS, None]}), "t.parquet", row_group_size=4)
     stage("text_formatting", "--input_files", "t.parquet", "--text_field", "body")
     assert formatted(work) == LINES and record_of(work)["counts"]["empty"] == 1
