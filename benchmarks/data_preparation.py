@@ -111,7 +111,7 @@ def input_mb(corpus: Path, stage: str) -> float:
 
 
 def own_text(corpus: Path, xml_run: dict) -> dict:
-    """From the text of a corpus as .jsonl.gz and as .parquet to text shards in one process, and from its dump: MB of text
+    """From the text of a corpus as .jsonl.gz and as .parquet to text shards, one process, and from its dump: MB of text
     for each second of the processor.
     """
     documents = [line.replace("\t", "\n\n") for path in sorted(corpus.glob("work/formatted_*/*/part_*.txt"))

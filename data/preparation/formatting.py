@@ -22,8 +22,6 @@ COUNT_WORDS = {  # where the name in a record is not enough
     "random_next": "pairs with a random second segment", "unknown_tokens": "tokens that are [UNK]",
     "used_tokens": "tokens in samples",
     "below_min_words": "below --min_words", "below_min_letters": "below --min_letters",
-    "long_words": "words in more than 4 pieces", "sample_tokens": "tokens of samples",
-    "wanted_predictions": "predictions asked for",
     "no_string": "with a field that is no text"}
 
 

@@ -220,7 +220,7 @@ def create_hdf5_files(options: StageOptions) -> None:
     if not options.input_files:
         records.delete_outdated(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
     counts = [record["counts"] for record in finished.values()]
-    shown = asdict(TextCounts.total(counts)) | {"shards": len(texts)}
+    shown = TextCounts.total(counts).totals() | {"shards": len(texts)}
     print(f"create_hdf5_files: {describe_counts(shown)} in {folder / dataset}")
     print(f"vocabulary: {vocab_file} ({len(tokens):,} tokens)")
     print_text_counts(counts)

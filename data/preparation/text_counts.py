@@ -1,6 +1,6 @@
 """What sample building counts of a text, and what it says of a text that teaches little.  No torch here."""
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
@@ -14,6 +14,7 @@ MANY_PIECES = 4  # more are a word that the vocabulary hardly knows
 MOST_LONG_WORDS = 0.05  # of the words; in English text 2,048 tokens trained on it leave 2 %, 8,192 0.3 %
 LEAST_PREDICTED = 0.9  # of the predictions that --masked_lm_prob asks for
 LONE_SENTENCES = 1.1  # sentences a document
+IN_SHARES_ONLY = ("long_words", "sample_tokens", "predicted_tokens", "wanted_predictions")
 WAYS_OUT = ("Give a vocabulary of this language (--vocab_file, or train one) and the case that it is made for "
             "(--do_lower_case), and put spaces between the words of a script that writes none (Thai, Khmer, Lao): "
             "more than 100 characters without a space are one [UNK]")
@@ -69,6 +70,10 @@ class TextCounts:
         """The sum of the counts in records of finished shards."""
         return cls(**{name: None if any(name not in counts for counts in records)
                       else sum(counts[name] for counts in records) for name in (field.name for field in fields(cls))})
+
+    def totals(self) -> dict[str, int]:
+        """The counts that a line lists; the others are in the shares of `description`."""
+        return {name: count for name, count in asdict(self).items() if name not in IN_SHARES_ONLY}
 
     def share(self, part: str, whole: str) -> float | None:
         """One count as a share of another; None where it cannot be said."""
