@@ -26,6 +26,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 python=${PYTHON:-python3}
 processes=${N_PROCESSES:-$(getconf _NPROCESSORS_ONLN)}
 
+if [ -n "${VOCAB_FILE:-}" ] && [ -e "$here/$VOCAB_FILE" ]; then
+    VOCAB_FILE=$here/$VOCAB_FILE
+fi
 flags=()
 
 stage() {

@@ -92,7 +92,7 @@ def text_batches(sources: list[TextSource], progress):
 
 def pieces_of_text(source: TextSource, progress):
     """The bytes of a .txt file; a long one is cut at the end of a paragraph, else of a line, else anywhere."""
-    rest = b""
+    rest, cut = b"", 0
     with source.open(progress) as stream:
         while block := stream.read(BATCH_BYTES):
             rest += block
@@ -102,7 +102,8 @@ def pieces_of_text(source: TextSource, progress):
                 cut = cut if cut > 0 else start_of_character(rest, LONGEST_DOCUMENT)
                 yield rest[:cut]
                 rest = rest[cut:]
-    yield rest
+    if rest.strip() or not cut:
+        yield rest
 
 
 def start_of_character(data: bytes, place: int) -> int:
@@ -135,14 +136,15 @@ def table_batches(source: TextSource, field: str, progress):
     batch, size = [], 0
     with source.open_lines(progress) as lines:
         try:
-            for row in csv.DictReader(lines, delimiter=source.delimiter()):
+            for row in csv.DictReader(lines, delimiter=source.delimiter(), strict=True):
                 batch.append(row[field])
                 size += len(row[field] or "")
                 if size >= BATCH_BYTES:
                     yield "rows", batch
                     batch, size = [], 0
         except csv.Error as error:
-            raise UserError(f"{source.path}: no {source.format} file ({error})") from None
+            raise UserError(f"{source.path}: no {source.format} file ({error}); a field that begins with a quote must "
+                            f"end with one, and quotes in it be doubled") from None
     yield "rows", batch
 
 

@@ -43,7 +43,7 @@ DATASETS = {dataset.name: dataset for dataset in (WIKIPEDIA, BOOKS, WIKIPEDIA_AN
 NAMES = f"{', '.join(DATASETS)}, wikicorpus_XX with a language code"
 
 OWN_NAME = re.compile(r"[A-Za-z0-9_-]+")
-OTHER_WIKIPEDIA = re.compile(r"wikicorpus_([a-z]+(?:[_-][a-z]+)*)")
+OTHER_WIKIPEDIA = re.compile(r"wikicorpus_((?:[a-z]{2,3}|simple)(?:[_-][a-z]+)*)")
 TAKEN = re.compile(r"records|.*_cased|.*training.*|.*test.*")  # names of other folders; the splits in a shard's name
 
 

@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,8 @@ OTHER_CONTENT = {
     b"PAR1": "parquet: name it .parquet, or give --input_format parquet",
     b"ARROW1": "Arrow IPC: convert it to .parquet", b"\x89HDF": "HDF5, which is no text", b"SQLite format 3": "SQLite",
     b"\x7fELF": "a program", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"GIF8": "a picture"}
+NOT_ASCII = bytes(range(0x80, 0x100))
+HALF_SURROGATES = re.compile("[\udc80-\udcff]")
 TAR = (257, b"ustar")
 
 
@@ -52,21 +55,25 @@ class TextSource:
     @contextmanager
     def open(self, progress=lambda size: None):
         """The decompressed bytes as UTF-8 without a byte order mark; progress gets the bytes of the file read."""
-        with open(self.path, "rb") as raw, archives.decompressed(self.path, raw) as stream:
-            buffered = io.BufferedReader(Counted(raw, stream, progress), archives.START)
-            start = buffered.peek(archives.START)
-            encoding = encoding_of(start)
+        with self.buffered(progress) as (stream, encoding):
             if encoding != "utf-8-sig":
-                yield codecs.EncodedFile(buffered, "utf-8", encoding, "surrogatepass")
+                yield codecs.EncodedFile(stream, "utf-8", encoding, "surrogatepass")
             else:
-                buffered.read(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
-                yield buffered
+                stream.read(len(codecs.BOM_UTF8) if stream.peek(4).startswith(codecs.BOM_UTF8) else 0)
+                yield stream
 
     @contextmanager
     def open_lines(self, progress=lambda size: None):
-        """The same as lines of text; bytes that are no UTF-8 become half surrogates."""
-        with self.open(progress) as stream:
-            yield (line.decode("utf-8", "surrogateescape") for line in stream)
+        """The same as text, of which only \\n ends a line; bytes that are no UTF-8 become half surrogates."""
+        with self.buffered(progress) as (stream, encoding):
+            yield io.TextIOWrapper(stream, encoding, "surrogateescape", newline="\n")
+
+    @contextmanager
+    def buffered(self, progress):
+        """The decompressed bytes, and their encoding."""
+        with open(self.path, "rb") as raw, archives.decompressed(self.path, raw) as stream:
+            buffered = io.BufferedReader(Counted(raw, stream, progress), archives.START)
+            yield buffered, encoding_of(buffered.peek(archives.START))
 
     def start(self) -> bytes:
         with self.open() as stream:
@@ -74,9 +81,9 @@ class TextSource:
 
     def delimiter(self) -> str:
         """Tab or comma, or the semicolon of spreadsheets in countries where the comma is the decimal point."""
-        with self.open() as stream:
-            first = stream.readline(LOOKED_AT)
-        return "\t" if self.format == "tsv" else ";" if b";" in first and b"," not in first else ","
+        with self.open_lines() as lines:
+            first = lines.readline(LOOKED_AT)
+        return "\t" if self.format == "tsv" else ";" if ";" in first and "," not in first else ","
 
 
 class Counted(io.RawIOBase):
@@ -150,8 +157,9 @@ def other_content(start: bytes) -> str | None:
 
 def other_encoding(start: bytes) -> str | None:
     """A guess of the encoding, where more than a few of the bytes that are not ASCII are no UTF-8."""
-    foreign = sum(byte > 0x7F for byte in start)
-    bad = sum(0xDC80 <= ord(character) <= 0xDCFF for character in start[:-3].decode("utf-8", "surrogateescape"))
+    text = start[:-3].decode("utf-8", "surrogateescape")  # [:-3]: the last character may be cut
+    bad = len(HALF_SURROGATES.findall(text))
+    foreign = len(start) - len(start.translate(None, NOT_ASCII))
     if bad <= FEW_BAD * foreign or bad < 2:
         return None
     try:

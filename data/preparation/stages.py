@@ -134,7 +134,8 @@ def format_text(options: StageOptions) -> None:
     record = records.finished_record(folder, dataset.name, made_from, text_format.options())
     if not record:
         if records.read_record(folder, dataset.name):
-            print(f"text_formatting: {dataset.name} was made of other files or with other flags: it is made anew")
+            print(f"text_formatting: {dataset.name} was made of other files or with other flags, or is "
+                  "not whole: it is made anew")
         with (stage_pool("text_formatting", paths, text_share, options, folder) as pool,
               tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True,
                    desc="text_formatting") as bar):

@@ -19,8 +19,9 @@ from data.shards import find_shards
 from tests.support.bad_servers import file_server, serving
 from tests.support.preparation import ROOT, files_below, sentences
 
+# U+2028 ends no line
 LINES = ["Die See ist tief.\tAlte Schiffe fahren.", 'A "quoted", text; with signs.', "Море. 海很深。", "Fünf Möwen."]
-TEXTS = ["Die See\nist tief.\n\nAlte Schiffe fahren.", LINES[1], LINES[2], LINES[3]]
+TEXTS = ["Die See\nist\u2028tief.\n\nAlte Schiffe fahren.", LINES[1], LINES[2], LINES[3]]
 COMPRESSORS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
@@ -138,6 +139,7 @@ def test_a_folder_of_all_kinds_of_files_is_read_and_a_long_file_is_cut(work, mon
     ("t.jsonl", b"just text\n", "no JSON object in its first line: is it plain text"),
     ("t.jsonl", b'[{"text": "a"}]\n', "a JSON array"), ("t.jsonl", b'{\n "text": "a"\n}\n', "jq -c ."),
     ("t.jsonl", json_lines(TEXTS, "body"), "no 'text' among its fields id, body: name one with --text_field"),
+    ("t.tsv", b'id\ttext\n1\t"Open quote\n2\tnext\n', "no tsv file .* a field that begins with a quote"),
     ("t.csv", b"id,body\n1,x\n", "no 'text' among its columns id, body"),
     ("t.parquet", b"text", "no parquet file by its first bytes"), ("t.dat", b"text", "its ending is none of .txt"),
     ("t.jsonl", json_lines(TEXTS) * 9 + b'{"text": "cut\n' * 9, "9 of 45 documents are not what they should be"),
@@ -271,7 +273,7 @@ def test_the_script_makes_samples_of_both_lengths_from_a_folder(tmp_path):
     outcome = subprocess.run(
         ["bash", str(ROOT / "data/create_datasets_from_start.sh"), "corpus", "mine", "texts", "--text_field", "body",
          "--vocab_size", "90"], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env=os.environ | {"BERT_PREP_WORKING_DIR": str(tmp_path / "work"), "N_PROCESSES": "1", "DYNAMIC_MASKING": "1",
+        env=os.environ | {"BERT_PREP_WORKING_DIR": str(tmp_path / "work"), "N_PROCESSES": "2", "DYNAMIC_MASKING": "1",
                           "PYTHON": sys.executable})
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     found = sorted(tmp_path.glob("work/hdf5_*/mine"))
