@@ -153,8 +153,8 @@ def parquet_batches(source: TextSource, field: str, progress):
     with formats.parquet_file(source.path, buffer_size=BATCH_BYTES) as file:
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         rows, size = max(1, file.metadata.num_rows), max(1, sum(group.total_byte_size for group in groups))
-        done = 0
-        for batch in file.iter_batches(max(1, BATCH_BYTES * rows // size), columns=[field], use_threads=False):
+        done, batches = 0, file.iter_batches(max(1, BATCH_BYTES * rows // size), columns=[field], use_threads=False)
+        for batch in formats.whole_batches(source.path, batches):
             yield "rows", batch.column(0).to_pylist()
             progress(source.size * (done + batch.num_rows) // rows - source.size * done // rows)
             done += batch.num_rows

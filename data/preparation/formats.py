@@ -116,6 +116,16 @@ def parquet_file(path, **options):
         raise UserError(f"{path}: no readable parquet file ({error})") from None
 
 
+def whole_batches(path, batches):
+    """The batches of a parquet file; UserError where it is damaged."""
+    from pyarrow import ArrowException
+
+    try:
+        yield from batches
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: damaged or cut short ({error})") from None
+
+
 def unlike_its_format(source: TextSource, field: str) -> str | None:
     """What is wrong with the file by its beginning, and what would read it; None where it is what it should be."""
     if source.format == "parquet":

@@ -96,6 +96,11 @@ def test_parquet_is_read_by_its_column_in_small_pieces(work, monkeypatch):
     assert formatted(work) == LINES and record_of(work)["counts"]["empty"] == 1
     with pytest.raises(UserError, match="t.parquet: no 'text' among its columns n, body: name one with --text_field"):
         stage("text_formatting", "--input_files", "t.parquet")
+    whole = Path("t.parquet").read_bytes()
+    for spoilt in (whole[:-30], b"PAR1" + b"\xff" * 150 + whole[154:]):
+        Path("bad.parquet").write_bytes(spoilt)
+        with pytest.raises(UserError, match="bad.parquet: (no readable parquet file|damaged or cut short)"):
+            stage("text_formatting", "--input_files", "bad.parquet", "--text_field", "body")
     Path("t.txt").write_bytes(Path("t.parquet").read_bytes())
     with pytest.raises(UserError, match="t.txt: parquet: name it .parquet, or give --input_format parquet"):
         stage("text_formatting", "--input_files", "t.txt")
