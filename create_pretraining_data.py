@@ -15,6 +15,7 @@ import sys
 from common import cli
 from common.download import local_file
 from common.errors import UserError
+from common.locks import file_lock
 from data.preparation.named_files import named_files
 from data.preparation.samples import SampleOptions, add_sample_flags, create_shard
 from data.preparation.text_counts import TextCounts
@@ -39,7 +40,8 @@ def main(argv=None) -> None:
     first, *others = named_files(args.input_file, "*.txt", "--input_file")
     tokens = load_vocabulary(local_file(args.vocab_file))
     try:
-        counts = create_shard(first, args.output_file, tokens, options, tuple(others))
+        with file_lock(args.output_file, f"--output_file {args.output_file}"):
+            counts = create_shard(first, args.output_file, tokens, options, tuple(others))
     except OSError as error:
         raise UserError(f"--output_file {args.output_file}: cannot be written: {error.strerror}") from None
     counts = TextCounts(**counts)

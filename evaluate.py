@@ -95,7 +95,7 @@ def parse_arguments(argv):
     parser.add_argument("--margin", type=float, metavar="NATS", help="end with exit code 1 unless the MLM loss is at "
                         "least this far below what can be predicted without context")
     parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="rows per batch")
-    parser.add_argument("--seed", type=int, default=42, help="random seed of the weights without --checkpoint")
+    parser.add_argument("--seed", type=cli.whole, default=42, help="random seed of the weights without --checkpoint")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--json_file", metavar="FILE", help="also write the figures as JSON to a file")
     parser.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")

@@ -11,18 +11,26 @@ from pathlib import Path
 
 from common import cli
 from common.errors import UserError
+from common.locks import LOCK_NAME, folder_lock
 from devices import gaudi_environment
 
 # The flags of a run (the PARAMETER line of its log) that the model card shows
 CARD_FLAGS = ("init_checkpoint", "input_dir", "max_seq_length", "train_batch_size", "gradient_accumulation_steps",
               "learning_rate", "warmup_proportion", "max_steps", "seed", "hmp", "fp16", "device")
 CARD_FIGURES = ("final_loss", "eval_mlm_loss", "eval_context_free_mlm_loss", "eval_mlm_accuracy", "eval_nsp_accuracy",
-                "training_sequences_per_second")
+                "training_sequences_per_second", "steady_sequences_per_second")
 
 
 def main(argv=None) -> None:
     args = parse_arguments(argv)
-    refuse_folder_in_use(args.output_dir)
+    folder = Path(args.output_dir)
+    refuse_use(folder, folder.is_file())
+    with folder_lock(folder, f"--output_dir {folder}"):
+        refuse_use(folder, any(not path.name.startswith(LOCK_NAME) for path in folder.iterdir()))
+        export(args)
+
+
+def export(args) -> None:
     gaudi_environment.load_software(use_habana=False)
     from checkpoint import huggingface
     from checkpoint.load import load_weights
@@ -46,7 +54,7 @@ def parse_arguments(argv):
     parser.add_argument("--config_file", required=True, help="its model config, JSON")
     parser.add_argument("--vocab_file", required=True, help="the vocabulary that its data was tokenized with")
     parser.add_argument("--output_dir", required=True, help="folder to write; must be new or empty")
-    parser.add_argument("--do_lower_case", type=cli.boolean, default=True, metavar="1|0",
+    parser.add_argument("--do_lower_case", **cli.BOOLEAN, default=True,
                         help="whether the data was lower-cased (an uncased vocabulary)")
     parser.add_argument("--log", nargs="+", default=[], metavar="LOG",
                         help="logs of the training (--json_summary), for the tables of the model card")
@@ -57,18 +65,18 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def refuse_folder_in_use(folder) -> None:
-    if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
+def refuse_use(folder, in_use: bool) -> None:
+    if in_use:
         raise UserError(f"--output_dir {folder}: in use already; name a new or an empty folder")
 
 
 def logged_phases(log: str) -> list[dict]:
     """The flags and last figures of each phase in a log; a resumed run belongs to its phase."""
-    from training.log import read_log
+    from training.log_versions import read_current_log
 
     phases: dict[int, dict] = {}
     phase: dict = {}
-    for line in read_log(log):
+    for line in read_current_log(log):
         data = line["data"]
         if line["step"] == "PARAMETER":
             number = 2 if data.get("phase2") else 1
@@ -89,7 +97,8 @@ def model_card(args, name: str, model, contents: dict, phases: list[dict]) -> st
         "Attention heads": config.num_attention_heads,
         "Vocabulary": f"{config.vocab_size:,} tokens, {'lower-cased' if args.do_lower_case else 'cased'}",
         "Longest sequence": config.max_position_embeddings, "Checkpoint": Path(args.checkpoint).name,
-        "Phase": contents.get("phase"), "Step of the phase": contents.get("step")}
+        **{title: contents[key] for title, key in (("Phase", "phase"), ("Step of the phase", "step"))
+           if type(contents.get(key)) is int}}
     tables = [f"## Phase {phase.pop('phase', '')}, from its log\n\n{markdown_table(phase)}"
               for phase in map(dict, phases)]
     initial = next((phase["init_checkpoint"] for phase in phases if phase.get("init_checkpoint")), None)

@@ -7,6 +7,7 @@ Where the checkpoint holds the token frequencies of its training set, what these
 sentence, sentences are read line by line from the terminal or a pipe.  Runs on the CPU.
 """
 
+import os
 import sys
 from pathlib import Path
 from random import Random
@@ -19,6 +20,7 @@ from data.token_counts import TOKEN_COUNTS
 from data.tokenizer import SPECIAL_TOKENS
 from devices import gaudi_environment
 
+LONGEST_LINE = 100_000  # characters, far more than a model takes: what is longer is no sentence
 WORDS_IN_SENTENCE = range(8, 31)  # of those taken at random
 
 
@@ -36,7 +38,7 @@ def main(argv=None) -> None:
     predictor = MaskPredictor(model, tokenizer, args.top, usable_counts(counts, config.vocab_size))
     examples = []
     for sentence in args.sentences:
-        examples.append(predictor.answer(sentence))
+        examples.append(predictor.answer(in_utf8(sentence, "SENTENCE")))
         print(example_text(examples[-1]))
     for sentence in random_sentences(args.random_from, args.random_count, args.seed) if args.random_from else ():
         masked = predictor.mask_a_word(sentence, args.seed)
@@ -58,33 +60,50 @@ def parse_arguments(argv):
     parser.add_argument("--checkpoint", required=True, help="ckpt_<step>.pt, or a Hugging Face model folder")
     parser.add_argument("--config_file", required=True, help="its model config, JSON")
     parser.add_argument("--vocab_file", required=True, help="the vocabulary that its data was tokenized with")
-    parser.add_argument("--do_lower_case", type=cli.boolean, default=True, metavar="1|0",
+    parser.add_argument("--do_lower_case", **cli.BOOLEAN, default=True,
                         help="whether the data was lower-cased (an uncased vocabulary)")
     parser.add_argument("--top", type=cli.positive_int, default=5, help="words to show for each [MASK]")
     parser.add_argument("--random_from", metavar="TEXT", help="a text shard (a sentence a line): take sentences from "
                         "it at random, hide a word in each, and tell the true word's rank")
     parser.add_argument("--random_count", type=cli.positive_int, default=3, help="how many of them")
-    parser.add_argument("--seed", type=int, default=1, help="random seed of these sentences and words")
+    parser.add_argument("--seed", type=cli.whole, default=1, help="random seed of these sentences and words")
     parser.add_argument("--json", metavar="FILE", help="also write sentences and words to a file")
     return parser.parse_args(argv)
 
 
 def typed_sentences():
     """Yield lines from standard input: on a terminal, after a prompt, up to an empty one; from a pipe all but those."""
+    if sys.stdin is None:  # closed
+        return
     on_terminal, number = sys.stdin.isatty(), 0
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         number += 1
         if on_terminal:
             print("a sentence with [MASK] (empty line: end)> ", end="", flush=True)
-        try:
-            line = sys.stdin.readline()
-            line.encode("utf-8")  # some locales read other bytes as surrogates
-        except UnicodeError:
-            raise UserError(f"standard input: line {number} is not UTF-8") from None
-        if line.strip():
+        line = in_utf8(sys.stdin.readline(LONGEST_LINE), f"standard input: line {number}")
+        if len(line) == LONGEST_LINE and not line.endswith("\n"):
+            while sys.stdin.readline(LONGEST_LINE)[-1:] not in ("\n", ""):
+                """Pass over the rest of it."""
+            print(f"line {number} is longer than {LONGEST_LINE} characters: passed over")
+        elif line.strip():
             yield line.strip()
         elif on_terminal or not line:
             return
+
+
+def in_utf8(words: str, where: str) -> str:
+    """Words from outside, also where the locale knows no UTF-8, and Python reads its bytes as surrogates."""
+    try:
+        words.encode("utf-8")
+        return words
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(words).decode("utf-8")
+    except UnicodeError:
+        raise UserError(f"{where} is not UTF-8") from None
 
 
 def random_sentences(path: str, count: int, seed: int) -> list[str]:
@@ -102,8 +121,8 @@ def random_sentences(path: str, count: int, seed: int) -> list[str]:
 
 def usable_counts(counts, vocab_size: int) -> list[int] | None:
     """How often each token occurs in the training set, from a checkpoint; None where it does not hold that."""
-    counts = counts.tolist() if hasattr(counts, "tolist") else None
-    return counts if isinstance(counts, list) and len(counts) == vocab_size and sum(counts) else None
+    counts = counts.tolist() if getattr(counts, "shape", None) == (vocab_size,) else None
+    return counts if counts and sum(counts) else None
 
 
 class MaskPredictor:
@@ -148,7 +167,7 @@ class MaskPredictor:
         mask = self.tokenizer.token_to_id("[MASK]")
         positions = [position for position, token in enumerate(ids) if token == mask]
         if not positions:
-            raise UserError(f"no [MASK] in {sentence!r}")
+            raise UserError(f"no [MASK] in {sentence[:80]!r}{'…' * (len(sentence) > 80)}")
         if len(ids) > self.model.config.max_position_embeddings:
             raise UserError(f"{len(ids)} tokens in {sentence[:40]!r}…, but the model takes "
                             f"{self.model.config.max_position_embeddings}")

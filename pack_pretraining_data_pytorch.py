@@ -30,7 +30,7 @@ def parse_options(argv) -> PackingOptions:
     parser.add_argument("--packing_method", choices=METHODS, default=next(iter(METHODS)),
                         help="how sequences are combined into rows. "
                              + "; ".join(f"{method.name}: {method.help}" for method in METHODS.values()))
-    parser.add_argument("--seed", type=int, default=42,
+    parser.add_argument("--seed", type=cli.whole, default=42,
                         help="random seed for the order of the rows and for which sequences share one")
     parser.add_argument("--n_processes", type=cli.positive_int, default=min(4, os.cpu_count() or 1),
                         help="number of processes, each with less than 1 GB of memory; it does not affect the result")
@@ -39,12 +39,14 @@ def parse_options(argv) -> PackingOptions:
     parser.add_argument("--plot", metavar="FILE.png",
                         help="plot the sequence lengths, how full the rows are, and the sequences per row")
     parser.add_argument("--disable_progress_bar", action="store_true", help="print no progress bars")
+    for flag in ("--train_batch_size", "--local_rank"):
+        parser.add_argument(flag, type=cli.whole, help="accepted for old command lines; has no effect")
     args = parser.parse_args(argv)
     method = METHODS[args.packing_method]
     if args.max_sequences_per_pack > method.max_depth:
         parser.error(f"--packing_method {method.name} packs at most {method.max_depth} sequences a row, "
                      f"--max_sequences_per_pack is {args.max_sequences_per_pack}: choose another method")
-    return PackingOptions(**vars(args))
+    return cli.options_from(args, PackingOptions)
 
 
 def main(argv=None) -> None:

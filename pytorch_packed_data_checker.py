@@ -31,10 +31,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     packed = find_of_form(args.input_dir, packed=True, flag="--input_dir")
     unpacked = find_of_form(args.unpacked_dir, packed=False, flag="--unpacked_dir") if args.unpacked_dir else []
-    room = packed[0].prediction_slots - packed[0].max_sequences
-    if args.max_predictions_per_sequence and room > args.max_predictions_per_sequence:
-        raise UserError(f"--max_predictions_per_sequence {args.max_predictions_per_sequence}, but {args.input_dir} was "
-                        f"packed with {room}")
+    check_predictions(packed[0], args.max_predictions_per_sequence)
     report = verify(packed, unpacked, args.n_processes, show_progress=not args.disable_progress_bar,
                     allow_missing_tail=args.allow_missing_tail)
     checked = f"{args.input_dir}: {report.rows:,} rows in {report.shards:,} shards"
@@ -46,6 +43,14 @@ def main(argv=None) -> int:
     missing = f" (the last {report.missing_rows:,} are missing, as allowed)" if report.missing_rows else ""
     print(f"{checked}{missing}{empty}, {report.sequences:,} sequences{same}: no fault")
     return 0
+
+
+def check_predictions(shard, most: int | None) -> None:
+    """UserError where the shards have room for more predictions a sequence than `most`, if that is given."""
+    predictions = shard.prediction_slots - shard.max_sequences
+    if most is not None and predictions > most:
+        raise UserError(f"{shard.path}: made with {predictions} predictions a sequence, "
+                        f"but --max_predictions_per_sequence is {most}")
 
 
 if __name__ == "__main__":

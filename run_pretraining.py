@@ -8,9 +8,13 @@ Gaudi's software reads and changes the environment during that import.
 """
 
 import os
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from common import cli
 from common.errors import UserError
+from common.locks import file_lock, folder_lock
 from data.shard_reader import ShardReader
 from devices import gaudi_environment
 from parallel import rendezvous
@@ -37,15 +41,26 @@ def pretrain(args, info: rendezvous.RankInfo, reader) -> dict:
     """Train, or make the dry run; returns the figures of its summary."""
     from parallel.ranks import init_ranks
 
-    with init_ranks(info, args.collective_timeout) as ranks:
+    with init_ranks(info, args.collective_timeout) as ranks, ranks.first_holds(output_locks(args)):
         return pretrain_rank(args, ranks, reader)
 
 
+@contextmanager
+def output_locks(args):
+    """A block in which no other run writes to --output_dir and --json_summary; a dry run writes nothing."""
+    with ExitStack() as locks:
+        if not args.dry_run:
+            locks.enter_context(folder_lock(args.output_dir, f"--output_dir {args.output_dir}"))
+            if not Path(args.json_summary).exists() or Path(args.json_summary).is_file():  # as /dev/null is not
+                locks.enter_context(file_lock(args.json_summary, f"--json_summary {args.json_summary}"))
+        yield
+
+
 def pretrain_rank(args, ranks, reader) -> dict:
-    """The work of one rank.  Nothing is written before everything has been checked."""
+    """The work of one rank.  Nothing but locks is written before everything has been checked."""
     import torch
 
-    from checkpoint.resume import Phase, find_resume_point
+    from checkpoint.resume import PHASE1_STEPS, Phase, find_resume_point, last_step_of_phase1
     from checkpoint.state import TrainingState
     from data.dataloader import BatchStream, average_sequences_per_row
     from devices.device import select_device
@@ -58,9 +73,10 @@ def pretrain_rank(args, ranks, reader) -> dict:
     from training.compilation import compile_training
     from training.evaluation import Evaluator
     from training.log import TensorBoardLog, TrainingLog, summary_writer
-    from training.run_record import run_record
+    from training.run_record import reference_record, run_record
     from training.trainer import BatchPlan, Trainer
 
+    started = time.time()
     device = select_device(device_options(args, args.use_torch_compile), ranks.local_rank)
     precision = Precision(precision_options(args), device)
     if args.tensorboard_logdir:
@@ -70,6 +86,8 @@ def pretrain_rank(args, ranks, reader) -> dict:
     shards, token_counts = training_shards(args, config, reader, ranks.warn)
     held_out = held_out_shards(args, config, reader)
     plan = BatchPlan.from_flags(args, average_sequences_per_row(shards, reader, args.skip_bad_shards))
+    if args.phase1_end_step is None:
+        args.phase1_end_step = last_step_of_phase1(args.output_dir, ranks.warn) if args.phase2 else PHASE1_STEPS
     phase = Phase(2, args.phase1_end_step) if args.phase2 else Phase()
     resume_point = find_resume_point(args.output_dir, phase, resume=args.resume_from_checkpoint,
                                      resume_step=args.resume_step, init_checkpoint=args.init_checkpoint,
@@ -106,13 +124,15 @@ def pretrain_rank(args, ranks, reader) -> dict:
     writes = ranks.first and not args.dry_run
     tensorboard = (TensorBoardLog(args.tensorboard_logdir, phase.first, resume_point.step)
                    if writes and args.tensorboard_logdir else None)
-    log = TrainingLog(args.json_summary if writes else None, ranks.first, args.resume_from_checkpoint, tensorboard)
+    log = TrainingLog(args.json_summary if writes else None, ranks.first, args.resume_from_checkpoint,
+                      tensorboard=tensorboard, started=started, dllogger_console=args.dllogger_console and writes)
     descriptions = {"precision": precision.describe(), "layers": layers_description,
                     "optimizer": optimizer_description, "reduction": reduction.describe(),
                     "compilation": compile_description}
-    log.write("PARAMETER", {**vars(args), **run_record(config=config, device=device, world_size=ranks.world_size,
-                                                       plan=plan, descriptions=descriptions)})
-    for line in (*header_lines(args, device, precision, stream.shards, model, plan, resume_point),
+    log.write("PARAMETER", {**reference_record(args, plan), **vars(args),
+                            **run_record(config=config, device=device, world_size=ranks.world_size, plan=plan,
+                                         descriptions=descriptions)})
+    for line in (*header_lines(args, device, precision, stream.pieces, model, plan, resume_point),
                  layers_description, optimizer_description,
                  f"ranks: {ranks.world_size}; reduction of gradients: {reduction.describe()}", compile_description):
         if line:
@@ -201,14 +221,15 @@ def check_length(what: str, length: int, config) -> None:
         raise UserError(f"{what} {length} is above max_position_embeddings {config.max_position_embeddings}")
 
 
-def header_lines(args, device, precision, shards, model, plan, resume_point) -> list[str]:
+def header_lines(args, device, precision, pieces, model, plan, resume_point) -> list[str]:
     """Lines for the console: model, data, batch and first step."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    form = "packed" if shards[0].packed else "unpacked"
+    form = "packed" if pieces[0].packed else "unpacked"
+    shards = len({piece.path for piece in pieces})
     return [
         f"{args.bert_model}: {parameters / 1e6:.1f} million parameters on {device.describe()}, {precision.describe()}",
-        f"data: {sum(shard.rows for shard in shards)} {form} rows of {args.max_seq_length} tokens in "
-        f"{len(shards)} shards of {args.input_dir}",
+        f"data: {sum(piece.rows for piece in pieces)} {form} rows of {args.max_seq_length} tokens in "
+        f"{shards} shards of {args.input_dir}" + (f", read in {len(pieces)} pieces" if len(pieces) > shards else ""),
         plan.describe(),
         f"phase {2 if args.phase2 else 1}, from step {resume_point.step} of {args.max_steps}"
         + (f", from {resume_point.path}" if resume_point.path else ""),
@@ -218,7 +239,7 @@ def header_lines(args, device, precision, shards, model, plan, resume_point) -> 
 def final_line(args, summary: dict) -> str:
     if summary["final_loss"] is None:
         return "nothing left to do: the last step was reached before"
-    speed = summary["training_sequences_per_second"]
+    speed = summary["steady_sequences_per_second"]
     return (f"final loss {summary['final_loss']:.4f}, {summary['e2e_train_time']:.1f} s"
             + (f", {speed:.1f} sequences/s" if speed else "") + f"; log: {args.json_summary}")
 

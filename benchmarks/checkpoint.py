@@ -85,7 +85,7 @@ def write_inputs(folder: Path, args) -> list[str]:
               "hidden_size": hidden, "initializer_range": 0.02, "intermediate_size": 4 * hidden,
               "max_position_embeddings": 512, "num_attention_heads": heads, "num_hidden_layers": layers,
               "type_vocab_size": 2, "vocab_size": VOCAB_SIZE}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     write_unpacked_shard(folder / "data/a_training.hdf5", np.full(2000, TOKENS), 0, TOKENS, PREDICTIONS)
     values = {"config_file": folder / "config.json", "input_dir": folder / "data", "output_dir": folder / "out",
               "max_seq_length": TOKENS, "max_predictions_per_seq": PREDICTIONS, "train_batch_size": rows,
@@ -121,7 +121,7 @@ def timed_training(flags: list[str]) -> tuple[list[tuple[float, bool]], list[flo
 
 def quietly(function, *arguments) -> None:
     """Call a function whose lines are for people; figures alone go to the screen."""
-    with open(os.devnull, "w") as nowhere, patch.object(sys, "stdout", nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, patch.object(sys, "stdout", nowhere):
         function(*arguments)
 
 
@@ -145,7 +145,7 @@ def seconds_to_first_step(flags: list[str], threads: int) -> float:
     """From the start of a process to the log line of its first step."""
     began = time.perf_counter()
     command = [sys.executable, str(ROOT / "run_pretraining.py"), *flags, "--max_steps=1000", "--steps_this_run=1000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8",
                           env={**os.environ, "OMP_NUM_THREADS": str(threads)}) as process:
         for line in process.stdout:
             if line.startswith("epoch "):

@@ -85,7 +85,7 @@ def make_corpus(scratch: Path, sample: Path, size: int) -> Path:
                 xml = xml.replace(b"</mediawiki>", b"").replace(b"</title>", b" (%d)</title>" % copy)
                 file.write(bz2.compress(xml, 1))
                 written += len(xml)
-    (folder / "xml_mb").write_text(str(written / 1e6))
+    (folder / "xml_mb").write_text(str(written / 1e6), encoding="utf-8")
     return folder
 
 
@@ -106,7 +106,7 @@ def run_stages(corpus: Path, processes: int) -> dict:
 def input_mb(corpus: Path, stage: str) -> float:
     """MB that a stage reads: XML for text_formatting, text for the others."""
     if stage == "text_formatting":
-        return float((corpus / "xml_mb").read_text())
+        return float((corpus / "xml_mb").read_text(encoding="utf-8"))
     return sum(path.stat().st_size for path in corpus.glob("work/formatted_*/*/part_*.txt")) / 1e6
 
 
@@ -115,9 +115,9 @@ def own_text(corpus: Path, xml_run: dict) -> dict:
     for each second of the processor.
     """
     documents = [line.replace("\t", "\n\n") for path in sorted(corpus.glob("work/formatted_*/*/part_*.txt"))
-                 for line in path.read_text().splitlines()]
+                 for line in path.read_text(encoding="utf-8").splitlines()]
     files = {kind: corpus / f"text{kind}" for kind in (".jsonl.gz", ".parquet")}
-    with gzip.open(files[".jsonl.gz"], "wt", compresslevel=6) as file:
+    with gzip.open(files[".jsonl.gz"], "wt", 6, "utf-8") as file:
         file.writelines(json.dumps({"text": document}) + "\n" for document in documents)
     write_parquet(files[".parquet"], documents)
     size, figures = input_mb(corpus, "sharding"), {}
@@ -168,7 +168,8 @@ def sample_text(scratch: Path, sample: Path) -> tuple[Path, Path]:
     timed(["sharding", *one], work)
     timed(["create_vocabulary", *one], work)
     path = work / "sample_training_0.txt"
-    path.write_text("".join(shard.read_text() for shard in sorted(work.glob("sharded*/*/*.txt"))))
+    path.write_text("".join(shard.read_text(encoding="utf-8") for shard in sorted(work.glob("sharded*/*/*.txt"))),
+                    encoding="utf-8")
     return path, next(work.glob("vocab/*/vocab.txt"))
 
 
@@ -180,7 +181,7 @@ def one_shard(text: Path, vocab_file: Path, repeats: int) -> dict:
 
     tokens = load_vocabulary(vocab_file)
     reference = reference_tokenizer(tokens, lower_case=True)
-    sentences = [line for line in text.read_text().split("\n") if line]
+    sentences = [line for line in text.read_text(encoding="utf-8").split("\n") if line]
     options = SampleOptions(max_seq_length=128)
     counts = {}
     seconds = alternate({
@@ -197,7 +198,7 @@ def splitters(text: Path) -> dict:
     """Speed of the sentence splitters on one core, and how their sentence ends agree with NLTK's."""
     from data.preparation.sentences import split_document
 
-    documents = text.read_text().splitlines()
+    documents = text.read_text(encoding="utf-8").splitlines()
     size = sum(len(document.encode()) for document in documents) / 1e6
     found, figures = {}, {}
     for method in SPLITTERS:

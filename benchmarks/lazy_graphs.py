@@ -60,8 +60,9 @@ def write_data(folder: Path) -> dict[str, float]:
     pack_pretraining_data_pytorch.main([
         f"--input_dir={folder / 'unpacked'}", f"--output_dir={folder / 'packed'}", "--disable_progress_bar",
         f"--max_sequence_length={SEQUENCE_LENGTH}", f"--max_predictions_per_sequence={PREDICTIONS}"])
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    return {"unpacked": 1.0, "packed": json.loads((folder / "packed_metadata.json").read_text())["avg_seq_per_sample"]}
+    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    metadata = json.loads((folder / "packed_metadata.json").read_text(encoding="utf-8"))
+    return {"unpacked": 1.0, "packed": metadata["avg_seq_per_sample"]}
 
 
 def counted_run(folder: Path, data: str, sequences_per_row: float, flags: list[str]) -> dict:

@@ -192,7 +192,7 @@ def train_in_child(run: Run, output: Path, bar=None) -> None:
                *training_flags(run, output)]
     last_lines, last_step = deque(maxlen=3), 0
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True) as child:
+                          encoding="utf-8", errors="replace") as child:
         try:
             for line in child.stdout:
                 last_lines.append(line.strip())
@@ -234,8 +234,8 @@ def figures_of_log(path: Path, run: Run) -> dict:
     curve, seconds, last_step = [], 0.0, 0
     for line in read_log(str(path)):
         step, data = line["step"][1] if isinstance(line["step"], list) and line["step"] else 0, line["data"]
-        if "average_training_time_step" in data:
-            seconds += data["average_training_time_step"] * (step - last_step)
+        if "step_time" in data:
+            seconds += data["step_time"] * (step - last_step)
             last_step = step
         if "eval_mlm_loss" in data:
             curve.append({"step": step, "tokens": step * run.settings.rows * run.settings.row_length,

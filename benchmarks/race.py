@@ -31,7 +31,7 @@ class Contestant:
         command = [sys.executable, str(ROOT / "benchmarks" / "segmented_training.py"), self.kind,
                    json.dumps(self.settings)]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                      text=True)
+                                      encoding="utf-8", errors="replace")
         self.read_until(READY)
 
     def read_until(self, wanted: str) -> str:

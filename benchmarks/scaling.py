@@ -79,12 +79,12 @@ def train_all(folder: Path, counts: list[int]) -> dict[str, dict]:
 
     ranks.write_workspace(folder)
     train(folder, 1, "one", STEPS, {})
-    one = ranks.figures(folder / "one.json", "step_loss")
+    one = ranks.figures(folder / "one.json", "step_mean_loss")
     runs = {mode: {} for mode in MODES}
     for mode, count in tqdm([(mode, count) for mode in MODES for count in counts], desc="runs"):
         output = f"{mode}_{count}"
         long, short = (train(folder, count, f"{output}_{steps}", steps, MODES[mode]) for steps in (STEPS, SHORT))
-        losses = ranks.figures(folder / f"{output}_{STEPS}.json", "step_loss")
+        losses = ranks.figures(folder / f"{output}_{STEPS}.json", "step_mean_loss")
         runs[mode][count] = {
             "bytes": (long - short) / (STEPS - SHORT) / count, "last_loss": losses[STEPS],
             "largest_difference": max(abs(losses[step] - one[step]) for step in one)}
@@ -100,7 +100,7 @@ def train(folder: Path, count: int, output: str, steps: int, mode: dict) -> int:
         command = ranks.mpirun(count, *command)
     counted = ["bash", "-c", COUNT_AROUND, "bash", *command]
     run_whole([*wire()[0], *counted], folder)
-    before, after = (folder / "sent").read_text().split()
+    before, after = (folder / "sent").read_text(encoding="utf-8").split()
     return int(after) - int(before)
 
 
@@ -137,7 +137,7 @@ def waiting_shares(folder: Path) -> dict[int, float]:
 
 def state_bytes(count: int) -> dict:
     """What a process of its own finds: the state on the rank with the largest share of so many, and its memory."""
-    done = subprocess.run([sys.executable, __file__, "--share", str(count)], check=True, text=True,
+    done = subprocess.run([sys.executable, __file__, "--share", str(count)], check=True, encoding="utf-8",
                           stdout=subprocess.PIPE)
     state, resident = map(int, done.stdout.split())
     return {"state": state, "process_grew_by": resident}

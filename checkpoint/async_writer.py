@@ -1,6 +1,5 @@
 """Writes checkpoints in a thread; the training waits only while its state is copied to host memory."""
 
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -23,7 +22,6 @@ class CheckpointWriter:
         self.report = report
         self.warn = warn
         self.protected = protected
-        self.started = time.time()
         self.copies: dict[torch.Tensor, torch.Tensor] = {}
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
         self.writing: Future | None = None
@@ -55,7 +53,7 @@ class CheckpointWriter:
         return copied(state)
 
     def write(self):
-        remove_leftovers(self.folder, before=self.started)
+        remove_leftovers(self.folder, ".ckpt_*")  # a file each; this run holds the folder
         return write_checkpoint(self.folder, *self.unwritten, self.protected)
 
     def finish(self) -> None:

@@ -4,20 +4,19 @@ PyTorch writes a zip archive.  The seal is its comment (`unzip -z` shows it): "s
 archive without comment.  A file that holds the key CHECKSUM but has no seal is damaged; a file with neither was written
 by other software and is read unchecked.
 
-Gaudi's software replaces torch.save and torch.load in lazy mode.  Its save copies every tensor, and writes pickle
-protocol 4, which only its own load reads.  So the original functions are used here.  Files in protocol 4 are read too.
+Gaudi's software replaces torch.save in lazy mode.  Its save copies every tensor, and writes pickle protocol 4, which
+stock torch.load does not read with weights_only=True.  So the original function is used here.  archive.py reads both.
 """
 
 import hashlib
 import inspect
 import os
-import pickle
-import types
-import zipfile
 from pathlib import Path
 
 import torch
 
+from checkpoint.archive import load_archive
+from checkpoint.pickle_reader import Placeholder, RefusedContents, printable
 from common.errors import UserError, first_line
 from common.files import PatientFile, replacing
 
@@ -27,9 +26,12 @@ COMMENT_SIZE = len(MARK) + 64
 SEAL_SIZE = 2 + COMMENT_SIZE  # the archive ends in the comment's length, two bytes, and the comment
 BLOCK = 1 << 20
 PICKLE_PROTOCOL = 2  # the newest one that torch.load(weights_only=True) reads
-# What a file in a newer protocol may name: tensors and plain containers.
-SAFE_NAMES = {("collections", "OrderedDict"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2"),
-              ("torch._utils", "_rebuild_parameter")}
+WAY_OUT = ("nothing of a checkpoint is executed here; in the program that wrote it, save the weights alone: "
+           'torch.save({"model": model.state_dict()}, PATH)')
+
+
+class DamagedFile(UserError):
+    """A checkpoint was cut, or its bytes have changed."""
 
 
 def write_file(path, contents: dict) -> None:
@@ -56,56 +58,46 @@ class HashedFile(PatientFile):
 
 
 def read_file(path) -> dict:
-    """The contents of a file, on the host.  Nothing in it is executed.
+    """The contents of a file, on the host.  Nothing in it is executed: objects become Placeholders (pickle_reader.py).
 
-    Raises UserError where there is no such file, where it is damaged, and where it holds no dictionary.
+    UserError where there is no such file, where it holds no dictionary or cannot be read; DamagedFile where it is
+    damaged.
     """
     path = Path(path)
     try:
         sealed = check_seal(path)
-        contents = load_archive(path)
-    except UserError:
-        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # a damaged zip or pickle makes torch.load raise anything
-        raise UserError(f"{path}: not a readable checkpoint: {first_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    contents = read_archive(path, sealed)
     if not isinstance(contents, dict):
-        raise UserError(f"{path}: not a checkpoint: it holds no dictionary")
+        raise UserError(f"{path}: not a checkpoint: it holds {kind_of(contents)}, not a dictionary; {WAY_OUT}")
     if contents.pop(CHECKSUM, None) is not None and not sealed:
-        raise UserError(f"{path}: not a readable checkpoint: its checksum is missing")
+        raise DamagedFile(f"{path}: not a readable checkpoint: its checksum is missing")
     return contents
 
 
-def load_archive(path: Path):
-    """The value that torch.save wrote, its tensors on the host, without executing anything in the file."""
-    load = inspect.unwrap(torch.load)
-    if pickle_protocol(path) <= PICKLE_PROTOCOL:
-        return load(path, map_location="cpu", weights_only=True)
-    return load(path, map_location="cpu", weights_only=False,
-                pickle_module=types.SimpleNamespace(Unpickler=SafeUnpickler, __name__="pickle"))
+def read_archive(path, verified: bool = False):
+    """The value that torch.save wrote; UserError and DamagedFile as in read_file()."""
+    try:
+        return load_archive(path, verified)
+    except RefusedContents as reason:
+        raise UserError(f"{path}: cannot be read: {reason}; {WAY_OUT}") from None
+    except MemoryError:
+        raise UserError(f"{path}: cannot be read: it does not fit into memory") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception as error:  # what happens to be raised where bytes are wrong
+        kind = "" if isinstance(error, EOFError) or type(error) is ValueError else f"{type(error).__name__}: "
+        raise DamagedFile(f"{path}: not a readable checkpoint: {kind}{printable(first_line(error))}") from None
 
 
-def pickle_protocol(path: Path) -> int:
-    """The protocol of the pickle in an archive of torch.save; 0 where the file is something else."""
-    if not zipfile.is_zipfile(path):
-        return 0
-    with zipfile.ZipFile(path) as archive:
-        names = {Path(name).name: name for name in archive.namelist()}
-        if "data.pkl" not in names or "constants.pkl" in names:  # the latter: a TorchScript program
-            return 0
-        with archive.open(names["data.pkl"]) as file:
-            start = file.read(2)
-    return start[1] if start[:1] == pickle.PROTO else 0
-
-
-class SafeUnpickler(pickle.Unpickler):
-    """Builds tensors and plain containers only; a file that names anything else is refused."""
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in SAFE_NAMES:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a tensor")
-        return super().find_class(module, name)
+def kind_of(value) -> str:
+    """What a value from a file is, for a message: "a list", "an argparse.Namespace"."""
+    name = (printable(value.name) + ("" if value.called else " (the class or function)")
+            if isinstance(value, Placeholder) else type(value).__name__)
+    return f"{'an' if name[:1].lower() in ('a', 'e', 'i', 'o', 'u') else 'a'} {name}"
 
 
 def check_sealed(path: Path) -> None:
@@ -115,11 +107,11 @@ def check_sealed(path: Path) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not sealed:
-        raise UserError(f"{path}: not a readable checkpoint: its checksum is missing")
+        raise DamagedFile(f"{path}: not a readable checkpoint: its checksum is missing")
 
 
 def check_seal(path: Path) -> bool:
-    """Whether a file has a seal.  UserError where the seal does not match the file."""
+    """Whether a file has a seal.  DamagedFile where the seal does not match the file."""
     rest = max(0, path.stat().st_size - SEAL_SIZE)
     with open(path, "rb") as file:
         file.seek(rest)
@@ -133,7 +125,7 @@ def check_seal(path: Path) -> bool:
             rest -= len(block)
     digest.update(b"\0\0")  # the length of a comment that was not there yet
     if end[2 + len(MARK):] != digest.hexdigest().encode():
-        raise UserError(f"{path}: not a readable checkpoint: its checksum does not match")
+        raise DamagedFile(f"{path}: not a readable checkpoint: its checksum does not match")
     return True
 
 
@@ -146,6 +138,6 @@ def is_plain(value) -> bool:
 def check_tensor(value, shape, what: str) -> None:
     """UserError where a value from a file is not a plain tensor of this shape."""
     if not is_plain(value):
-        raise UserError(f"{what} is no plain tensor of floating-point numbers")
+        raise UserError(f"{what} is {kind_of(value)}, no plain tensor of floating-point numbers")
     if value.shape != shape:
         raise UserError(f"{what} has shape {tuple(value.shape)}, the config makes it {tuple(shape)}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoint import huggingface, optimizer_shards
-from checkpoint.file import read_file, write_file
+from checkpoint.file import WAY_OUT, DamagedFile, kind_of, read_file, write_file
 from common.errors import UserError
 
 KEPT = 3
@@ -52,7 +52,9 @@ def read_checkpoint(path) -> dict:
         return huggingface.read_folder(path)
     contents = read_file(path)
     if not isinstance(contents.get("model"), dict):
-        raise UserError(f"{path}: not a checkpoint: it holds no model")
+        held = f"its model is {kind_of(contents['model'])}, no dictionary of weights" if "model" in contents else \
+            "it holds no model"
+        raise UserError(f"{path}: not a checkpoint: {held}; {WAY_OUT}")
     return contents
 
 
@@ -64,14 +66,20 @@ def read_complete(path) -> dict:
 
 
 def newest_readable(folder, warn: Callable[[str], None]) -> tuple[int, dict]:
-    """The newest checkpoint that can be read, as (step in its name, contents); `warn` gets the damaged ones.
+    """The newest checkpoint that is not damaged, as (step in its name, contents); `warn` gets the damaged ones.
 
-    UserError where none can be read: whether to start again is the user's decision.
+    UserError where all are damaged, because whether to start again is the user's decision; and where one cannot be read
+    for another reason, because then it may hold what the user wants to go on from.
     """
-    for step in reversed(saved_steps(folder)):
+    steps = saved_steps(folder)
+    for step in reversed(steps):
         try:
             return step, read_complete(checkpoint_path(folder, step))
-        except UserError as error:
+        except DamagedFile as error:
             warn(f"skipped a damaged checkpoint: {error}")
-    raise UserError(f"--output_dir {folder}: none of its {len(saved_steps(folder))} checkpoints can be read; "
+        except UserError as error:
+            older = f"; --resume_step {max(s for s in steps if s < step)} goes on from the one before" \
+                if step > steps[0] else ""
+            raise UserError(f"{error}{older}") from None
+    raise UserError(f"--output_dir {folder}: none of its {len(steps)} checkpoints can be read; "
                     f"move them away to start again")

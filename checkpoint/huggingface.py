@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, processors
 
-from checkpoint.file import load_archive
+from checkpoint.file import is_plain, kind_of, read_archive
+from checkpoint.pickle_reader import printable
 from common.download import local_file
 from common.errors import UserError
 from common.files import replacing_files
@@ -72,7 +73,7 @@ def write_folder(folder, model, tokens: list[str], lower_case: bool, card: str, 
     tensors = weight_files(model, variants)
     with replacing_files(folder, [*tensors, *contents]) as paths:
         for text, path in zip(contents.values(), paths[len(tensors):], strict=True):
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")  # the card names files
         for weights, path in zip(tensors.values(), paths, strict=False):
             save_file(weights, path, metadata={"format": "pt"})
             shutil.copymode(paths[-1], path)  # save_file makes files that nobody else may read
@@ -143,6 +144,9 @@ def read_folder(folder) -> dict:
     bias = weights.pop(f"{DECODER}.bias", None)
     if bias is not None:
         weights.setdefault(BIAS, bias)
+    for name, dimensions in ((WORDS, 2), (BIAS, 1)):
+        if name in weights and (not is_plain(weights[name]) or weights[name].dim() != dimensions):
+            raise UserError(f"{folder}: {name} is no tensor of floating-point numbers with {dimensions} dimensions")
     decoder = weights.pop(f"{DECODER}.weight", None)
     if decoder is not None and not torch.equal(decoder, weights[WORDS]):
         raise UserError(f"{folder}: {DECODER}.weight differs from the word embedding; this code shares the two")
@@ -192,11 +196,20 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             raise UserError(f"{folder / INDEX}: not readable: {error!r}") from None
         return {name: value for file in sorted(names) for name, value in read_tensors(folder / Path(file).name).items()}
     if (folder / OLD_WEIGHTS).is_file():
-        try:
-            return load_archive(folder / OLD_WEIGHTS)
-        except Exception as error:  # load_archive raises whatever a damaged zip or pickle happens to cause
-            raise UserError(f"{folder / OLD_WEIGHTS}: not readable: {type(error).__name__}") from None
+        return only_tensors(read_archive(folder / OLD_WEIGHTS), folder / OLD_WEIGHTS)
     raise UserError(f"{folder}: neither {WEIGHTS} nor {OLD_WEIGHTS} in it")
+
+
+def only_tensors(weights, path: Path) -> dict[str, torch.Tensor]:
+    """The weights that a PyTorch file holds.  UserError where anything else has the name of one."""
+    if not isinstance(weights, dict):
+        raise UserError(f"{path}: holds {kind_of(weights)}, not a dictionary of weights")
+    tensors = {name: value for name, value in weights.items()
+               if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    for name, value in weights.items():
+        if name not in tensors and isinstance(name, str) and name.startswith(("bert.", "cls.")):
+            raise UserError(f"{path}: {printable(name)} is {kind_of(value)}, no weight")
+    return tensors
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 import torch
 
 from checkpoint import optimizer_shards
-from checkpoint.file import check_tensor, is_plain
+from checkpoint.file import check_tensor, is_plain, kind_of
 from checkpoint.folder import read_checkpoint
 from common.download import local_file
 from common.errors import UserError, whole_number
@@ -42,7 +42,7 @@ def check_architecture(config, contents: dict, path) -> None:
     for key, own in vars(config).items():
         value = saved.get(key, own) if isinstance(saved, dict) else own
         if isinstance(value, int | float | str) and value != own and key not in FREE_TO_DIFFER:
-            raise UserError(f"{path}: {key} is {value!r} in it, {own!r} in the config")
+            raise UserError(f"{path}: {key} is {repr(value)[:50]} in it, {own!r} in the config")
 
 
 def padded_to(value, expected: torch.Tensor):
@@ -55,31 +55,57 @@ def padded_to(value, expected: torch.Tensor):
     return value
 
 
+def load_master_weights(optimizer, masters, path) -> None:
+    """Load the fp32 weights that a run in fp16 kept beside the model's: by the optimizer's numbers, as load_optimizer.
+
+    The model must hold the weights of the same checkpoint.  UserError where these are not `masters` rounded to fp16.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not isinstance(masters, list) or len(masters) != len(parameters):
+        raise UserError(f"{path}: its master params are no list of {len(parameters)} weights")
+    given = [padded_to(master, parameter) for master, parameter in zip(masters, parameters, strict=True)]
+    for number, (master, parameter) in enumerate(zip(given, parameters, strict=True)):
+        check_tensor(master, parameter.shape, f"{path}: master params, {number},")
+        if not torch.allclose(master.float(), parameter.detach().cpu().float(), rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise UserError(f"{path}: master params, {number}, is not the model's weight of this number")
+    for master, parameter in zip(given, parameters, strict=True):
+        parameter.data = master.to(parameter.device, parameter.dtype, copy=True).contiguous()
+
+
 def load_optimizer(optimizer, state: dict, path) -> None:
     """Load the step count and the moments of this rank's share; rate, decay and betas stay those of this run.
 
     `state` is NVLAMB's state_dict, with the moments by parameter number, or it names the folder of sharded moments.
     """
-    groups = state.get("param_groups") if isinstance(state, dict) else None
-    if not isinstance(groups, list) or len(groups) != len(optimizer.param_groups):
-        raise UserError(f"{path}: its optimizer does not hold state and {len(optimizer.param_groups)} param_groups")
+    groups = groups_of(state, path)
+    if len(groups) != len(optimizer.param_groups):
+        raise UserError(f"{path}: its optimizer has {len(groups)} param_groups, not {len(optimizer.param_groups)}")
     local = local_optimizer(optimizer)
     share = {parameter for group in local.param_groups for parameter in group["params"]}
     numbered = []
     for group, own in zip(groups, optimizer.param_groups, strict=True):
-        numbers = group.get("params") if isinstance(group, dict) else None
+        numbers = group.get("params")
         if not isinstance(numbers, list) or [type(number) for number in numbers] != [int] * len(own["params"]):
             raise UserError(f"{path}: its optimizer has another group than the {len(own['params'])} parameters "
                             f"with weight decay {own['weight_decay']}")
         numbered += [pair for pair in zip(numbers, own["params"], strict=True) if pair[1] in share]
         step = group.get("step", 0)
-        step = step.item() if is_plain(step) and step.numel() == 1 else step
+        step = step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 else step
         own["step"] = whole_number({"step": step}, "step", f"{path}: optimizer")
     for own, local_group in zip(optimizer.param_groups, local.param_groups, strict=True):
         local_group["step"] = own["step"]
     moments = optimizer_shards.read_moments(path, state, [number for number, _ in numbered])
     for number, parameter in numbered:
         local.state[parameter] = moments_for(parameter, moments.get(number), f"{path}: optimizer, {number}")
+
+
+def groups_of(state, path) -> list[dict]:
+    """The param_groups of an optimizer's state_dict."""
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise UserError(f"{path}: its optimizer does not hold param_groups (it is {kind_of(state)}); --init_checkpoint "
+                        f"takes the weights alone")
+    return groups
 
 
 def moments_for(parameter, given, what: str) -> dict[str, torch.Tensor]:

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.file import check_sealed, read_file, write_file
+from checkpoint.file import DamagedFile, check_sealed, read_file, write_file
+from checkpoint.pickle_reader import printable
 from common.errors import UserError
 from common.files import sync_folder, write_json
 from optim.build import local_optimizer
@@ -39,14 +40,22 @@ def save_optimizer(checkpoint, optimizer, ranks) -> dict:
     """
     local = local_optimizer(optimizer)
     if local is optimizer:
-        return optimizer.state_dict()
+        state = optimizer.state_dict()
+        return {**state, "param_groups": readable_by_others(optimizer, state["param_groups"])}
     folder = folder_of(checkpoint)
     temporary = folder.with_name(f".{folder.name}.tmp")
     groups = numbered_groups(optimizer)
     file = temporary / f"rank_{ranks.rank}_of_{ranks.world_size}.pt"
     files = on_all_ranks(ranks, partial(write_share, file, optimizer, groups))
     on_all_ranks(ranks, partial(complete, temporary, dict(files), Path(checkpoint)) if ranks.first else lambda: None)
-    return {"folder": folder.name, "param_groups": groups}
+    return {"folder": folder.name, "param_groups": readable_by_others(optimizer, groups)}
+
+
+def readable_by_others(optimizer, groups: list[dict]) -> list[dict]:
+    """The groups with what the LAMBs of apex and of the reference trainer read from them: here it is always so."""
+    always = {"bias_correction": True, "grad_averaging": True,
+              "max_grad_norm": getattr(optimizer, "max_grad_norm", 1.0)}
+    return [{**always, **group} for group in groups]
 
 
 def numbered_groups(optimizer: torch.optim.Optimizer) -> list[dict]:
@@ -109,7 +118,7 @@ def set_aside(checkpoint: Path) -> None:
 
 
 def check_complete(checkpoint, state) -> None:
-    """UserError where the sharded state of a checkpoint is incomplete or damaged; `state` is its "optimizer".
+    """DamagedFile where the sharded state of a checkpoint is incomplete or damaged; `state` is its "optimizer".
 
     All its bytes are read, because a run must find a fault while it can still continue from another checkpoint.
     """
@@ -125,20 +134,22 @@ def folder_named(checkpoint, state: dict) -> Path:
 
 
 def read_index(folder: Path) -> dict[int, str]:
-    """The file of each parameter's moments.  UserError where the folder is incomplete."""
+    """The file of each parameter's moments.  DamagedFile where the folder is incomplete."""
     try:
         files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["files"]
         for name, entry in files.items():
             size = (folder / name).stat().st_size
             if size != entry["bytes"]:
-                raise UserError(f"{folder / name}: has {size} bytes, its index says {entry['bytes']}")
+                raise DamagedFile(f"{folder / name}: has {size} bytes, its index says {entry['bytes']}")
         return {number: name for name, entry in files.items() for number in entry["parameters"]}
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such file: the checkpoint's optimizer state is incomplete") from None
+        raise DamagedFile(f"{error.filename}: no such file: the checkpoint's optimizer state is incomplete") from None
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder / INDEX}: not a readable index: {error!r}") from None
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedFile(f"{folder / INDEX}: not a readable index: {printable(repr(error))}") from None
 
 
 def read_moments(checkpoint, state: dict, numbers: list[int]) -> dict:

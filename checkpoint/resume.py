@@ -4,10 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from checkpoint import reference
 from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint, read_complete, saved_steps
-from checkpoint.state import INIT_CHECKPOINT, TrainingState, with_current_keys
+from checkpoint.load import groups_of
+from checkpoint.state import INIT_CHECKPOINT, OWN_KEYS, PHASE_STEPS, TrainingState, with_current_keys
 from common.download import local_file
 from common.errors import UserError, whole_number
+
+PHASE1_STEPS = 7038  # of the published recipe
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,28 @@ class Phase:
 
     number: int = 1
     first: int = 0
+
+
+def last_step_of_phase1(folder, warn: Callable[[str], None]) -> int:
+    """Where phase 1 ended, by the checkpoints that phase 2 is to continue from, where no flag says it.
+
+    UserError where they leave it open.  In a folder without checkpoints it is that of the published recipe.
+    """
+    present = saved_steps(folder)
+    if not present or PHASE1_STEPS in present:
+        return PHASE1_STEPS
+    number, contents = newest_readable(folder, warn)
+    path = checkpoint_path(folder, number)
+    step = whole_number(contents, "step", path, number)
+    if whole_number(contents, "phase", path, 1) == 2:
+        return number - step
+    planned = whole_number(contents, PHASE_STEPS, path) if PHASE_STEPS in contents else None
+    if step == planned or (planned is None and len(present) == 1):
+        return number
+    names = ", ".join(checkpoint_path(folder, one).name for one in present)
+    reason = (f"which of {names} ended phase 1?" if planned is None
+              else f"phase 1 is not finished: {path.name} is step {step} of {planned}")
+    raise UserError(f"--output_dir {folder}: {reason}; --phase2 continues from ckpt_N.pt with --phase1_end_step N")
 
 
 @dataclass(frozen=True)
@@ -54,6 +80,7 @@ def find_resume_point(folder, phase: Phase, *, resume: bool, resume_step: int, i
                             (resume_step, read_complete(checkpoint_path(folder, resume_step))))
         path = checkpoint_path(folder, number)
         begun_with = contents.get(INIT_CHECKPOINT)
+        begun_with = begun_with if isinstance(begun_with, str) else None
         if init_checkpoint and begun_with != init_checkpoint:
             raise UserError(f"--init_checkpoint {init_checkpoint}: {path} is there already, and its run began with "
                             f"{begun_with or 'fresh weights'}; leave the flag out to continue from {path.name}, or "
@@ -77,6 +104,8 @@ def resume_point_at(path: Path, number: int, contents: dict, phase: Phase, warn:
         raise UserError(f"{path}: below --phase1_end_step {phase.first}: phase 1 is not finished")
     if phase.number == 2 and number == phase.first:
         return ResumePoint(path=path, contents=at_step_zero(contents, path, moments=True))
+    if not OWN_KEYS & contents.keys():
+        return ResumePoint(number - phase.first, path, reference.resumed(contents, path, number - phase.first, warn))
     if whole_number(contents, "phase", path, phase.number) != phase.number:
         raise UserError(f"{path}: was written in phase {contents['phase']}, "
                         f"this run is phase {phase.number} (--phase2)")
@@ -84,18 +113,16 @@ def resume_point_at(path: Path, number: int, contents: dict, phase: Phase, warn:
     if whole_number(contents, "step", path, step) != step:
         raise UserError(f"{path}: holds step {contents['step']} of its phase, but its name says {step}")
     contents = with_current_keys(contents, path)
-    if "rows" not in contents["data"]:
+    if whole_number(contents["data"], "rows", path) == 0 and "rows" not in contents["data"]:
         warn(f"{path} does not hold the position in the data: starting at the first row")
     return ResumePoint(step, path, contents)
 
 
 def at_step_zero(contents: dict, path, moments: bool) -> dict:
     """The weights of a checkpoint and, if asked for, the optimizer's moments, with the step count set to 0."""
-    kept = {key: contents[key] for key in ("model", "config") if key in contents}
+    kept = {key: contents[key] for key in ("model", "config", reference.MASTER_WEIGHTS) if key in contents}
     optimizer = contents.get("optimizer")
     if optimizer is None or not moments:
         return kept
-    groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        raise UserError(f"{path}: its optimizer does not hold param_groups")
+    groups = groups_of(optimizer, path)
     return {**kept, "optimizer": {**optimizer, "param_groups": [{**group, "step": 0} for group in groups]}}

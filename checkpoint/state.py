@@ -1,18 +1,20 @@
-"""The contents of a checkpoint.  Only this file knows all its keys."""
+"""The contents of a checkpoint.  Only this file knows all its keys; reference.py knows those of other trainers."""
 
 from dataclasses import dataclass
 
 import torch
 
-from checkpoint import optimizer_shards
-from checkpoint.load import load_model, load_optimizer
-from common.errors import dictionary, whole_number
+from checkpoint import optimizer_shards, reference
+from checkpoint.load import load_master_weights, load_model, load_optimizer
+from common.errors import UserError, dictionary, whole_number
 from data.dataloader import BatchStream
 from data.token_counts import TOKEN_COUNTS
 from modeling import BertForPreTraining
 from optim.build import restore_skip_counts, skip_counts
 
 INIT_CHECKPOINT = "init_checkpoint"
+OWN_KEYS = {"phase", "data", "rows"}  # a checkpoint that has none of them was written by another trainer
+PHASE_STEPS = "phase_steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,12 @@ class TrainingState:
                     predicted without context
         init_checkpoint   --init_checkpoint of the run's first start, or None
         step, phase the step of the phase, and 1 or 2
+        phase_steps the steps that the phase is to have, --max_steps
+
+    From a checkpoint of the reference trainer (reference.py) also, never written here:
+
+        master params   the weights in fp32, where the run was in fp16
+        used files      which shards its run had finished
 
     To save another part, give it state_dict() and load_state_dict(), which checks its values, and add it to both
     methods here.
@@ -57,6 +65,11 @@ class TrainingState:
     def load_state_dict(self, contents: dict, path) -> None:
         """Load the contents of the checkpoint at `path`, as far as present.  UserError where a value is malformed."""
         load_model(self.model, contents, path)
+        if contents.get(reference.MASTER_WEIGHTS) is not None:
+            try:
+                load_master_weights(self.optimizer, contents[reference.MASTER_WEIGHTS], path)
+            except UserError as error:
+                self.stream.warn(f"the weights are those of `model`: {error}")
         if contents.get("optimizer") is not None:
             load_optimizer(self.optimizer, contents["optimizer"], path)
         skipped = dictionary(contents, "skipped", path)
@@ -64,6 +77,8 @@ class TrainingState:
         self.precision.load_state_dict(dictionary(contents, "scaler", path))
         if "data" in contents:
             self.stream.load_state_dict(dictionary(contents, "data", path), path)
+        if reference.USED_FILES in contents:
+            self.stream.load_state_dict(contents[reference.USED_FILES].position(self.stream, path), path)
 
 
 def with_current_keys(contents: dict, path) -> dict:

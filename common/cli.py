@@ -1,13 +1,17 @@
 """What all command lines share: flags and their types, units in text, errors in one line.  No torch here."""
 
 import argparse
+import difflib
+import errno
+import os
+import select
 import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import fields
 from itertools import pairwise
 
-from common.errors import UserError
+from common.errors import NO_SPACE, UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -26,7 +30,32 @@ class ArgumentParser(argparse.ArgumentParser):
         problem = typing_slip(args)
         if problem:
             self.error(problem)
-        return super().parse_known_args([with_underscores(word) for word in args], namespace)
+        words = [with_underscores(word) for word in args]
+        self.check_names(words)
+        return super().parse_known_args(self.with_values(words), namespace)
+
+    def check_names(self, words: list[str]) -> None:
+        """End with one line where a flag is unknown; it names the known one that is most like it."""
+        for word in words:
+            if word == "--":
+                return
+            flag = word.partition("=")[0]
+            if word.startswith("--") and " " not in flag and flag not in self._option_string_actions:
+                closest = closest_name(flag, list(self._option_string_actions))
+                self.error(f"unrecognized arguments: {word}" + (f": did you mean {closest}?" if closest else ""))
+
+    def with_values(self, words: list[str]) -> list[str]:
+        """The words with "=True" at each bare boolean flag that a positional argument, not its value, follows."""
+        if all(action.option_strings for action in self._actions):
+            return words
+        bare = [(action := self._option_string_actions.get(word)) is not None and action.type is boolean
+                and action.nargs == "?" and following.strip().lower() not in TRUE + FALSE
+                for word, following in pairwise([*words, ""])]
+        return [f"{word}=True" if is_bare else word for word, is_bare in zip(words, bare, strict=True)]
+
+    def _print_message(self, message, file=None):
+        """Without argparse's disregard of errors, so that run() can tell of them."""
+        print(message, end="", file=file or sys.stderr)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
@@ -39,6 +68,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         if action.default in (None, "", False, [], argparse.SUPPRESS) or action.required:
             return action.help
         return super()._get_help_string(action)
+
+
+def closest_name(flag: str, known: list[str]) -> str | None:
+    """The known flag that begins with `flag`, or else that is written most like it; None where none is.
+
+        >>> closest_name("--max_step", ["--max_seq_length", "--max_steps"])
+        '--max_steps'
+    """
+    longer = [name for name in known if name.startswith(flag)]
+    return next(iter(longer or difflib.get_close_matches(flag, known, 1)), None)
 
 
 def with_underscores(word: str) -> str:
@@ -71,20 +110,40 @@ def typing_slip(words: list[str]) -> str | None:
     return None
 
 
+TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
+
+
 def boolean(text: str) -> bool:
     """The type of a flag that takes true/false, 1/0 or yes/no in any case."""
     word = text.strip().lower()
-    if word in ("true", "1", "yes"):
-        return True
-    if word in ("false", "0", "no"):
-        return False
+    if word in TRUE + FALSE:
+        return word in TRUE
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false (true/false, 1/0, yes/no)")
+
+
+# Of a flag that takes such a value, and means True without one
+BOOLEAN = {"nargs": "?", "const": True, "type": boolean, "metavar": "BOOL"}
+
+
+def whole(text: str) -> int:
+    """The type of a flag that takes a whole number, also one written as a float: 7038.0, 1e4."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not number.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(number)
 
 
 def positive_int(text: str) -> int:
     try:
-        number = int(text)
-    except ValueError:
+        number = whole(text)
+    except argparse.ArgumentTypeError:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
@@ -136,15 +195,88 @@ def options_from(args, kind: type, **values):
 
 
 def run(main) -> None:
-    """Run a command: a UserError becomes one line on stderr and exit code 2, an interrupt exit code 130."""
+    """Run a command, and end this process with its exit code.
+
+    A UserError, and what the system says of a file or disk, becomes one line on stderr and exit code 2, an interrupt
+    exit code 130.  Where nobody reads the output any more (`… | head -1`), the command ends without a word, and with
+    the exit code of a process that SIGPIPE has ended.
+    """
+    escape_output()
     try:
-        sys.exit(main())
+        code = flushed(outcome(main))
+    except BrokenPipeError:
+        if not nobody_reads():
+            raise
+        discard_output()
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def flushed(code):
+    """The same exit code, or that of an error where the output cannot be written."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_output()
+        return print_error(f"standard output: cannot be written: {error.strerror}")
+    return code
+
+
+def outcome(main):
+    """The exit code of a command, after the line that tells of its error."""
+    try:
+        return main()
+    except SystemExit as end:  # argparse's
+        return end.code
     except UserError as error:
-        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        return print_error(str(error))
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    except OSError as error:
+        if error.filename is None and error.errno not in (*NO_SPACE, errno.ENOENT):  # the latter: no temporary folder
+            raise
+        return print_error(file_error(error))
+
+
+def print_error(text: str) -> int:
+    """Print the one line of an error that the user can mend; returns its exit code."""
+    print(f"{sys.argv[0]}: error: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+def file_error(error: OSError) -> str:
+    """What the system says of a file; below the folder of temporary files also how to choose another."""
+    path = os.fsdecode(error.filename or "")
+    text = f"{path}: {error.strerror}" if path else error.strerror
+    if path.startswith(os.environ.get("TMPDIR", "/tmp")) or "temporary" in text:
+        text += " (the environment variable TMPDIR names another folder for temporary files)"
+    return text
+
+
+def escape_output() -> None:
+    """Let stdout and stderr show what their encoding lacks as escapes, such as \\u2192, in place of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def nobody_reads() -> bool:
+    """Whether the reader of stdout or stderr, a pipe, is gone."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def discard_output() -> None:
+    """Let what is written to stdout from now on, and what waits in its buffer, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 @contextmanager

@@ -5,13 +5,11 @@
     fetch(url, "dump.bz2", sha1=…)             resumes an interrupted download
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import random
 import time
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import cache_folder, sync_folder, write_json
+from common.locks import file_lock
 from common.remote_sources import Interrupted, remote_source, s3_keys
 
 TRIES = 8  # attempts in a row without progress, before a download is given up
@@ -71,7 +70,7 @@ def fetch(url: str, target, sha1: str | None = None, sha256: str | None = None,
     expected one.
     """
     transfer = Transfer(url, Path(target), {"sha1": sha1, "sha256": sha256})
-    with locked(transfer.target):
+    with file_lock(transfer.target, f"{transfer.target} (from {url})", patient=True):
         if not transfer.finished():
             transfer.receive_with_retries(tries, first_wait)
             transfer.accept()
@@ -176,7 +175,7 @@ class Transfer:
 
 def read_state(path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
 
@@ -197,13 +196,3 @@ def mismatch(path: Path, checksums: dict[str, str]) -> str | None:
         if found != expected:
             return f"{name} is {found}, expected {expected}"
     return None
-
-
-@contextmanager
-def locked(path):
-    """Lock a file, so that one process downloads it and the others wait."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

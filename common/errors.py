@@ -1,5 +1,9 @@
 """Errors that users can fix, and checks of values from files.  No torch here."""
 
+import errno
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit
+
 
 class UserError(ValueError):
     """An error in the user's input.  The text names the file or flag, and the values; commands exit with code 2."""
@@ -11,7 +15,7 @@ def whole_number(values: dict, key: str, what: str, default: int = 0) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not int or not 0 <= value < 2**63:
-        raise UserError(f"{what}: {key} is {str(value)[:50]}, not a whole number of at least 0")
+        raise UserError(f"{what}: {key} is {repr(value)[:50]}, not a whole number of at least 0")
     return value
 
 

@@ -2,8 +2,8 @@
 
 import io
 import json
-import math
 import os
+import secrets
 import stat
 import tempfile
 from contextlib import contextmanager, suppress
@@ -49,7 +49,7 @@ def replacing_files(folder, names):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporaries = [folder / f".{name}.{os.getpid()}.tmp" for name in names]
+    temporaries = [folder / f".{name}.{secrets.token_hex(4)}.tmp" for name in names]
     try:
         for temporary in temporaries:
             temporary.write_bytes(b"")
@@ -65,16 +65,15 @@ def replacing_files(folder, names):
             temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(*folders, before: float = math.inf) -> None:
-    """Delete the temporary files that a killed run left below these folders.
+def remove_leftovers(folder, name: str = "**/.*") -> None:
+    """Delete the temporary files that a killed run left in a folder, for files with this name (a pattern).
 
-    If another run may be writing there, `before` is the time at which this one started: newer files stay.
+    The caller holds a lock, so that no other run is writing them.
     """
-    for folder in folders:
-        for path in Path(folder).rglob(".*.tmp"):
-            with suppress(FileNotFoundError):
-                if path.is_file() and path.stat().st_mtime < before:
-                    path.unlink()
+    for path in Path(folder).glob(f"{name}.tmp"):
+        with suppress(FileNotFoundError):
+            if path.is_file():
+                path.unlink()
 
 
 def sync_folder(folder) -> None:
@@ -89,7 +88,7 @@ def sync_folder(folder) -> None:
 def write_json(path, value) -> None:
     """Write `value` as indented JSON, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def nearest_existing(path) -> Path:

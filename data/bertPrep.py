@@ -48,7 +48,7 @@ def parse(argv):
                             "https://dumps.wikimedia.org /mnt/wikimedia; the environment variable "
                             "BERT_PREP_MIRRORS=\"FROM TO …\" does the same")
     group = parser.add_argument_group("text_formatting")
-    group.add_argument("--skip_wikiextractor", type=cli.boolean, default=False, metavar="1|0",
+    group.add_argument("--skip_wikiextractor", **cli.BOOLEAN, default=False,
                        help="read the <doc> files that wikiextractor has written to extracted/DATASET/ (or those of "
                             "--input_files) instead of a dump")
     group.add_argument("--input_format", choices=FORMATS, help="of your own text; default: by the files' endings")

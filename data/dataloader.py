@@ -1,7 +1,8 @@
 """The endless stream of training batches, and one pass over held-out shards.
 
 Micro-batch k of the endless sequence of rows (row_order.py) goes to rank k mod N.  Rows without masks are masked here,
-by a function of seed, epoch, shard and row.
+by a function of seed, epoch, shard and row.  Large shards are read in pieces (Shard.pieces): in the order of the rows,
+and wherever a number stands for a shard here, a piece is a shard of its own.
 
 Batches are in the packed form of shards.SCHEMA (an unpacked row is a packed row of one sequence), int32 host tensors:
 input_ids, input_mask, segment_ids, positions (B, S), masked_lm_positions, masked_lm_ids (B, P),
@@ -9,8 +10,10 @@ next_sentence_positions, next_sentence_labels, next_sentence_weights (B, C).
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
@@ -20,7 +23,7 @@ from common.errors import UserError, dictionary, whole_number
 from data.masking import masked, row_keys
 from data.row_order import locate, row_order, row_ranges, rows_of_epoch
 from data.shard_reader import ShardReader
-from data.shards import Shard, count_sequences, metadata_path, read_checked_rows
+from data.shards import ROWS, Shard, count_sequences, metadata_path, read_checked_rows
 from data.token_counts import read_checked_counts
 
 HELD_OUT_SEED = 0  # for masking held-out rows without masks: the same masks at every evaluation
@@ -31,7 +34,7 @@ ROWS_CHECKED_FIRST = 50_000  # read and checked before the model is built; the o
 class BatchStream:
     """The endless micro-batches of one rank of `ranks` (parallel.ranks).
 
-    The next shard is read in the background while one is in use.  A shard that cannot be read ends the stream with a
+    The next piece is read in the background while one is in use.  A piece that cannot be read ends the stream with a
     UserError; with `skip_bad_shards` it is reported to `warn`, and all ranks skip it at the same row.
     """
 
@@ -46,7 +49,7 @@ class BatchStream:
     warn: Callable[[str], None] = print
 
     def __post_init__(self):
-        self.rows_per_shard = [shard.rows for shard in self.shards]
+        self.pieces = in_pieces(self.shards)
         self.stride = self.batch_size * self.ranks.world_size  # rows of a round: one micro-batch for each rank
         self.next_row = 0  # of the next round
         self.skipped_shards: dict[int, tuple[int, int]] = {}  # see rows_of_epoch
@@ -54,6 +57,10 @@ class BatchStream:
         self.open_shards: dict[tuple[int, int], Future] = {}
         self.readable: set[tuple[int, int]] = set()  # (epoch, shard) that every rank can read
         self.searched: set[int] = set()  # shards whose rows without a token are counted
+
+    @property
+    def rows_per_shard(self) -> list[int]:
+        return [piece.rows for piece in self.pieces]
 
     def __iter__(self):
         return self
@@ -85,7 +92,7 @@ class BatchStream:
         self.count_empty(shard, rows["input_mask"])
         chosen = order[start:stop]
         rows = {key: values[chosen] for key, values in rows.items()}
-        return with_masks(rows, self.shards[shard], row_keys(self.seed, epoch, shard, chosen))
+        return with_masks(rows, self.pieces[shard], row_keys(self.seed, epoch, shard, chosen))
 
     def count_empty(self, shard: int, input_mask: np.ndarray) -> None:
         """Say once how many rows of a shard hold no token: they take part in batches, and change nothing."""
@@ -93,8 +100,9 @@ class BatchStream:
             self.searched.add(shard)
             empty = int(np.count_nonzero(~input_mask.any(axis=1)))
             if empty:
-                self.warn(f"{self.shards[shard].path}: {empty} of its {len(input_mask)} rows hold no token and are "
-                          "passed over")
+                piece = self.pieces[shard]
+                self.warn(f"{piece.path.parent / piece.name}: {empty} of its {len(input_mask)} rows hold no token and "
+                          "are passed over")
 
     def open(self, epoch: int, shard: int) -> Future:
         if (epoch, shard) not in self.open_shards:
@@ -102,8 +110,9 @@ class BatchStream:
         return self.open_shards[epoch, shard]
 
     def read_shuffled(self, epoch: int, shard: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        rows = self.reader.call(read_checked_rows, self.shards[shard], self.vocab_size)
-        return rows, row_order(self.seed, epoch, shard, self.rows_per_shard[shard])
+        piece = self.pieces[shard]
+        rows = self.reader.call(read_checked_rows, piece, self.vocab_size)
+        return rows, row_order(self.seed, epoch, shard, piece.rows)
 
     def skip_unreadable(self) -> None:
         """Skip the shards of the next round that any rank cannot read.
@@ -133,7 +142,8 @@ class BatchStream:
         self.skipped_shards[shard] = (epoch, start)
         if not any(rows_of_epoch(self.rows_per_shard, self.skipped_shards, epoch + 1)):
             raise UserError(f"no readable shard is left; the last one: {fault}")
-        self.warn(f"skipped from row {self.next_row} of the run on: {fault}")
+        piece = self.pieces[shard]
+        self.warn(f"skipped from row {self.next_row} of the run on: {'' if piece.whole else f'{piece.name}: '}{fault}")
 
     def read_ahead(self) -> None:
         """Forget the shards that are used up, and start reading the next ones.
@@ -154,18 +164,23 @@ class BatchStream:
         """Wait until the shards that are read in the background are read, or found to be unreadable."""
         wait(self.open_shards.values())
 
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the rows that are read now, and of those that two of the largest pieces have: the most at a time."""
+        return sum(self.pieces[shard].nbytes for _, shard in self.open_shards), \
+            2 * max(piece.nbytes for piece in self.pieces)
+
     def rows_used(self, batches_ahead: int) -> int:
         """Rows of the endless sequence that were used, where each rank holds this many unused micro-batches."""
         return self.next_row - batches_ahead * self.stride
 
     def state_dict(self, batches_ahead: int) -> dict:
         """The position in the endless sequence, and what its order depends on besides the seed."""
-        names = [shard.path.name for shard in self.shards]
-        return {"rows": self.rows_used(batches_ahead), "shards": dict(zip(names, self.rows_per_shard, strict=True)),
-                "skipped_shards": {names[shard]: list(position) for shard, position in self.skipped_shards.items()}}
+        return {"rows": self.rows_used(batches_ahead), "shards": {piece.name: piece.rows for piece in self.pieces},
+                "skipped_shards": {self.pieces[shard].name: list(position)
+                                   for shard, position in self.skipped_shards.items()}}
 
     def load_state_dict(self, state: dict, source) -> None:
-        """Continue from a state_dict, read from the file `source`.
+        """Continue from a state_dict, read from the file `source`, with the shards in the pieces that it names.
 
         A missing shard keeps its place in the order, and is skipped when its turn comes.  UserError where the state is
         malformed, or a shard is missing and may not be skipped.
@@ -177,30 +192,51 @@ class BatchStream:
         skipped = {name: position_of(skipped[name], f"{what}: {name}") for name in rows_then if name in skipped}
         if not rows_then:
             return
-        found = {shard.path.name: shard for shard in self.shards}
-        if any(rows_then.get(name) != shard.rows for name, shard in found.items()):
+        rows_of_files = Counter()
+        for name, rows in rows_then.items():
+            rows_of_files[file_of(name)] += rows
+        if any(rows_of_files[shard.path.name] != shard.rows for shard in self.shards):
             self.warn("the shards are not those that the run began with: "
                       "rows of this epoch may be used twice, or not at all")
             return
-        folder = self.shards[0].path.parent
-        gone = sorted(set(rows_then) - set(found) - set(skipped))
+        pieces = pieces_named(rows_then, rows_of_files, self.shards)
+        found = {shard.path for shard in self.shards}
+        gone = sorted({piece.path for piece in pieces if piece.path not in found and piece.name not in skipped})
         if gone and not self.skip_bad_shards:
-            raise UserError(f"{folder / gone[0]}: the run began with this shard, and now it is gone ({len(gone)} are); "
+            raise UserError(f"{gone[0]}: the run began with this shard, and now it is gone ({len(gone)} are); "
                             f"put it back, or continue without it by --skip_bad_shards")
-        self.shards = [found.get(name) or replace(self.shards[0], path=folder / name, rows=rows)
-                       for name, rows in rows_then.items()]
-        self.rows_per_shard = list(rows_then.values())
+        self.pieces = pieces
         self.skipped_shards = {list(rows_then).index(name): position for name, position in skipped.items()}
 
     def close(self) -> None:
         self.thread.shutdown(cancel_futures=True)
 
 
+def in_pieces(shards: list[Shard]) -> list[Shard]:
+    return [piece for shard in shards for piece in shard.pieces()]
+
+
+def pieces_named(rows_of_pieces: dict[str, int], rows_of_files: dict[str, int], shards: list[Shard]) -> list[Shard]:
+    """The pieces of a state_dict, by their names, in order; also those of files that are not among the shards."""
+    by_file = {shard.path.name: shard for shard in shards}
+    first_rows, pieces = Counter(), []
+    for name, rows in rows_of_pieces.items():
+        file = file_of(name)
+        shard = by_file.get(file) or replace(shards[0], path=shards[0].path.parent / file, rows=rows_of_files[file])
+        pieces.append(shard.piece(first_rows[file], rows))
+        first_rows[file] += rows
+    return pieces
+
+
+def file_of(piece_name: str) -> str:
+    return piece_name.partition(ROWS)[0]
+
+
 def position_of(value, what: str) -> tuple[int, int]:
     """The (epoch, rows) at which a shard was skipped, from a checkpoint."""
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(n) is int and n >= 0 for n in value):
         return tuple(value)
-    raise UserError(f"{what} is {str(value)[:50]}, not the epoch and the row at which it was skipped")
+    raise UserError(f"{what} is {repr(value)[:50]}, not the epoch and the row at which it was skipped")
 
 
 def check_first_rows(shards: list[Shard], vocab_size: int, reader: ShardReader, skip_bad_shards: bool) -> np.ndarray:
@@ -209,7 +245,7 @@ def check_first_rows(shards: list[Shard], vocab_size: int, reader: ShardReader, 
     Returns how often each token occurs in them.  (vocab_size,)
     """
     checked, counts = 0, np.zeros(vocab_size, np.int64)
-    for shard in shards:
+    for shard in in_pieces(shards):
         if checked >= ROWS_CHECKED_FIRST:
             break
         try:
@@ -246,18 +282,27 @@ def sequences_in(batch: dict[str, torch.Tensor]) -> int:
 def batches_once(shards: list[Shard], batch_size: int, vocab_size: int):
     """Every row once, in order, in batches of one size; the last is filled up with empty rows."""
     pending: dict[str, torch.Tensor] | None = None
-    with ShardReader() as reader:
-        for number, shard in enumerate(shards):
-            rows = reader.call(read_checked_rows, shard, vocab_size)
-            keys = row_keys(HELD_OUT_SEED, 0, number, np.arange(shard.rows))
-            batch = as_batch(with_masks(rows, shard, keys))
-            pending = batch if pending is None else {key: torch.cat([pending[key], batch[key]]) for key in batch}
-            while len(pending["input_ids"]) >= batch_size:
+    with closing(parts_once(shards, batch_size, vocab_size)) as parts:
+        for part in parts:
+            pending = part if pending is None else {key: torch.cat([pending[key], part[key]]) for key in part}
+            if len(pending["input_ids"]) >= batch_size:
                 yield {key: values[:batch_size] for key, values in pending.items()}
                 pending = {key: values[batch_size:] for key, values in pending.items()}
     if pending is not None and len(pending["input_ids"]):
         missing = batch_size - len(pending["input_ids"])
         yield {key: torch.nn.functional.pad(values, (0, 0, 0, missing)) for key, values in pending.items()}
+
+
+def parts_once(shards: list[Shard], most_rows: int, vocab_size: int):
+    """Every row once, in order, in batches of at most `most_rows`, which do not cross the end of a piece."""
+    with ShardReader() as reader:
+        for number, shard in enumerate(shards):
+            for piece in shard.pieces():
+                rows = reader.call(read_checked_rows, piece, vocab_size)
+                for start in range(0, piece.rows, most_rows):
+                    part = {key: values[start:start + most_rows] for key, values in rows.items()}
+                    numbers = piece.first_row + start + np.arange(len(part["input_ids"]))
+                    yield as_batch(with_masks(part, piece, row_keys(HELD_OUT_SEED, 0, number, numbers)))
 
 
 def average_sequences_per_row(shards: list[Shard], reader: ShardReader, skip_bad_shards: bool = False) -> float:
@@ -279,7 +324,7 @@ def average_sequences_per_row(shards: list[Shard], reader: ShardReader, skip_bad
 
 def counted_sequences_per_row(shards: list[Shard], reader: ShardReader, skip_bad_shards: bool) -> float:
     sequences, rows = 0, 0
-    for shard in shards:
+    for shard in in_pieces(shards):
         try:
             sequences += reader.call(count_sequences, shard)
             rows += shard.rows

@@ -115,6 +115,7 @@ def serve(requests, replies, longest_call: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         pickle.dump(reply, replies, protocol=pickle.HIGHEST_PROTOCOL)
         replies.flush()
+        reply = None  # free the rows before the next ones are read
 
 
 def main() -> None:

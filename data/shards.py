@@ -5,11 +5,14 @@ sequence; a packed one holds up to N, numbered 1, 2, … in input_mask.
 
 Rows of either form can come without masks (--dynamic_masking): every token is shown, MASK_KEYS are absent, and the
 file's attributes hold the MaskingRule and prediction_slots, the width that MASK_KEYS would have.
+
+Training and evaluation read a shard of more than PIECE_BYTES of rows in pieces, so that its size does not decide how
+much memory they take.
 """
 
 import os
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -22,6 +25,7 @@ from data.masking import LONGEST_ROW, MOST_SEQUENCES, MaskingRule
 from data.shard_reader import IN_PROCESS
 
 ROWS_PER_CHUNK = 1024  # HDF5 compresses and reads this many rows at a time
+PIECE_BYTES = 2**27  # of rows in memory: above a shard of the packer; the order of the rows in training depends on it
 MOST_COMPRESSED = 5000  # the largest compression ratio (gzip: about 1000, zstd: more)
 DAMAGE = (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError)
 
@@ -50,21 +54,47 @@ SCHEMA = (
 )
 MASK_KEYS = ("masked_lm_positions", "masked_lm_ids")
 SLOTS = "prediction_slots"  # the attribute beside those of the rule
+ROWS = " rows "  # in the name of a piece, after that of its file
 METADATA_SUFFIX = "_metadata.json"  # of the packer's metadata, after the name of the set's folder
 MOST_EMPTY = 0.5  # of the rows of a shard may hold no token
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What the header of a shard file says."""
+    """What the header of a shard file says; or a piece of one, which takes the place of a shard."""
 
     path: Path
     rows: int
+    row_bytes: int  # of a row in memory
     packed: bool
     sequence_length: int
     prediction_slots: int  # P where unpacked, P + N where packed
     max_sequences: int  # N, 1 where unpacked
     rule: MaskingRule | None = None  # where the rows come without masks
+    first_row: int = 0  # in the file
+    whole: bool = True  # its rows are all of the file
+
+    def piece(self, first_row: int, rows: int) -> "Shard":
+        """So many rows of this shard from one of them on."""
+        return replace(self, first_row=first_row, rows=rows, whole=self.whole and rows == self.rows)
+
+    def pieces(self) -> list["Shard"]:
+        """This shard in as few pieces of equal size as PIECE_BYTES allows: where it is not larger, itself."""
+        most_rows = max(1, PIECE_BYTES // max(1, self.row_bytes))
+        rows = -(-self.rows // max(1, -(-self.rows // most_rows)))
+        return [self.piece(first, min(rows, self.rows - first)) for first in range(0, self.rows, rows or 1)] \
+            or [self]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its rows in memory."""
+        return self.rows * self.row_bytes
+
+    @property
+    def name(self) -> str:
+        """The name of the file, and for a piece the numbers of its first and last row."""
+        last_row = self.first_row + self.rows - 1
+        return self.path.name if self.whole else f"{self.path.name}{ROWS}{self.first_row} to {last_row}"
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -108,7 +138,8 @@ def read_header(path) -> Shard:
         raise UserError(f"{path}: {not_integers[0]} holds no integers")
     if size > MOST_COMPRESSED * path.stat().st_size:
         raise UserError(f"{path}: its header announces {size} bytes of rows, far more than its size allows")
-    shard = Shard(path=path, rows=shapes["input_ids"][0] if shapes["input_ids"] else 0, packed=packed,
+    rows = shapes["input_ids"][0] if shapes["input_ids"] else 0
+    shard = Shard(path=path, rows=rows, row_bytes=size // max(rows, 1), packed=packed,
                   sequence_length=second_axis(shapes["input_ids"]), prediction_slots=slots,
                   max_sequences=second_axis(shapes["next_sentence_positions"]) if packed else 1, rule=rule)
     if rule and (shard.sequence_length > LONGEST_ROW or shard.max_sequences > MOST_SEQUENCES):
@@ -177,8 +208,10 @@ def find_readable_shards(folder, split: str = "training", flag: str = "--input_d
     return shards, errors
 
 
-def read_rows(shard: Shard, keys=None, rows=...) -> dict[str, np.ndarray]:
-    """All rows of a shard, or those of the slice `rows`, in the dtypes of the file."""
+def read_rows(shard: Shard, keys=None, rows: slice | None = None) -> dict[str, np.ndarray]:
+    """The rows of a shard or piece, or those of the slice `rows` of the file, in the dtypes of the file."""
+    own = ... if shard.whole else slice(shard.first_row, shard.first_row + shard.rows)
+    rows = own if rows is None else rows
     with opened(shard.path) as file:
         return {key: file[key][rows] for key in keys or shard.keys}
 
@@ -253,7 +286,7 @@ def created(path):
 def opened(path):
     """Yield the h5py.File of a shard.  UserError where it cannot be opened, or reading in the block fails."""
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:  # not every shared file system has locks
             yield file
     except UserError:
         raise
@@ -266,7 +299,7 @@ def opened(path):
 # --- values that no model can take ---
 
 def read_checked_rows(shard: Shard, vocab_size: int) -> dict[str, np.ndarray]:
-    """All rows of a shard; UserError naming file, row and value where one is impossible with this vocabulary."""
+    """The rows of a shard or piece; UserError naming file, row and value where this vocabulary makes one impossible."""
     rows = read_rows(shard)
     for key, values in rows.items():
         if values.shape != expected_shape(shard, key) or values.dtype.kind not in "iu":
@@ -285,14 +318,14 @@ def first_fault(shard: Shard, rows: dict[str, np.ndarray], vocab_size: int) -> s
               "next_sentence_positions": sequence_length, "next_sentence_weights": 2,
               "input_mask": shard.max_sequences + 1}
     for key, values in rows.items():
-        bad = (values < 0) | (values >= limits[key])
-        if bad.any():
-            where = np.argwhere(bad)[0]
-            return f"{key} of row {where[0]} holds {values[tuple(where)]}, not from 0 to {limits[key] - 1}"
-    return empty_rows_fault(rows) or (rule_fault(shard, rows["input_mask"], vocab_size) if shard.rule else None)
+        if values.min(initial=0) < 0 or values.max(initial=0) >= limits[key]:
+            row, *place = np.argwhere((values < 0) | (values >= limits[key]))[0]
+            return (f"{key} of row {shard.first_row + row} holds {values[(row, *place)]}, "
+                    f"not from 0 to {limits[key] - 1}")
+    return empty_rows_fault(shard, rows) or (rule_fault(shard, rows["input_mask"], vocab_size) if shard.rule else None)
 
 
-def empty_rows_fault(rows: dict[str, np.ndarray]) -> str | None:
+def empty_rows_fault(shard: Shard, rows: dict[str, np.ndarray]) -> str | None:
     """Why rows without a token cannot be passed over, or None.
 
     Packers of the reference leave a few, with nothing else in them; most rows of a set that was not written to the end
@@ -304,9 +337,10 @@ def empty_rows_fault(rows: dict[str, np.ndarray]) -> str | None:
     for key in ("masked_lm_positions", "next_sentence_weights"):
         used = empty & rows[key].any(axis=1) if key in rows else empty[:0]
         if used.any():
-            return f"row {used.argmax()} holds no token, but {key}"
+            return f"row {shard.first_row + used.argmax()} holds no token, but {key}"
     if empty.sum() > MOST_EMPTY * len(empty):
-        return f"{empty.sum()} of its {len(empty)} rows hold no token, the first is row {empty.argmax()}"
+        return (f"{empty.sum()} of its {len(empty)} rows hold no token, the first is row "
+                f"{shard.first_row + empty.argmax()}")
     return None
 
 
@@ -317,7 +351,8 @@ def rule_fault(shard: Shard, input_mask: np.ndarray, vocab_size: int) -> str | N
         return f"made with a vocabulary of {rule.vocab_size}, but the config's has {vocab_size}"
     counts = tokens_to_predict(shard, input_mask)
     if counts.max(initial=0) > shard.prediction_slots:
-        return f"row {counts.argmax()} has {counts.max()} tokens to predict, and room for {shard.prediction_slots}"
+        return (f"row {shard.first_row + counts.argmax()} has {counts.max()} tokens to predict, and room for "
+                f"{shard.prediction_slots}")
     return None
 
 

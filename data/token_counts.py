@@ -12,6 +12,7 @@ from common.errors import UserError
 from data.shards import Shard, metadata_path, read_checked_rows
 
 TOKEN_COUNTS = "token_counts"  # in the metadata, and in checkpoints
+ROWS_COUNTED_AT_ONCE = 10_000  # counting takes several times their memory
 
 
 def count_tokens(rows: dict[str, np.ndarray], size: int = 0) -> np.ndarray:
@@ -48,7 +49,11 @@ def as_text(counts: np.ndarray) -> str:
 
 def read_checked_counts(shard: Shard, vocab_size: int) -> np.ndarray:
     """The counts of a shard, whose rows are checked as read_checked_rows does.  (vocab_size,)"""
-    return count_tokens(read_checked_rows(shard, vocab_size), vocab_size)
+    rows, counts = read_checked_rows(shard, vocab_size), np.zeros(vocab_size, np.int64)
+    for start in range(0, shard.rows, ROWS_COUNTED_AT_ONCE):
+        counts += count_tokens({key: values[start:start + ROWS_COUNTED_AT_ONCE] for key, values in rows.items()},
+                               vocab_size)
+    return counts
 
 
 def stored_counts(shards: list[Shard], vocab_size: int) -> np.ndarray | None:

@@ -12,6 +12,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
+from common.cli import escape_output
 from common.errors import UserError
 
 TASKS_AHEAD = 2  # for each worker: enough to keep it busy, but few results wait in memory
@@ -41,13 +42,18 @@ def open_pool(n_processes: int):
     if n_processes == 1:
         return SerialExecutor()
     # Fresh interpreters: a fork would copy this process's memory, and locks that its threads hold.
-    pool = ProcessPoolExecutor(n_processes, get_context("spawn"), leave_interrupts_to_parent)
+    try:
+        pool = ProcessPoolExecutor(n_processes, get_context("spawn"), prepare_worker)
+    except OSError as error:
+        raise UserError(f"--n_processes {n_processes}: processes share locks in /dev/shm, which cannot be used here: "
+                        f"{error.strerror}; make room in it (docker run --shm-size), or give --n_processes 1") from None
     pool.workers, pool.description = n_processes, f"{n_processes} processes"
     return pool
 
 
-def leave_interrupts_to_parent() -> None:
+def prepare_worker() -> None:
     """Ignore Ctrl-C, which reaches every process of a terminal: the parent ends the others."""
+    escape_output()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

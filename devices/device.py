@@ -38,6 +38,9 @@ class Device:
 
     def __init__(self, name: str = "cpu"):
         self.torch_device = torch.device(name)
+        # Numbers below 1e-38 take a CPU a hundred times as long, and late in a training attention makes many of them.
+        # Threads inherit this from the one that starts them, so it comes before the first parallel computation.
+        torch.set_flush_denormal(True)
 
     def describe(self) -> str:
         return f"{self.torch_device.type} ({torch.get_num_threads()} threads)"

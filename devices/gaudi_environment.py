@@ -80,8 +80,8 @@ def package_release(name: str) -> str | None:
 def driver_release() -> str | None:
     """The driver's release as hl-smi tells it, or None."""
     try:
-        done = subprocess.run(["hl-smi", "-Q", "driver_version", "-f", "csv,noheader"], capture_output=True, text=True,
-                              timeout=HL_SMI_SECONDS)
+        done = subprocess.run(["hl-smi", "-Q", "driver_version", "-f", "csv,noheader"], capture_output=True,
+                              encoding="utf-8", errors="replace", timeout=HL_SMI_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
@@ -132,6 +132,6 @@ def list_variables(precision: PrecisionOptions, environ, folder: Path) -> dict[s
                                 f"they differ in {', '.join(differing)}")
         elif path:
             file = folder / f"{variable}.txt"
-            file.write_text("".join(f"{name}\n" for name in op_lists.aten_names(ops)))
+            file.write_text("".join(f"{name}\n" for name in op_lists.aten_names(ops)), encoding="utf-8")
             found[variable] = str(file)
     return found

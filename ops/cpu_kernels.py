@@ -113,8 +113,8 @@ def fingerprint(command: list[str]) -> str:
 def compile_to(path: Path, command: list[str]) -> None:
     try:
         with replacing(path) as temporary:
-            done = subprocess.run([*command, "-o", str(temporary)], capture_output=True, text=True,
-                                  timeout=COMPILE_TIMEOUT)
+            done = subprocess.run([*command, "-o", str(temporary)], capture_output=True, encoding="utf-8",
+                                  errors="replace", timeout=COMPILE_TIMEOUT)
             if done.returncode:
                 first = next(iter(done.stderr.splitlines()), f"exit code {done.returncode}")
                 raise KernelsMissing(f"{command[0]}: {first}")

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError, first_line
+from common.locks import LONGEST_WAIT
 from parallel import rendezvous
 from parallel.rendezvous import RankInfo
 from parallel.watchdog import RankWatchdog, missing_ranks
@@ -58,6 +59,12 @@ class SingleRank:
         if self.first:
             print(f"warning: {text}", file=sys.stderr)
 
+    @contextmanager
+    def first_holds(self, lock):
+        """A block in which rank 0 holds the lock, a context manager, for all ranks: no rank is in it before that."""
+        with lock:
+            yield
+
     def connect(self, device) -> None:
         """Connect the ranks, over the device's backend and on the host.  The methods below work from then on."""
 
@@ -75,8 +82,11 @@ class SingleRank:
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         return self.sum(values) / self.world_size
 
+    def start_sum(self, values: torch.Tensor) -> dist.Work | None:
+        """Start to replace a small host tensor by its sum over all ranks; wait() on the returned work."""
+
     def start_maximum(self, values: torch.Tensor) -> dist.Work | None:
-        """Start to replace a small host tensor by its maximum over all ranks; wait() on the returned work."""
+        """The same with the maximum."""
 
 
 class RankGroup(SingleRank):
@@ -122,6 +132,16 @@ class RankGroup(SingleRank):
         self.store.set(f"left/{self.rank}", "")
         if self.first:  # hosts the store, which the watchdogs of the others poll until they stop
             missing_ranks(self.store, "left", list(range(self.world_size)), LEAVE_TIMEOUT)
+
+    @contextmanager
+    def first_holds(self, lock):
+        if not self.first:
+            self.store.wait(["locked"], self.timeout + timedelta(seconds=LONGEST_WAIT))
+            yield
+            return
+        with lock:
+            self.store.set("locked", "")
+            yield
 
     def connect(self, device) -> None:
         self.wait_for_all_ranks(device.software())
@@ -175,6 +195,9 @@ class RankGroup(SingleRank):
         total = values.clone()
         dist.all_reduce(total, group=self.host_group)
         return total
+
+    def start_sum(self, values: torch.Tensor) -> dist.Work | None:
+        return dist.all_reduce(values, group=self.host_group, async_op=True)
 
     def start_maximum(self, values: torch.Tensor) -> dist.Work | None:
         return dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True)

@@ -18,6 +18,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from common.errors import UserError
+from common.locks import release_all
 
 POLL_SECONDS = 1.0
 ACKNOWLEDGE_TIMEOUT = timedelta(seconds=5)  # a failed rank waits for the others that long
@@ -89,6 +90,7 @@ class RankWatchdog:
         with self.ending:
             if self.rank == 0:
                 time.sleep(LINGER_SECONDS)
+            release_all()
             os._exit(code)
 
 

@@ -69,6 +69,29 @@ def test_bytes_that_are_not_utf8_end_in_one_line(locale):
     assert done.stderr.decode().splitlines()[-1].endswith("error: standard input: line 2 is not UTF-8")
 
 
+def test_words_are_utf8_where_the_terminal_knows_ascii_only(capsys):
+    sentence = "caf\u00e9 [MASK]".encode()
+    done = subprocess.run([sys.executable, ROOT / "fill_mask.py", *FLAGS], input=sentence, capture_output=True,
+                          env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"})
+    fill_mask.main([*FLAGS, sentence.decode("ascii", "surrogateescape")])  # as the shell's words come there
+    assert capsys.readouterr().out.startswith("caf\u00e9 [MASK]\n")
+    with pytest.raises(UserError, match="SENTENCE is not UTF-8"):
+        fill_mask.main([*FLAGS, b"caf\xe9 [MASK]".decode("ascii", "surrogateescape")])
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.splitlines()[0] == b"caf\\xe9 [MASK]" and done.stdout.count(b"%)") == 5
+
+
+@pytest.mark.parametrize("size", [fill_mask.LONGEST_LINE - 1, fill_mask.LONGEST_LINE, 3 * fill_mask.LONGEST_LINE])
+def test_a_line_that_is_no_sentence_is_passed_over(capsys, monkeypatch, size):
+    """The limit counts the line's end, too."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * size + "\nthe [MASK]\n" + "y" * 2 * size))
+    fill_mask.main(FLAGS)
+    lines = capsys.readouterr().out.splitlines()
+    passed_over = "longer than 100000 characters: passed over"
+    assert lines[0] == (f"line 1 is {passed_over}" if size >= fill_mask.LONGEST_LINE else f"no [MASK] in {'x' * 80!r}…")
+    assert lines[1] == "the [MASK]" and lines[3:] == [f"line 3 is {passed_over}"]
+
+
 @pytest.mark.parametrize("words, said", [
     ([*FLAGS, "the sea"], "no [MASK] in 'the sea'"),
     ([*FLAGS, "sea " * 40 + "[MASK]"], "43 tokens in 'sea sea"),

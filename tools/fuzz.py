@@ -1,11 +1,13 @@
 """Give the training command thousands of malformed inputs, and check that it refuses each in one line.
 
 Hypothesis damages configs, op lists, metadata, shards, checkpoints and Hugging Face model folders (tools/malformed.py),
-and run_pretraining.main() is called with them in this process; shards are read in its child process, as in any run.  A
-run may end with a UserError whose line names the file or a flag, or with exit code 2.  It may train if the change left
-the input valid.  Anything else is a failure: a traceback, a hang, a crash, a missing checkpoint, an executed payload.
+and puts hostile pickles into checkpoints (tools/malformed_pickles.py).  run_pretraining.main() is called with them in
+this process; shards are read in its child process, as in any run.  A run may end with a UserError whose line names the
+file or a flag, or with exit code 2.  It may train if the change left the input valid.  Anything else is a failure: a
+traceback, a hang, a crash, a missing checkpoint, an executed payload, a request for gigabytes of memory.
 
     python tools/fuzz.py --inputs 10000
+    python tools/fuzz.py --inputs 10000 --kinds pickle
 """
 
 import argparse
@@ -13,6 +15,7 @@ import faulthandler
 import json
 import os
 import random
+import resource
 import sys
 import tempfile
 import traceback
@@ -33,12 +36,13 @@ import run_pretraining  # noqa: E402
 from common import cli  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from data.shard_reader import ShardReader  # noqa: E402
-from tools import malformed  # noqa: E402
+from tools import malformed, malformed_pickles  # noqa: E402
 from tools.malformed import Kind  # noqa: E402
 
 ROUND = 100  # inputs that Hypothesis draws at a time
 LONGEST_ROUND = 600.0  # seconds; a longer round is a hang
 LONGEST_READ = 20.0  # seconds of processor time for the six rows of a shard
+MORE_MEMORY = 2 << 30  # bytes that an input may take beside what the process has
 CHILD_OUTPUT = "child_output.txt"
 LONGEST_LINE = 1000  # characters of an error line
 
@@ -58,6 +62,7 @@ def main(argv=None) -> None:
     parser.add_argument("--inputs", type=cli.positive_int, default=10_000,
                         help="stop after this many inputs were refused, over all kinds")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the inputs")
+    parser.add_argument("--kinds", default="", help="only the kinds of inputs whose names hold this word")
     parser.add_argument("--failed_dir", help="folder to which failed inputs are written")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     args = parser.parse_args(argv)
@@ -66,7 +71,7 @@ def main(argv=None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            tallies = fuzz(Path(folder), args.inputs, args.seed, failed_dir)
+            tallies = fuzz(Path(folder), args.inputs, args.seed, failed_dir, args.kinds)
         finally:
             os.chdir(before)
     print(json.dumps({name: asdict(tally) for name, tally in tallies.items()}) if args.json else in_words(tallies))
@@ -86,7 +91,7 @@ def in_words(tallies: dict[str, Counts]) -> str:
 @contextmanager
 def stderr_to_file():
     """A block in which the stderr of child processes and libraries goes to CHILD_OUTPUT; it yields the screen."""
-    with os.fdopen(os.dup(2), "w") as screen, open(CHILD_OUTPUT, "ab") as file:
+    with os.fdopen(os.dup(2), "w", encoding="utf-8") as screen, open(CHILD_OUTPUT, "ab") as file:
         os.dup2(file.fileno(), 2)
         try:
             yield screen
@@ -104,9 +109,26 @@ def no_longer_than(seconds: float, screen):
         faulthandler.cancel_dump_traceback_later()
 
 
-def fuzz(folder: Path, inputs: int, seed: int, failed_dir: Path | None = None) -> dict[str, Counts]:
-    """Try inputs of all kinds in turn until `inputs` were refused.  The working folder must be `folder`."""
-    kinds = malformed.kinds(folder)
+@contextmanager
+def limited_memory():
+    """A block in which this process cannot get MORE_MEMORY beside what it has."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MORE_MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def fuzz(folder: Path, inputs: int, seed: int, failed_dir: Path | None = None, word: str = "") -> dict[str, Counts]:
+    """Try inputs of all kinds with `word` in their names in turn, until `inputs` were refused.
+
+    The working folder must be `folder`.
+    """
+    kinds = [kind for kind in malformed.kinds(folder) if word in kind.name]
+    if not kinds:
+        raise UserError(f"--kinds {word}: no kind of input has this in its name")
     found = {kind.name: Counts() for kind in kinds}
     rng = random.Random(seed)
     with (stderr_to_file() as screen, ShardReader(LONGEST_READ) as reader,
@@ -118,7 +140,7 @@ def fuzz(folder: Path, inputs: int, seed: int, failed_dir: Path | None = None) -
         while (missing := inputs - sum(tally.refused for tally in found.values())) > 0:
             for kind in kinds:
                 count = min(ROUND, -(-missing // len(kinds)))
-                with no_longer_than(LONGEST_ROUND, screen):
+                with no_longer_than(LONGEST_ROUND, screen), limited_memory():
                     run_round(kind, found[kind.name], count, rng.randrange(2**32), reader, failed_dir)
                 bar.n = sum(tally.refused for tally in found.values())
                 bar.refresh()
@@ -160,9 +182,9 @@ def try_input(kind: Kind, tally: Counts, reader: ShardReader) -> str | None:
         return traceback.format_exc()
     else:
         tally.trained += 1
-        return None
+        return executed()
     tally.refused += 1
-    return wrong_with(line, kind) or wrong_with_child() or wrong_with_files(files, listing())
+    return executed() or wrong_with(line, kind) or wrong_with_child() or wrong_with_files(files, listing())
 
 
 def train_one_step(flags: dict, reader: ShardReader) -> None:
@@ -175,17 +197,28 @@ def train_one_step(flags: dict, reader: ShardReader) -> None:
         run_pretraining.main([f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()])
 
 
+def executed() -> str | None:
+    """What is wrong where an input was executed."""
+    marker = Path(malformed_pickles.MARKER)
+    if not marker.exists():
+        return None
+    marker.rmdir() if marker.is_dir() else marker.unlink()
+    return "something in the file was executed"
+
+
 def wrong_with(line: str, kind: Kind) -> str | None:
     """What is wrong with the error line of a refused run."""
     if not 10 < len(line) <= LONGEST_LINE:
         return f"a line of {len(line)} characters: {line[:300]}"
     if not any(part in line for part in (*Path(kind.file).parts, "--")):
         return f"neither file nor flag is named: {line}"
+    if Path(kind.file).suffix in (".pt", ".bin") and (not line.isprintable() or "fit into memory" in line):
+        return f"the line holds what controls a terminal, or speaks of too little memory: {line!r}"
     return None
 
 
 def wrong_with_child() -> str | None:
-    text = Path(CHILD_OUTPUT).read_text(errors="replace")
+    text = Path(CHILD_OUTPUT).read_text(encoding="utf-8", errors="replace")
     os.truncate(CHILD_OUTPUT, 0)
     return f"the child process printed {text}" if "Traceback" in text else None
 

@@ -39,7 +39,8 @@ FORMS = ("unpacked", "packed")
 LENGTHS = {1: 24, 2: 32}  # tokens, by phase
 STEPS = {1: 17, 2: 13}
 PREDICTIONS = 4
-COMPARED = ("step_loss", "average_loss", "mlm_loss", "nsp_loss", "learning_rate", "gradient_norm", "skipped_steps")
+COMPARED = ("step_loss", "step_mean_loss", "average_loss", "mlm_loss", "nsp_loss", "learning_rate", "gradient_norm",
+            "skipped_steps")
 COLLECTIVE_TIMEOUT = 30  # seconds that a rank waits for one that was killed before it connected
 LONGEST_RUN = 300.0  # seconds; a longer run is a hang
 
@@ -67,7 +68,7 @@ def main(argv=None) -> None:
     parser.add_argument("--kills", type=cli.positive_int, default=50, help="number of kills")
     parser.add_argument("--signal", choices=("SIGKILL", "SIGTERM"), default="SIGKILL", help="signal to kill with")
     parser.add_argument("--ranks", type=cli.positive_int, default=1, help="ranks of a training")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the moments")
+    parser.add_argument("--seed", type=cli.whole, default=0, help="random seed of the moments")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -257,7 +258,7 @@ def wait_for_children(process: subprocess.Popen) -> None:
 
 
 def last_words(folder: Path) -> str:
-    return (folder / "output.txt").read_text(errors="replace")[-2000:]
+    return (folder / "output.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
 
 
 # --- checks of what the runs leave ---
@@ -318,7 +319,7 @@ def logged_figures(output: Path) -> list[tuple[tuple[int, int], dict]]:
     found = []
     for phase in LENGTHS:
         path = output / f"log_{phase}.json"
-        for text in path.read_text().splitlines() if path.exists() else ():
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
                 line = json.loads(text.removeprefix("DLLL "))
             except json.JSONDecodeError:

@@ -1,8 +1,9 @@
 """The flags of run_pretraining.py, each declared once.  No torch here."""
 
 import argparse
+import os
 
-from common.cli import ArgumentParser, boolean, options_from, positive_float, positive_int, proportion
+from common.cli import BOOLEAN, ArgumentParser, options_from, positive_float, positive_int, proportion, whole
 from devices.options import DeviceOptions, PrecisionOptions
 
 DESCRIPTION = """BERT pre-training (masked LM + next sentence prediction) with LAMB, on Gaudi, CUDA and CPU.
@@ -14,15 +15,29 @@ DESCRIPTION = """BERT pre-training (masked LM + next sentence prediction) with L
 
 Batch sizes are per card and optimizer step; steps are optimizer steps."""
 
+FIRST_WORKER = "worker_0"  # the folder of rank 0's TensorBoard figures, where the reference scripts look for them
+
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """The flags as a namespace.  Ends with one line and exit code 2 if a flag is unknown or flags are contradictory."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = with_implied_flags(parser.parse_args(argv))
     problem = contradiction(args)
     if problem:
         parser.error(problem)
     return args
+
+
+def with_implied_flags(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with those that others imply."""
+    implied = {}
+    if args.allreduce_post_accumulation_fp16:
+        implied["allreduce_post_accumulation"] = True
+    if args.phase2 and not args.init_checkpoint:
+        implied["resume_from_checkpoint"] = True
+    if args.enable_tensorboard_logging and not args.tensorboard_logdir:
+        implied["tensorboard_logdir"] = os.path.join(args.output_dir, FIRST_WORKER)
+    return argparse.Namespace(**{**vars(args), **implied})
 
 
 def build_parser() -> ArgumentParser:
@@ -50,7 +65,8 @@ def command_flags(values: dict) -> list[str] | None:
         text = ":".join(map(str, value)) if isinstance(value, list) else str(value)
         if value is None or action.dest in ("help", "local_rank") or action.default in (value, text):
             continue
-        words.append(action.option_strings[0] if action.nargs == 0 else f"{action.option_strings[0]}={text}")
+        bare = action.nargs == 0 or (action.nargs == "?" and value is action.const)
+        words.append(action.option_strings[0] if bare else f"{action.option_strings[0]}={text}")
     return words
 
 
@@ -65,7 +81,7 @@ def add_files(parser) -> None:
     add("--bert_model", default="bert-large-uncased", help="name in the log and the model card")
     add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL) or Hugging Face "
         "model folder; with --resume_from_checkpoint also its optimizer moments")
-    add("--seed", type=int, default=42, help="random seed for weights, row order and dropout")
+    add("--seed", type=whole, default=42, help="random seed for weights, row order and dropout")
 
 
 def add_batches(parser) -> None:
@@ -76,7 +92,12 @@ def add_batches(parser) -> None:
     add("--train_batch_size", type=positive_int, default=32,
         help="sequences per card and optimizer step, over all accumulation steps")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per optimizer step; must "
-        "divide --train_batch_size.  On packed data it is divided by the average number of sequences in a row")
+        "divide --train_batch_size.  On packed data it is divided by the average number of sequences in a row.  The "
+        "loss is the mean of the micro-batches' means, so it depends on how rows fall into them: see --normalize_loss")
+    add("--normalize_loss", choices=("micro_batch", "tokens"), default="micro_batch",
+        help="what weighs the same in the loss of a step: every micro-batch of every card, whatever its number of "
+        "masked tokens, as in the reference scripts (default); or every masked token, and in the NSP loss every "
+        "sequence")
 
 
 def add_schedule(parser) -> None:
@@ -84,20 +105,21 @@ def add_schedule(parser) -> None:
     add("--learning_rate", type=float, default=5e-5, help="peak learning rate")
     add("--max_steps", type=positive_int, default=1000,
         help="optimizer steps of this phase: the length of its learning rate schedule")
-    add("--steps_this_run", type=int, default=-1,
+    add("--steps_this_run", type=whole, default=-1,
         help="end the run at this step of the phase (a step number, not a count); -1 = --max_steps")
     add("--warmup_proportion", type=proportion, default=0.01,
         help="share of --max_steps over which the learning rate warms up")
     add("--undecayed_rate", type=positive_float, default=1.0, metavar="FACTOR", help="learning rate of biases and "
         "LayerNorms, as a multiple of the others': LAMB gives them no trust ratio, and 0.1 helps a small model")
-    add("--phase2", action="store_true",
-        help="second phase: continues from phase 1's last checkpoint with its own schedule")
-    add("--phase1_end_step", type=int, default=7038, help="last step of phase 1")
+    add("--phase2", action="store_true", help="second phase: continues from phase 1's last checkpoint in --output_dir "
+        "with its own schedule; --resume_from_checkpoint need not be given, unless --init_checkpoint is")
+    add("--phase1_end_step", type=whole, help="last step of phase 1 (default: 7038 where that checkpoint is in "
+        "--output_dir, else what the checkpoints there say)")
 
 
 def add_precision(parser) -> None:
     add = parser.add_argument_group("precision and memory").add_argument
-    add("--hmp", "--autocast", action="store_true", help="bf16 mixed precision")
+    add("--hmp", "--autocast", "--use_autocast", **BOOLEAN, default=False, help="bf16 mixed precision")
     add("--hmp_bf16", default="", metavar="FILE", help="list of ops to run in bf16; '' = the device's own list")
     add("--hmp_fp32", default="", metavar="FILE", help="list of ops to run in fp32; '' = the device's own list")
     add("--hmp_opt_level", choices=("O1", "O2"), default="O1", help="O2 ignores the lists")
@@ -119,14 +141,14 @@ def add_device(parser) -> None:
         "where that does not work, the run logs the reason and continues without")
     add("--no_compiled_autograd", action="store_true", help="HPU, with --use_torch_compile: compile the backward "
         "pass without compiled autograd")
-    add("--use_hpu_graphs", action="store_true", help="HPU, lazy mode: record the graphs of forward and backward "
+    add("--use_hpu_graphs", **BOOLEAN, default=False, help="HPU, lazy mode: record the graphs of forward and backward "
         "passes once and replay them: less work for the host, so faster where micro-batches are small")
     add("--cuda_graphs", action="store_true", help="CUDA, with --use_torch_compile: record the compiled parts as CUDA "
         "graphs and replay them; faster where micro-batches are small")
     add("--attention", choices=("plain", "sdpa", "varlen"),
         help="plain: elementary operations; sdpa: fused kernels with a mask; varlen: fused kernels for variable-length "
         "sequences (default: the fastest on the device; CUDA measures the last two at the start)")
-    add("--use_cpu_kernels", type=boolean, default=True, metavar="BOOL",
+    add("--use_cpu_kernels", **BOOLEAN, default=True,
         help="CPU, fp32: run the layers in kernels that are compiled (C++) when the run starts (default: True; where "
         "they cannot be used, the run logs why and uses PyTorch's operations)")
     add("--use_fused_lamb", action="store_true",
@@ -137,7 +159,7 @@ def add_device(parser) -> None:
 def add_device_choice(parser) -> None:
     add = parser.add_argument_group("device (default: CUDA where there is a GPU, else CPU)").add_argument
     add("--use_habana", action="store_true", help="run on HPU; an error if no HPU can be used")
-    add("--use_lazy_mode", type=boolean, metavar="BOOL", help="HPU: lazy mode with mark_step; False = eager or "
+    add("--use_lazy_mode", **BOOLEAN, help="HPU: lazy mode with mark_step; False = eager or "
         "compiled (default: True, unless PT_HPU_LAZY_MODE or --use_torch_compile says otherwise)")
     add("--no_cuda", action="store_true", help="use the CPU even if there is a GPU")
     add("--use_torch_lazy", action="store_true",
@@ -146,11 +168,12 @@ def add_device_choice(parser) -> None:
 
 def add_many_cards(parser) -> None:
     add = parser.add_argument_group("many cards").add_argument
-    add("--local_rank", type=int, help="card of this process on its server (default: LOCAL_RANK)")
+    add("--local_rank", type=whole, help="card of this process on its server (default: LOCAL_RANK)")
     add("--allreduce_post_accumulation", action="store_true",
         help="one flat all-reduce after the last micro-batch, in place of DDP")
-    add("--allreduce_post_accumulation_fp16", action="store_true", help="send that all-reduce's gradients in 16 bits")
-    add("--use_zero_optimizer", type=boolean, default=False, metavar="BOOL",
+    add("--allreduce_post_accumulation_fp16", action="store_true", help="the same, with the gradients sent in "
+        "16 bits")
+    add("--use_zero_optimizer", **BOOLEAN, default=False,
         help="ZeRO: shard the optimizer state over the cards")
     add("--collective_timeout", type=positive_int, default=600, metavar="SECONDS",
         help="how long a rank waits for another before the run ends with an error")
@@ -159,7 +182,7 @@ def add_many_cards(parser) -> None:
 def add_checkpoints(parser) -> None:
     add = parser.add_argument_group("checkpoints, faults and evaluation").add_argument
     add("--resume_from_checkpoint", action="store_true", help="resume from a checkpoint in --output_dir")
-    add("--resume_step", type=int, default=-1,
+    add("--resume_step", type=whole, default=-1,
         help="the checkpoint to resume from, by the number in its name; -1 = the newest complete one")
     add("--num_steps_per_checkpoint", type=positive_int, default=100,
         help="steps between checkpoints; one is always written after the last step")
@@ -169,29 +192,37 @@ def add_checkpoints(parser) -> None:
     add("--skip_bad_shards", action="store_true", help="continue without a training shard that cannot be read or holds "
         "impossible values; without this flag it ends the run")
     add("--eval_dir", help="folder of held-out shards (packed, or with 'test' in the name)")
-    add("--eval_freq", type=int, default=0, help="steps between evaluations; 0 = only at the end")
+    add("--eval_freq", type=whole, default=0, help="steps between evaluations; 0 = only at the end")
 
 
 def add_log(parser) -> None:
     add = parser.add_argument_group("log").add_argument
-    add("--log_freq", type=float, default=1, help="optimizer steps between log lines")
+    add("--log_freq", type=positive_int, default=1, help="optimizer steps between log lines")
     add("--json_summary", default="results/dllogger.json", help="log file; its folder is created")
     add("--tensorboard_logdir", metavar="DIR",
-        help="also write the figures for TensorBoard to this folder; needs the package tensorboard")
+        help="also write the figures, and the traces of --profile, for TensorBoard to this folder; needs the package "
+        "tensorboard")
+    add("--enable_tensorboard_logging", **BOOLEAN, default=False,
+        help=f"the same, to {FIRST_WORKER}/ in --output_dir where no --tensorboard_logdir is given")
+    add("--dllogger_console", action="store_true",
+        help="also print each line of the log file, in the form of dllogger: DLL TIME - STEP KEY : VALUE …")
     add("--disable_progress_bar", action="store_true", help="no progress bar")
     add("--peak_tflops", type=float, default=0, help="peak TFLOP/s of one card, for the logged utilization (MFU); 0 = "
         "measured at the start by a matmul (CPU, CUDA), not logged on other devices")
-    add("--profile", action="store_true", help="write a torch.profiler trace beside the log file")
+    add("--profile", **BOOLEAN, default=False,
+        help="write a torch.profiler trace beside the log file, or to --tensorboard_logdir")
     add("--profile_steps", type=step_range, default="4:6", metavar="A:B",
-        help="the steps of the phase to trace with --profile")
+        help="the optimizer steps of the phase to trace with --profile; A alone is one step, 0 the first one")
 
 
 def add_accepted(parser) -> None:
     add = parser.add_argument_group("accepted for old command lines").add_argument
     add("--num_train_epochs", type=float, default=3.0, help="unused: the run ends after --max_steps")
-    add("--enable_packed_data_mode", type=boolean, metavar="BOOL",
+    add("--enable_packed_data_mode", **BOOLEAN,
         help="deprecated: the shards decide; if given, it must agree with them")
     add("--avg_seq_per_pack", type=float, help="deprecated, no effect: the data decides")
+    add("--log_memory_usage", **BOOLEAN, default=False,
+        help="no effect: the memory of CUDA and Gaudi cards stands in every log line")
     add("--use_env", action="store_true", help="no effect")
 
 
@@ -207,11 +238,16 @@ def precision_options(args) -> PrecisionOptions:
 
 
 def step_range(text: str) -> tuple[int, int]:
-    """The value of a flag that names steps, A:B, both included."""
-    first, colon, last = text.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not A:B, two step numbers with 1 <= A <= B")
-    return int(first), int(last)
+    """The value of a flag that names steps, both included: A:B or A,B; A alone is one step.  0 is the first step too.
+
+        >>> step_range("3:5"), step_range("2"), step_range("0:0")
+        ((3, 5), (2, 2), (1, 1))
+    """
+    first, separator, last = text.replace(",", ":").partition(":")
+    last = last if separator else first
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not A or A:B, step numbers with A <= B")
+    return max(1, int(first)), max(1, int(last))
 
 
 def contradiction(args) -> str | None:
@@ -225,8 +261,6 @@ def contradiction(args) -> str | None:
         return f"--steps_this_run {args.steps_this_run} is neither -1 nor from 1 to --max_steps {args.max_steps}"
     if args.fp16 and args.hmp:
         return "--fp16 and --hmp exclude each other"
-    if args.allreduce_post_accumulation_fp16 and not args.allreduce_post_accumulation:
-        return "--allreduce_post_accumulation_fp16 needs --allreduce_post_accumulation"
     if args.use_lazy_mode and args.use_torch_compile:
         return "--use_lazy_mode True and --use_torch_compile exclude each other"
     if args.use_torch_lazy and (args.use_habana or args.use_torch_compile or args.checkpoint_activations):
@@ -240,22 +274,17 @@ def contradiction(args) -> str | None:
     if args.use_hpu_graphs and (args.checkpoint_activations or args.mlm_loss_chunk or args.eval_dir):
         return ("--use_hpu_graphs excludes --checkpoint_activations and --mlm_loss_chunk, which run parts of the model "
                 "twice, and --eval_dir (evaluate.py evaluates checkpoints)")
-    if args.no_compiled_autograd and not args.use_torch_compile:
-        return "--no_compiled_autograd is for --use_torch_compile"
     last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
     if args.profile and args.profile_steps[1] > last_step:
         return f"--profile_steps {args.profile_steps[0]}:{args.profile_steps[1]}, but the run ends at step {last_step}"
-    if args.phase2 and not args.resume_from_checkpoint:
-        return "--phase2 needs --resume_from_checkpoint: it continues from phase 1's last checkpoint"
     if args.resume_step != -1 and not args.resume_from_checkpoint:
         return f"--resume_step {args.resume_step} needs --resume_from_checkpoint"
-    if args.phase2 and args.phase1_end_step < 0:
+    if args.phase2 and args.phase1_end_step is not None and args.phase1_end_step < 0:
         return f"--phase1_end_step {args.phase1_end_step} is below 0"
     if args.eval_freq and not args.eval_dir:
         return f"--eval_freq {args.eval_freq} needs --eval_dir"
-    for name in ("learning_rate", "log_freq"):
-        if not 0.0 < getattr(args, name) < float("inf"):
-            return f"--{name} {getattr(args, name)} is not a number above 0"
+    if not 0.0 < args.learning_rate < float("inf"):
+        return f"--learning_rate {args.learning_rate} is not a number above 0"
     for name in ("seed", "eval_freq", "peak_tflops"):
         if not 0.0 <= getattr(args, name) < float("inf"):
             return f"--{name} {getattr(args, name)} is not a number of at least 0"

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from training.log import FIGURES, Figure, read_log
+from training.log import FIGURES, Figure
+from training.log_versions import read_current_log
 
 
 @dataclass
@@ -37,7 +38,7 @@ def add_curves(runs: list[RunCurves], path: str) -> None:
     Of a step that was logged twice, before and after an interruption, the last line counts.
     """
     run, offset = None, 0
-    for line in read_log(path):
+    for line in read_current_log(path):
         if line["step"] == "PARAMETER" or run is None:
             parameters = line["data"] if line["step"] == "PARAMETER" else {}
             run = run_of(runs, parameters, path)

@@ -17,8 +17,9 @@ from checkpoint.folder import KEPT, saved_steps
 from common.cli import format_bytes, format_duration
 from common.errors import UserError, first_line
 from common.files import nearest_existing
-from data.dataloader import batches_once
+from data.dataloader import batches_once, in_pieces
 from data.shards import read_checked_rows
+from devices.device import proc_bytes
 from training import memory_estimate
 from training.evaluation import shown_mask_id
 
@@ -45,9 +46,9 @@ def dry_run(trainer) -> dict[str, float]:
 def count_usable_rows(trainer) -> int:
     """Check every row of every shard, which a training run does when the shard's turn comes; how many it can use."""
     hidden = trainer.args.disable_progress_bar or not trainer.ranks.first or None
-    held_out = trainer.evaluator.shards if trainer.evaluator else []
+    held_out = in_pieces(trainer.evaluator.shards) if trainer.evaluator else []
     usable, stream = 0, trainer.stream
-    training = [shard for number, shard in enumerate(stream.shards) if number not in stream.skipped_shards]
+    training = [piece for number, piece in enumerate(stream.pieces) if number not in stream.skipped_shards]
     for shard in tqdm([*held_out, *training], unit="shard", desc="checking rows", disable=hidden, leave=False):
         try:
             stream.reader.call(read_checked_rows, shard, trainer.model.config.vocab_size)
@@ -104,13 +105,14 @@ def checkpoint_bytes(args, steps: int, weights: int) -> int:
 
 
 def check_memory(trainer) -> int | None:
-    """Estimate the bytes that this process needs on its device.  UserError where they are not available.
+    """Estimate the bytes that this rank needs on its device: on a CPU, this process and those that read its shards.
 
-    None where the device does not report its memory, where a compiler decides what is kept, and where the masked-LM
-    loss is computed in chunks, whose number depends on the rows.
+    UserError where they are not available.  None where the device does not report its memory, where a compiler decides
+    what is kept, and where the masked-LM loss is computed in chunks, whose number depends on the rows.
     """
     device, weights, batch = trainer.device, memory_estimate.bytes_of(trainer.model), trainer.first_batch()
     trainer.stream.finish_reading()  # the shards then count as held
+    shards_grow = check_shards(trainer)
     held = device.held_memory()
     in_chunks = trainer.args.mlm_loss_chunk and not trainer.model.use_kernels
     if held is None or trainer.args.use_torch_compile or in_chunks:
@@ -120,13 +122,41 @@ def check_memory(trainer) -> int | None:
     step = memory_estimate.step_peak(trainer.model, trainer.precision, batch, trainer.plan.micro_batch_size,
                                      trainer.plan.accumulation_steps > 1)
     sharing = trainer.ranks.local_size if device.is_host else 1  # ranks that share the memory
-    needed, available = held + moments + exchange + step + copies(trainer), held + device.free_memory() // sharing
+    needed = held + moments + exchange + step + copies(trainer)
+    available = held + device.free_memory() // sharing
+    if device.is_host:
+        needed += shards_grow + readers_peak(trainer)
+        available += reader_bytes(trainer, "VmRSS")
     trainer.log.print(f"memory: about {format_bytes(needed)} estimated, {format_bytes(available)} available on "
                       f"{device.describe()}")
     if needed > available:
-        raise UserError(f"a process needs about {format_bytes(needed)} of memory, but {format_bytes(available)} are "
+        raise UserError(f"a rank needs about {format_bytes(needed)} of memory, but {format_bytes(available)} are "
                         f"available: {less_memory(trainer.args)}")
     return needed
+
+
+def check_shards(trainer) -> int:
+    """Say what the shards take in the host's memory; the bytes of it that this process does not hold yet."""
+    now, most = trainer.stream.memory()
+    held_out = max((shard.nbytes for shard in in_pieces(trainer.evaluator.shards)), default=0) if trainer.evaluator \
+        else 0
+    trainer.log.print(f"shards: up to {format_bytes(most + held_out)} of rows in the memory of a rank's process, and "
+                      f"{format_bytes(readers_peak(trainer))} in those that read them")
+    return max(0, most - now) + held_out
+
+
+def readers_peak(trainer) -> int:
+    """The most bytes of the process that reads shards, twice where another one reads those that are held out.
+
+    It has read every shard before.
+    """
+    return reader_bytes(trainer, "VmHWM") * (2 if trainer.evaluator else 1)
+
+
+def reader_bytes(trainer, key: str) -> int:
+    """One of the sizes that Linux gives of the process that reads shards; 0 where it does not."""
+    child = trainer.stream.reader.child
+    return child and proc_bytes(f"/proc/{child.pid}/status", key) or 0
 
 
 def copies(trainer) -> int:
@@ -137,14 +167,16 @@ def copies(trainer) -> int:
 
 
 def measured_memory(trainer) -> int | None:
-    """Bytes that this process needs, from the peak of the timed steps; None where the device does not report it."""
+    """Bytes that this rank needs, from the peak of the timed steps; None where the device does not report it."""
     peak = trainer.device.peak_memory()
     if peak is None:
         return None
-    copied = copies(trainer)
-    trainer.log.print(f"memory: {format_bytes(peak + copied)} measured = {format_bytes(peak)} at the peak of the timed "
-                      f"steps + {format_bytes(copied)} for the copy that a checkpoint is written from")
-    return peak + copied
+    copied, reading = copies(trainer), readers_peak(trainer) if trainer.device.is_host else 0
+    needed = peak + copied + reading
+    trainer.log.print(f"memory: {format_bytes(needed)} measured = {format_bytes(peak)} at the peak of the timed steps "
+                      f"+ {format_bytes(copied)} for the copy that a checkpoint is written from"
+                      + (f" + {format_bytes(reading)} for reading shards" if reading else ""))
+    return needed
 
 
 def less_memory(args) -> str:

@@ -18,19 +18,21 @@ REPEATS = 5  # of the matmul that measures the peak
 class Throughput:
     """Sequences and seconds of training since the last log line, and since the warm-up.
 
-    With `peak_flops` (FLOP/s of this card) also the utilization.
+    With `peak_flops` (FLOP/s of this card) also the utilization.  `cards` take as many sequences each as this one.
     """
 
-    def __init__(self, peak_flops: float | None = None):
+    def __init__(self, peak_flops: float | None = None, cards: int = 1):
         self.peak_flops = peak_flops
+        self.cards = cards
         self.mark, self.host_mark = time.perf_counter(), time.thread_time()
-        self.steps = self.sequences = 0
+        self.steps = self.micro_batches = self.sequences = 0
         self.waiting = self.flops = 0.0
-        self.total_steps = self.measured_sequences = 0
+        self.total_steps = self.all_sequences = self.measured_sequences = 0  # the last two on all cards
         self.measured_seconds = 0.0
 
     def add_micro_batch(self, sequences: int, waiting: float, flops: float) -> None:
-        """Count a micro-batch: its sequences on all cards, the seconds waited for it, and its FLOPs on this card."""
+        """Count a trained micro-batch: its sequences and FLOPs on this card, and the seconds waited for it."""
+        self.micro_batches += 1
         self.sequences += sequences
         self.waiting += waiting
         self.flops += flops
@@ -42,18 +44,23 @@ class Throughput:
         """The figures since the last call.  The device must have finished its work."""
         now, host_now = time.perf_counter(), time.thread_time()
         seconds = now - self.mark
-        figures = {"average_training_time_step": seconds / self.steps,
+        on_all_cards = self.sequences * self.cards
+        figures = {"average_training_time_step": seconds / self.micro_batches,
                    "average_perf_per_step": self.sequences / seconds,
+                   "step_time": seconds / self.steps,
+                   "sequences_per_second": on_all_cards / seconds,
                    "data_waiting_share": self.waiting / seconds,
                    "host_time_share": (host_now - self.host_mark) / seconds}
         if self.peak_flops:
             figures["model_flops_utilization"] = self.flops / seconds / self.peak_flops
         if self.total_steps >= WARM_UP_STEPS:
-            self.measured_sequences += self.sequences
+            self.measured_sequences += on_all_cards
             self.measured_seconds += seconds
+        self.all_sequences += on_all_cards
         self.total_steps += self.steps
         self.mark, self.host_mark = now, host_now
-        self.steps, self.sequences, self.waiting, self.flops = 0, 0, 0.0, 0.0
+        self.steps = self.micro_batches = self.sequences = 0
+        self.waiting = self.flops = 0.0
         return figures
 
     @contextmanager

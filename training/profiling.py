@@ -9,13 +9,15 @@ from common.files import replacing
 
 
 class StepProfiler:
-    """Records the steps of --profile_steps and writes the trace beside the log file."""
+    """Records the steps of --profile_steps and writes the trace beside the log file, or to --tensorboard_logdir."""
 
     def __init__(self, args, device, rank: int, report):
         self.first, self.last = args.profile_steps if args.profile else (0, 0)
         self.device = device
         self.report = report
-        self.path = Path(args.json_summary).parent / f"trace_rank{rank}_steps{self.first}-{self.last}.json"
+        name = f"trace_rank{rank}_steps{self.first}-{self.last}"
+        self.path = (Path(args.tensorboard_logdir) / f"{name}.pt.trace.json" if args.tensorboard_logdir  # as it expects
+                     else Path(args.json_summary).parent / f"{name}.json")
         self.profile: torch.profiler.profile | None = None
 
     @contextmanager
@@ -29,6 +31,7 @@ class StepProfiler:
         if step == self.last and self.profile is not None:
             self.device.synchronize()
             self.profile.stop()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as temporary:
                 self.profile.export_chrome_trace(str(temporary))
             self.report(f"profile of steps {self.first} to {self.last}: {self.path}")

@@ -15,6 +15,11 @@ def run_record(*, config, device, world_size: int, plan, descriptions: dict[str,
     }
 
 
+def reference_record(args, plan) -> dict:
+    """What the reference scripts log of a start besides the learning rate, under their names."""
+    return {"Config": [str(args)], "SEED": args.seed, "train_start": True, "batch_size_per_pu": plan.micro_batch_size}
+
+
 def host_description() -> dict[str, str | int]:
     """The host of this process, without its name."""
     return {"system": f"{platform.system()} {platform.release()}", "processor": processor_name(),

@@ -3,6 +3,7 @@
 import argparse
 import math
 import time
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ import lamb
 from checkpoint.async_writer import CheckpointWriter
 from checkpoint.folder import checkpoint_path, newest_path
 from checkpoint.resume import Phase
-from checkpoint.state import TrainingState
+from checkpoint.state import PHASE_STEPS, TrainingState
 from common.errors import UserError
+from common.locks import announce_end
 from data.dataloader import sequences_in
 from devices.device import Device
 from optim.build import optimizer_metrics, skip_counts
@@ -25,13 +27,14 @@ from parallel.stop_signal import StopSignals, StopVote
 from training.compilation import GraphWatch
 from training.evaluation import Evaluator, describe_figures
 from training.log import TrainingLog
+from training.loss_weights import build_loss_weights
 from training.metrics import Throughput, batch_flops, measured_peak
 from training.profiling import StepProfiler
 
 LOSSES = ("loss", "mlm_loss", "nsp_loss")  # outputs of the model
-STEP_LOSSES = ("step_loss", "mlm_loss", "nsp_loss")  # their names in the log: the losses of the logged step, …
-AVERAGES = ("average_loss", "average_mlm_loss", "average_nsp_loss")  # … and their averages since the last log line
-BATCHES_AHEAD = 1  # micro-batches that were taken from the stream, but not used, when a step ends
+STEP_LOSSES = ("step_mean_loss", "mlm_loss", "nsp_loss")  # their names in the log: the means of the logged step, …
+AVERAGES = ("average_loss", "average_mlm_loss", "average_nsp_loss")  # … and the means since the last log line
+LAST_LOSS = "step_loss"  # of the last micro-batch
 
 
 @dataclass(frozen=True)
@@ -81,27 +84,29 @@ class Trainer:
         self.model, self.optimizer = self.state.model, self.state.optimizer
         self.stream, self.precision = self.state.stream, self.state.precision
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
-        self.log_every = max(1, round(args.log_freq))
-        self.throughput = Throughput(args.peak_tflops * 1e12 or measured_peak(device, self.precision.dtype))
+        self.throughput = Throughput(args.peak_tflops * 1e12 or measured_peak(device, self.precision.dtype),
+                                     self.ranks.world_size)
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, self.ranks.rank, self.log.print)
         self.signals = StopSignals()
         self.stop_vote = StopVote(self.ranks)
-        self.batch = None  # the next micro-batch, on the device
+        self.loss_weights = build_loss_weights(args.normalize_loss, self.plan.accumulation_steps, self.ranks, device)
+        self.batches = deque()  # the next micro-batches, on the device, and what Throughput counts of them
         self.final_loss = None
+        self.began, self.seconds = time.perf_counter(), 0.0  # of the loop, until the last log line
         self.loss_sums = self.zeros(len(AVERAGES) + 1)  # over the steps since the last log line, see with_count
         self.checkpoints = CheckpointWriter(args.output_dir, device, self.log.print, self.log.warn, self.phase.first)
 
     def train(self) -> dict:
         """Run all steps; returns the figures of the summary."""
-        began = time.perf_counter()
+        self.began = time.perf_counter()
         self.log.start_bar(self.first_step, self.last_step, self.args.disable_progress_bar)
         with self.signals.listening():
             try:
                 self.run_steps()
             finally:
                 self.checkpoints.close()
-        return self.summary(time.perf_counter() - began)
+        return self.summary()
 
     def run_steps(self) -> None:
         for step in range(self.first_step + 1, self.last_step + 1):
@@ -111,7 +116,8 @@ class Trainer:
             if stopping:
                 self.log.print(f"stopping after step {step}: {self.signals.name or 'a signal'} asked for it")
                 self.last_step = step
-            if self.is_due(step, self.log_every):
+                announce_end()
+            if self.is_due(step, self.args.log_freq):
                 self.log_step(step, losses)
             if self.is_due(step, self.args.num_steps_per_checkpoint) and not self.args.skip_checkpoint:
                 self.save(step)
@@ -123,7 +129,8 @@ class Trainer:
                 return
 
     def train_step(self, step: int) -> torch.Tensor:
-        """One optimizer step; the mean LOSSES of its micro-batches, on the device.  (3,)
+        """One optimizer step; the LOSSES of its micro-batches, averaged as loss_weights says, and LAST_LOSS, on the
+        device.  (4,)
 
         Losses are added in place, because hmp casts ops in the whole process but leaves in-place ones in fp32; and
         before mark_step, because a pending op would change the next graph.
@@ -133,25 +140,30 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * (1.0 if group["weight_decay"] else self.args.undecayed_rate)
         losses = self.zeros(len(LOSSES))
-        batch = self.first_batch()
+        self.first_batch()
+        self.loss_weights.start_step()
         for micro_step in range(1, self.plan.accumulation_steps + 1):
             last = micro_step == self.plan.accumulation_steps
             if last:  # late, to include signals of a long step, but early enough to overlap with the device's work
                 self.stop_vote.start(stop=self.signals.received)
             self.device.start_micro_step(micro_step - 1)
+            batch, counted = self.batches.popleft()
+            self.throughput.add_micro_batch(*counted)
             with self.reduction.micro_step(last):
                 with self.precision.autocast():
                     outputs = self.reduction.model(batch)
-                self.precision.backward(nan_grads_if_loss_not_finite(outputs["loss"]) / self.plan.accumulation_steps)
-            losses += torch.stack([outputs[name].detach() for name in LOSSES])
+                with self.precision.casts_off():
+                    weighted = self.loss_weights.weighted(outputs)
+                self.precision.backward(nan_grads_if_loss_not_finite(weighted["loss"]) / self.plan.accumulation_steps)
+            losses += torch.stack([weighted[name].detach() for name in LOSSES])
             self.device.mark_step()
-            batch = self.next_batch()  # while the device works
-        self.batch = batch
+            self.fetch()  # while the device works
         losses /= self.plan.accumulation_steps
         self.loss_sums += with_count(losses)
         self.reduction.finish()
         self.precision.step(self.optimizer)
         self.model.zero_grad(set_to_none=not self.args.cuda_graphs)  # as compilation.prepare_replay wants it
+        losses = torch.cat([losses, outputs["loss"].detach().reshape(1)])
         self.device.mark_step()
         self.throughput.add_step()
         return losses
@@ -161,17 +173,18 @@ class Trainer:
 
     def first_batch(self) -> dict[str, torch.Tensor]:
         """The first micro-batch of the next step."""
-        self.batch = self.batch or self.next_batch()
-        return self.batch
+        while len(self.batches) < self.loss_weights.batches_ahead:
+            self.fetch()
+        return self.batches[0][0]
 
-    def next_batch(self) -> dict[str, torch.Tensor]:
-        """The next micro-batch, on its way to the device."""
+    def fetch(self) -> None:
+        """Take a micro-batch from the stream, and send it on its way to the device."""
         began = time.perf_counter()
         batch = next(self.stream)
         waiting = time.perf_counter() - began
-        self.throughput.add_micro_batch(sequences_in(batch) * self.ranks.world_size, waiting,
-                                        batch_flops(self.model.config, batch))
-        return self.device.put(batch)
+        counted = (sequences_in(batch), waiting, batch_flops(self.model.config, batch))
+        self.loss_weights.count(batch)
+        self.batches.append((self.device.put(batch), counted))
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something done every `every` steps (0 = only at the end) is due after this one."""
@@ -179,7 +192,7 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        return self.stream.epoch(self.stream.rows_used(BATCHES_AHEAD))
+        return self.stream.epoch(self.stream.rows_used(len(self.batches)))
 
     def log_step(self, step: int, losses: torch.Tensor) -> None:
         """Log the steps since the last log line: the only place in the loop where values reach the host.
@@ -188,13 +201,15 @@ class Trainer:
         """
         metrics = optimizer_metrics(self.optimizer)
         values = torch.cat([self.loss_sums, losses, *(value.reshape(1) for value in metrics.values())]).cpu()
-        figures = dict(zip([*AVERAGES, "finite_steps", *STEP_LOSSES, *metrics], self.ranks.mean(values).tolist(),
-                           strict=True))
+        figures = dict(zip([*AVERAGES, "finite_steps", *STEP_LOSSES, LAST_LOSS, *metrics],
+                           self.ranks.mean(values).tolist(), strict=True))
         metrics = {name: figures.pop(name) for name in metrics}
         finite_steps = figures.pop("finite_steps")
         for name in AVERAGES:
             figures[name] = figures[name] / finite_steps if finite_steps else math.nan
-        self.final_loss = figures["average_loss"]
+        self.final_loss, self.seconds = figures["average_loss"], time.perf_counter() - self.began
+        if step == self.last_step:
+            figures["final_loss"] = self.final_loss
         self.loss_sums = self.zeros(len(AVERAGES) + 1)
         new_graphs = self.graph_watch.new_graphs(step - self.first_step)
         self.log.step(self.epoch, step, {
@@ -222,14 +237,16 @@ class Trainer:
             number = self.phase.first + step
             path = checkpoint_path(self.args.output_dir, number)
             try:
-                contents = self.state.state_dict(path, self.ranks, BATCHES_AHEAD)
+                contents = self.state.state_dict(path, self.ranks, len(self.batches))
             except OSError as error:  # on all ranks alike
                 if step == self.last_step:
                     raise UserError(f"{path.name}, the last of this run, could not be written: {error}") from None
                 self.log.warn(f"{path.name} could not be written ({error}), and the training continues")
                 return
             if self.ranks.first:
-                self.checkpoints.save(number, {**contents, "step": step, "phase": self.phase.number})
+                self.checkpoints.save(number, {**contents, "step": step, "phase": self.phase.number,
+                                               PHASE_STEPS: self.args.max_steps})
+            self.log.write("PARAMETER", {"checkpoint_step": step})
 
     def check_skipped(self, step: int, metrics: dict[str, float]) -> None:
         """UserError where more steps in a row were skipped than --max_skipped_steps allows."""
@@ -249,10 +266,12 @@ class Trainer:
         self.log.write([self.epoch, step], {f"eval_{name}": value for name, value in figures.items()})
         self.log.print(f"held out after step {step}: {describe_figures(figures)}")
 
-    def summary(self, seconds: float) -> dict:
+    def summary(self) -> dict:
         """The figures of the whole run, logged with an empty step."""
-        data = {"e2e_train_time": time.time() - self.log.started, "raw_train_time": seconds,
-                "training_sequences_per_second": self.throughput.average, "final_loss": self.final_loss}
+        rate = self.throughput.all_sequences / self.seconds if self.seconds else None
+        data = {"e2e_train_time": time.time() - self.log.started, "training_sequences_per_second": rate,
+                "final_loss": self.final_loss, "raw_train_time": self.seconds,
+                "steady_sequences_per_second": self.throughput.average}
         self.log.write([], data)
         return data
 

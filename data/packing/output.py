@@ -21,12 +21,14 @@ def packed_parts(folder: Path) -> list[Path]:
     return sorted(folder.glob(PART_NAME.format("*")))
 
 
-def check_output_dir(output_dir: Path, input_dir: Path, overwrite: bool) -> None:
-    """UserError where the output folder must not be written to."""
+def check_outside(output_dir: Path, input_dir: Path) -> None:
+    """UserError where the output folder is the input folder, or lies in it."""
     if input_dir.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
         raise UserError(f"--output_dir {output_dir} lies inside --input_dir {input_dir}: choose another")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is not a folder")
+
+
+def check_contents(output_dir: Path, overwrite: bool) -> None:
+    """UserError where what is in the output folder must not be replaced."""
     foreign = sorted(set(output_dir.glob("*.hdf5")) - set(packed_parts(output_dir)))
     if foreign:
         raise UserError(f"--output_dir {output_dir} holds {foreign[0].name}, which this command did not write: "

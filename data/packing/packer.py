@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from common.locks import folder_lock
 from data.masking import MOST_SEQUENCES
 from data.packing import plot
 from data.packing.assignment import RowAssignment
 from data.packing.blocks import Block, blocks_of, with_progress
 from data.packing.methods import METHODS
-from data.packing.output import PART_NAME, check_output_dir, check_space, packing_figures, publish, staged
+from data.packing.output import PART_NAME, check_contents, check_outside, check_space, packing_figures, publish, staged
 from data.packing.recipe import knapsack
 from data.packing.scatter_gather import Layout, Survey, gather, scatter, survey, temporary_bytes
 from data.shards import Shard, find_shards
@@ -52,7 +53,13 @@ class PackingOptions:
 def pack(options: PackingOptions) -> dict:
     """Pack the shards of a folder; returns the metadata.  UserError, before anything is written, for bad input."""
     output_dir = Path(os.path.abspath(options.output_dir))
-    check_output_dir(output_dir, Path(options.input_dir), options.overwrite)
+    check_outside(output_dir, Path(options.input_dir))
+    with folder_lock(output_dir, f"--output_dir {output_dir}"):
+        return pack_into(output_dir, options)
+
+
+def pack_into(output_dir: Path, options: PackingOptions) -> dict:
+    check_contents(output_dir, options.overwrite)
     shards = find_unpacked(options)
     blocks = blocks_of(shards)
     with open_pool(options.n_processes) as pool:

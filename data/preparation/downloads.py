@@ -66,7 +66,7 @@ def pip_download(package: str, folder: str) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder,
                "--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--implementation", "cp",
                "--disable-pip-version-check", "--quiet", "--timeout", "15", "--retries", "2", package]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    outcome = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     wheels = list(Path(folder).glob("*.whl"))
     if outcome.returncode or len(wheels) != 1:
         reason = (outcome.stderr.strip().splitlines() or ["no reason given"])[-1]

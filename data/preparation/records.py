@@ -6,6 +6,7 @@ elsewhere still matches, and equal runs write equal records.  A record is writte
 
 import hashlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def combined_fingerprint(paths) -> dict:
     """One fingerprint of many files and their names, in this order."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{file_key(path)} {file_fingerprint(path)}\n".encode())
+        digest.update(os.fsencode(f"{file_key(path)} {file_fingerprint(path)}\n"))
     return {"files": len(paths), "sha256": digest.hexdigest()}
 
 
@@ -48,7 +49,7 @@ def record_path(folder, name: str) -> Path:
 def read_record(folder, name: str) -> dict | None:
     """The record; None if there is none or it cannot be read: then the work is done again."""
     try:
-        return json.loads(record_path(folder, name).read_text())
+        return json.loads(record_path(folder, name).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
 

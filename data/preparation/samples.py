@@ -6,6 +6,7 @@ are planned as offsets into one array of token ids; then rows are made of them, 
 Shapes: B rows of a block, S = max_seq_length, P = max_predictions_per_seq.
 """
 
+import os
 import zlib
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, fields
@@ -68,8 +69,9 @@ def add_sample_flags(parser) -> None:
                             "--dynamic_masking)")
     group.add_argument("--short_seq_prob", type=cli.proportion,
                        help="proportion of the documents that are cut into shorter samples")
-    group.add_argument("--random_seed", type=int, help="seed for pairs and masks; the same seed gives the same files")
-    group.add_argument("--do_lower_case", type=cli.boolean, nargs="?", const=True, metavar="1|0",
+    group.add_argument("--random_seed", type=cli.whole,
+                       help="seed for pairs and masks; the same seed gives the same files")
+    group.add_argument("--do_lower_case", **cli.BOOLEAN,
                        help="lower-case the text and strip accents, for an uncased vocabulary")
     parser.set_defaults(**{field.name: field.default for field in fields(SampleOptions)})
 
@@ -89,7 +91,7 @@ def create_shard(input_file, output_file, tokens: list[str], options: SampleOpti
     The files' names are part of the random seed.  UserError, and no file, where every token of the text is [UNK].
     """
     input_files = (input_file, *more_files)
-    seed = [options.random_seed, zlib.crc32(",".join(Path(path).stem for path in input_files).encode())]
+    seed = [options.random_seed, zlib.crc32(os.fsencode(",".join(Path(path).stem for path in input_files)))]
     random, rng = Random(repr(seed)), np.random.default_rng(seed)
     encoder = WordPieceEncoder(tokens, options.do_lower_case)
     rule = MaskingRule(options.masked_lm_prob, options.max_predictions_per_seq, len(tokens),

@@ -3,7 +3,7 @@
 download → text_formatting → sharding → (create_vocabulary) → create_hdf5_files
 """
 
-import errno
+import glob
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,8 +11,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.download import TRIES, local_file
-from common.errors import UserError
+from common.errors import NO_SPACE, UserError
 from common.files import remove_leftovers
+from common.locks import FileLocks, folder_lock
 from data.preparation import (
     estimates,
     formatting,
@@ -34,7 +35,6 @@ from data.tokenizer import load_vocabulary, sample_lines, save_vocabulary, train
 from data.workers import open_pool, ordered_map
 
 COUNTED_BYTES = 1 << 20  # of text, for what create_vocabulary says of its words
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +110,13 @@ def download(options: StageOptions) -> None:
     made_from, recorded_options = records.file_fingerprints(paths), {"dump_date": options.dump_date}
     record = records.finished_record(folder, dataset.name, made_from, recorded_options)
     if not record or record["skipped"]:
-        remove_leftovers(folder / dataset.name, folder / "records")
-        found, skipped = dataset.download(folder / dataset.name, DownloadOptions(
-            mirrors=mirror_pairs(options.mirror), input_files=tuple(paths), dump_date=options.dump_date,
-            threads=options.n_processes))
-        outputs = {path.relative_to(folder).as_posix(): {} for path in found}
-        counts = {"files": len(found), "skipped": len(skipped)}
-        record = records.write_record(folder, dataset.name, made_from, recorded_options, outputs, counts, skipped)
+        with sole_run(folder, dataset.name):
+            found, skipped = dataset.download(folder / dataset.name, DownloadOptions(
+                mirrors=mirror_pairs(options.mirror), input_files=tuple(paths), dump_date=options.dump_date,
+                threads=options.n_processes))
+            outputs = {path.relative_to(folder).as_posix(): {} for path in found}
+            counts = {"files": len(found), "skipped": len(skipped)}
+            record = records.write_record(folder, dataset.name, made_from, recorded_options, outputs, counts, skipped)
     print_result("download", record, folder / dataset.name)
 
 
@@ -136,7 +136,8 @@ def format_text(options: StageOptions) -> None:
         if records.read_record(folder, dataset.name):
             print(f"text_formatting: {dataset.name} was made of other files or with other flags, or is "
                   "not whole: it is made anew")
-        with (stage_pool("text_formatting", paths, text_share, options, folder) as pool,
+        with (sole_run(folder, dataset.name),
+              stage_pool("text_formatting", paths, text_share, options, folder) as pool,
               tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True,
                    desc="text_formatting") as bar):
             batches = text_format.batches(paths, bar.update)
@@ -160,7 +161,7 @@ def shard_text(options: StageOptions) -> None:
                         **({} if language == "en" else {"language": language})}  # records of English lack it
     record = records.finished_record(folder, dataset, made_from, recorded_options)
     if not record:
-        with stage_pool("sharding", texts, 1.0, options, folder) as pool:
+        with sole_run(folder, dataset), stage_pool("sharding", texts, 1.0, options, folder) as pool:
             record = sharding.shard_documents(folder, dataset, texts, made_from, recorded_options, pool)
     print_result("sharding", record, folder / dataset)
 
@@ -175,12 +176,12 @@ def create_vocabulary(options: StageOptions) -> Path:
                         **({"unused_tokens": options.unused_tokens} if options.unused_tokens else {})}
     record = records.finished_record(folder, name, made_from, recorded_options)
     if not record:
-        remove_leftovers(path.parent, folder / "records")
-        tokens = train_vocabulary(texts, options.vocab_size, lower_case, options.unused_tokens)
-        save_vocabulary(path, tokens)
-        counts = {"tokens": len(tokens)} | {f"text_{figure}": count for figure, count in counts_of_words(
-            sample_lines(texts, COUNTED_BYTES), tokens, lower_case).items()}
-        record = records.write_record(folder, name, made_from, recorded_options, {name: {}}, counts)
+        with sole_run(folder, path.parent.name):
+            tokens = train_vocabulary(texts, options.vocab_size, lower_case, options.unused_tokens)
+            save_vocabulary(path, tokens)
+            counts = {"tokens": len(tokens)} | {f"text_{figure}": count for figure, count in counts_of_words(
+                sample_lines(texts, COUNTED_BYTES), tokens, lower_case).items()}
+            record = records.write_record(folder, name, made_from, recorded_options, {name: {}}, counts)
     print(f"create_vocabulary: {record['counts']['tokens']:,} tokens in {path}", flush=True)
     if "text_words" in record["counts"]:  # older records lack them
         print_text_counts([{figure.removeprefix("text_"): count for figure, count in record["counts"].items()
@@ -211,12 +212,13 @@ def create_hdf5_files(options: StageOptions) -> None:
     todo = [text for text in texts if not finished[text]]
     if todo:
         hdf5_share = estimates.hdf5_share(options.samples)
-        with (stage_pool("create_hdf5_files", todo, hdf5_share, options, folder) as pool,
+        with (stage_pool("create_hdf5_files", todo, hdf5_share, options, folder) as pool, FileLocks() as locks,
               tqdm(total=len(todo), unit="shard", desc="create_hdf5_files") as bar):
-            tasks = ((text, folder / names[text], tokens, options.samples) for text in todo)
+            tasks = ((text, taken(locks, folder, names[text]), tokens, options.samples) for text in todo)
             for text, counts in zip(todo, ordered_map(pool, create_shard, tasks), strict=True):
                 finished[text] = records.write_record(folder, names[text], made_from[text], recorded_options,
                                                       {names[text]: {}}, counts)
+                locks.drop(folder / names[text])
                 bar.update()
     if not options.input_files:
         records.delete_outdated(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
@@ -253,12 +255,29 @@ def find_vocabulary(options: StageOptions) -> Path:
 
 
 @contextmanager
+def sole_run(folder: Path, dataset: str):
+    """A block in which no other run makes this data set in the folder of a stage.  A killed one's leftovers go."""
+    with folder_lock(folder / dataset, str(folder / dataset)):
+        remove_leftovers(folder / dataset)
+        remove_leftovers(folder / "records" / dataset)
+        remove_leftovers(folder / "records", f".{dataset}.*")
+        yield
+
+
+def taken(locks: FileLocks, folder: Path, name: str) -> Path:
+    """The path of an output file that no other run is making; others of its folder may be under way elsewhere."""
+    path = locks.take(folder / name)
+    for place in (path, records.record_path(folder, name)):
+        remove_leftovers(place.parent, f".{glob.escape(place.name)}.*")
+    return path
+
+
+@contextmanager
 def stage_pool(stage: str, paths, share: float, options: StageOptions, folder: Path):
-    """Delete the leftovers of a killed run, print an estimate, and yield the worker pool of a stage.
+    """Print an estimate, and yield the worker pool of a stage.
 
     share: the bytes that the stage writes for each byte that it reads.
     """
-    remove_leftovers(folder / options.dataset.name, folder / "records")
     with open_pool(options.n_processes) as pool:
         size = estimates.input_size(paths)
         print(estimates.announcement(stage, size, size * share, pool, folder), flush=True)

@@ -62,7 +62,7 @@ def download_dump(folder: Path, options: DownloadOptions, language: str = "en") 
     sums = folder / f"{wiki}-{options.dump_date}-sha1sums.txt"
     if not sums.is_file():
         fetch_or_copy(f"{DUMPS}/{wiki}/{options.dump_date}/{sums.name}", sums, options)
-    for line in sums.read_text().splitlines():
+    for line in sums.read_text(encoding="utf-8").splitlines():
         sha1, _, name = line.partition("  ")
         if name.startswith(f"{wiki}-") and name.endswith(DUMP_ENDING):
             source = f"{DUMPS}/{wiki}/{name.split('-')[1]}/{name}"

@@ -66,11 +66,12 @@ def check_killed_rank(runs: Runs, report: Report, name: str, launcher: list[str]
     command = runs.command(f"killed_{name}", "--use_habana", *MODES["lazy"], "--allreduce_post_accumulation",
                            "--train_batch_size=2", "--gradient_accumulation_steps=1", "--max_steps=100000",
                            "--skip_checkpoint", launcher=launcher)
-    with open(output, "w") as file:
+    with open(output, "w", encoding="utf-8") as file:
         job = subprocess.Popen(command, cwd=ROOT, env=environment(**{TOKEN: token}), stdout=file, stderr=file,
                                stdin=subprocess.DEVNULL)
     try:
-        if not wait_until(lambda: "step 2 " in output.read_text() or job.poll() is not None, SECONDS_TO_START):
+        if not wait_until(lambda: "step 2 " in output.read_text(encoding="utf-8") or job.poll() is not None,
+                          SECONDS_TO_START):
             return report.line(False, claim, f"no step within {SECONDS_TO_START} s, see {output}")
         ranks = [pid for pid in processes(token) if "1" in rank_of(pid)]
         if not ranks:
@@ -110,7 +111,7 @@ def processes(token: str) -> list[int]:
 def rank_of(pid: int) -> list[str]:
     """The ranks that a process's environment names."""
     try:
-        variables = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+        variables = Path(f"/proc/{pid}/environ").read_text(encoding="utf-8", errors="replace").split("\0")
     except OSError:
         return []
     return [value for variable in variables for name, _, value in [variable.partition("=")]

@@ -121,8 +121,8 @@ def time_modes(runs: Runs, report: Report, config: Path, batch: int) -> None:
             report.line(False, claim, run.problem)
             continue
         last = run.lines[-1]  # averages over the second half of the steps: the first half compiles graphs
-        report.line(True, claim, f"{last['average_training_time_step']:.3f} s a step, "
-                    f"{last['average_perf_per_step']:.1f} sequences/s, host busy {last['host_time_share']:.0%} of the "
+        report.line(True, claim, f"{last['step_time']:.3f} s a step, "
+                    f"{last['sequences_per_second']:.1f} sequences/s, host busy {last['host_time_share']:.0%} of the "
                     f"time, {last['graph_compilation']} graphs, {memory(last)}")
 
 

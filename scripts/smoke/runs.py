@@ -33,7 +33,7 @@ class LoggedRun:
 
     @property
     def losses(self) -> list[float]:
-        return [line["step_loss"] for line in self.lines]
+        return [line["step_mean_loss"] for line in self.lines]
 
 
 class Report:
@@ -87,7 +87,7 @@ class Runs:
 
     def write_config(self, name: str, dropout: float) -> None:
         config = {**CONFIG, "attention_probs_dropout_prob": dropout, "hidden_dropout_prob": dropout}
-        (self.folder / f"{name}.json").write_text(json.dumps(config))
+        (self.folder / f"{name}.json").write_text(json.dumps(config), encoding="utf-8")
 
     def command(self, name: str, *flags: str, launcher=(sys.executable,)) -> list[str]:
         """The training command; `flags` override the common ones."""
@@ -104,11 +104,11 @@ class Runs:
         flags = flags if checkpoint else (*flags, "--skip_checkpoint")
         began = time.time()
         done = start(self.command(name, *flags, launcher=launcher), **variables)
-        (self.folder / f"{name}.txt").write_text(done.stdout + done.stderr)
+        (self.folder / f"{name}.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
         if done.returncode:
             return LoggedRun(error_line(done))
-        logged = [json.loads(line.removeprefix("DLLL ")) for line in log.read_text().splitlines()]
-        steps = [line for line in logged if "step_loss" in line["data"]]
+        logged = [json.loads(line.removeprefix("DLLL ")) for line in log.read_text(encoding="utf-8").splitlines()]
+        steps = [line for line in logged if "step_mean_loss" in line["data"]]
         return LoggedRun(None, [line["data"] for line in steps], float(steps[0]["timestamp"]) - began)
 
     def on_hpu(self, name: str, *flags: str, **options) -> LoggedRun:
@@ -134,8 +134,8 @@ def environment(**variables: str) -> dict[str, str]:
 
 def start(command: list[str], **variables: str) -> subprocess.CompletedProcess:
     """Run a process to its end."""
-    return subprocess.run(command, cwd=ROOT, env=environment(**variables), text=True, capture_output=True,
-                          stdin=subprocess.DEVNULL)
+    return subprocess.run(command, cwd=ROOT, env=environment(**variables), encoding="utf-8", errors="replace",
+                          capture_output=True, stdin=subprocess.DEVNULL)
 
 
 def error_line(done: subprocess.CompletedProcess) -> str:

@@ -166,7 +166,7 @@ def test_a_training_can_be_changed_where_it_has_no_flag(tmp_path, monkeypatch, c
     assert logs["plain"] == logs["again"] != logs["changed"]
     last = logs["changed"][6]
     weight = changes.get("nsp_weight", 1.0)
-    assert last["step_loss"] == pytest.approx(last["mlm_loss"] + weight * last["nsp_loss"], rel=1e-5)
+    assert last["step_mean_loss"] == pytest.approx(last["mlm_loss"] + weight * last["nsp_loss"], rel=1e-5)
 
 
 def test_the_rival_starts_from_our_weights_and_is_evaluated_with_its_own(monkeypatch):

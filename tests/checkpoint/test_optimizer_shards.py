@@ -81,9 +81,9 @@ def test_a_checkpoint_of_four_ranks_resumes_on_fewer(workspace, of_four_ranks, c
     command = [*TRAIN, *flags(count, output, resume_from_checkpoint=True, **changes)]
     done = ranks.run(mpirun(count, *command) if count > 1 else command, workspace)
     assert done.returncode == 0, done.stdout
-    one = ranks.figures(workspace / "one.json", "step_loss")
+    one = ranks.figures(workspace / "one.json", "step_mean_loss")
     expected = {step: one[step] for step in range(SAVED_AT + 1, STEPS + 1)}
-    assert ranks.figures(workspace / f"{output}.json", "step_loss") == pytest.approx(expected, abs=1e-4)
+    assert ranks.figures(workspace / f"{output}.json", "step_mean_loss") == pytest.approx(expected, abs=1e-4)
 
 
 def cut_short(content: bytes) -> bytes:
@@ -106,7 +106,7 @@ def test_a_checkpoint_whose_share_is_damaged_is_passed_over(workspace, of_four_r
     done = ranks.run(mpirun(2, *TRAIN, *flags(2, output.name, resume_from_checkpoint=True, **ZERO)), workspace)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("skipped a damaged checkpoint") == 1 and "rank_2_of_4.pt: " in done.stdout
-    assert min(ranks.figures(workspace / f"{output.name}.json", "step_loss")) == SAVED_AT - 1
+    assert min(ranks.figures(workspace / f"{output.name}.json", "step_mean_loss")) == SAVED_AT - 1
 
 
 @needs_mpirun
@@ -123,6 +123,6 @@ def test_ranks_leave_out_a_bad_shard_together(workspace):
         done = ranks.run(mpirun(count, *command) if count > 1 else command, workspace)
         assert done.returncode == 0, done.stdout
         assert done.stdout.count("skipped from row") == 1 and "sample_training_1.hdf5" in done.stdout
-    alone = ranks.figures(workspace / "bad_1.json", "step_loss")
+    alone = ranks.figures(workspace / "bad_1.json", "step_mean_loss")
     assert len(alone) == STEPS
-    assert ranks.figures(workspace / "bad_3.json", "step_loss") == pytest.approx(alone, abs=1e-4)
+    assert ranks.figures(workspace / "bad_3.json", "step_mean_loss") == pytest.approx(alone, abs=1e-4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import format_bytes, format_duration
+from common.cli import BOOLEAN, ArgumentParser, format_bytes, format_duration, positive_int, whole
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FLAGS = "--do_train --config_file=c.json --input_dir=data"
@@ -43,6 +43,53 @@ def test_a_slip_in_a_command_is_one_line_that_says_how_it_should_read(words, mes
     line = done.stderr.splitlines()[0]
     assert message in line and "error: " in line, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def small_parser(*positional: str) -> ArgumentParser:
+    parser = ArgumentParser()
+    for name in positional:
+        parser.add_argument(name, nargs="*")
+    parser.add_argument("--max_steps", type=positive_int)
+    parser.add_argument("--max_seq_length", type=positive_int)
+    parser.add_argument("--resume_step", type=whole)
+    parser.add_argument("--do_lower_case", **BOOLEAN, default=True)
+    return parser
+
+
+@pytest.mark.parametrize("text, number", [("7038", 7038), ("7038.0", 7038), ("1e4", 10_000), ("-1.0", -1), ("0.0", 0)])
+def test_whole_numbers_may_be_written_as_floats(text, number):
+    assert small_parser().parse_args([f"--resume_step={text}"]).resume_step == number
+    if number > 0:
+        assert small_parser().parse_args([f"--max_steps={text}"]).max_steps == number
+
+
+@pytest.mark.parametrize("text", ["1.5", "7038.01", "nan", "inf", "1e999", "", "7 038", "one"])
+@pytest.mark.parametrize("flag", ["--max_steps", "--resume_step"])
+def test_other_numbers_are_not_rounded(flag, text, capsys):
+    with pytest.raises(SystemExit):
+        small_parser().parse_args([f"{flag}={text}"])
+    assert f"{text!r} is not a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, lower_case, sentences", [
+    ("--do_lower_case", True, []), ("--do-lower-case --max_steps 3", True, []), ("--do_lower_case False", False, []),
+    ("--do_lower_case 0 [MASK]", False, ["[MASK]"]), ("--do_lower_case=no [MASK]", False, ["[MASK]"]),
+    ("--do_lower_case [MASK] sat", True, ["[MASK]", "sat"]), ("[MASK] --do_lower_case", True, ["[MASK]"])])
+def test_a_boolean_flag_may_stand_bare_also_before_a_sentence(words, lower_case, sentences):
+    args = small_parser("sentences").parse_args(words.split())
+    assert (args.do_lower_case, args.sentences) == (lower_case, sentences)
+
+
+@pytest.mark.parametrize("word, closest", [
+    ("--max_step=5", "--max_steps"), ("--max-sequence-length=5", "--max_seq_length"), ("--warmup", None),
+    ("--do_lowercase", "--do_lower_case"), ("--resume", "--resume_step")])
+def test_an_unknown_flag_is_one_line_with_the_closest_known_one(word, closest, capsys):
+    with pytest.raises(SystemExit) as caught:
+        small_parser().parse_args(["--max_steps=3", word])
+    line = capsys.readouterr().err
+    assert caught.value.code == 2 and len(line.splitlines()) == 1
+    assert f"unrecognized arguments: {word.partition('=')[0].replace('-', '_').replace('__', '--', 1)}" in line
+    assert line.count("did you mean") == (closest is not None) and (closest is None or f"mean {closest}?" in line)
 
 
 def test_an_empty_value_is_no_slip():

@@ -1,6 +1,7 @@
 """A device's own software: used where found, reported in one line where missing, named in devices/ alone."""
 
 import ast
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -120,6 +121,25 @@ try:
 except RuntimeError as error:
     print(error)
 """
+
+
+DENORMALS = """
+from devices.device import select_device
+from devices.options import DeviceOptions
+select_device(DeviceOptions(no_cuda=True))
+import torch
+torch.set_num_threads(2)
+product = torch.full((1 << 20,), 1e-20) * 1e-20
+from ops import cpu_layers, cpu_kernels
+a = torch.full((512, 512), 1e-20)
+gemm = a @ a if cpu_kernels.unavailable_reason() else cpu_layers.matmul(a, a)
+print(int(torch.count_nonzero(product)), int(torch.count_nonzero(gemm)))
+"""
+
+
+def test_denormal_numbers_are_zero_in_every_thread_of_the_cpu():
+    done = subprocess.run([sys.executable, "-c", DENORMALS], capture_output=True, text=True, cwd=gaudi.ROOT)
+    assert done.stdout.split() == ["0", "0"], done.stderr
 
 
 def test_collectives_over_hccl_reduce_lazy_tensors(tmp_path):

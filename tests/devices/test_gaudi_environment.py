@@ -120,9 +120,8 @@ def test_what_comes_before_torch_does_not_import_it():
     (["--use_lazy_mode=True", "--use_torch_compile"], "--use_lazy_mode True and --use_torch_compile exclude"),
     (["--hmp", "--fp16"], "--fp16 and --hmp exclude each other"),
     (["--use_torch_lazy"], "--use_torch_lazy excludes"),
-    (["--profile", "--profile_steps=3:2"], "'3:2' is not A:B"),
-    (["--profile", "--profile_steps=4"], "'4' is not A:B"),
-    (["--profile", "--profile_steps=0:2"], "'0:2' is not A:B"),
+    (["--profile", "--profile_steps=3:2"], "'3:2' is not A or A:B"),
+    (["--profile", "--profile_steps=4:"], "'4:' is not A or A:B"),
     (["--profile", "--max_steps=5"], "--profile_steps 4:6, but the run ends at step 5"),
 ])
 def test_flags_that_exclude_each_other_are_refused_in_one_line(flags, message, capsys):

@@ -21,6 +21,13 @@ def test_a_training_step_is_one_graph_a_micro_step_and_one_for_the_optimizer():
         assert run["unlowered_ops"] == [], run
 
 
+def test_weights_of_tokens_add_no_graph_and_no_fetch(tmp_path):
+    lazy_graphs.write_data(tmp_path)
+    run = lazy_graphs.counted_run(tmp_path, "unpacked", 1.0, ["--normalize_loss=tokens"])
+    assert run == {"graphs_per_micro_step": 1, "graphs_per_optimizer_step": 1, "host_fetches_between_logs": 0,
+                   "compiles_after_step_3": 0, "unlowered_ops": []}
+
+
 def test_the_counters_see_what_a_careless_optimizer_costs(monkeypatch, tmp_path):
     def careless_step(optimizer):
         for group in optimizer.param_groups:

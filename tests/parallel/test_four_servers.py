@@ -39,8 +39,8 @@ def variables(workspace: Path, net: servers.Servers, cards: int) -> dict[str, st
 
 def assert_trained(workspace: Path, output: str) -> None:
     """The losses fall, and are those of one rank, as near as gradients of 16 bits come."""
-    found = ranks.figures(workspace / f"{output}.json", "step_loss")
-    assert found == pytest.approx(ranks.figures(workspace / "one.json", "step_loss"), abs=3e-3)
+    found = ranks.figures(workspace / f"{output}.json", "step_mean_loss")
+    assert found == pytest.approx(ranks.figures(workspace / "one.json", "step_mean_loss"), abs=3e-3)
     assert len(found) == STEPS and found[STEPS] < found[1] - 0.1
     assert (workspace / output / f"ckpt_{STEPS}.pt").exists()
 

@@ -39,7 +39,7 @@ def workspace(tmp_path_factory):
 
 def assert_same_figures(workspace, output: str, tolerance: float) -> None:
     """The losses, gradient norms and held-out figures of a run are those of one rank."""
-    for name, steps in (("step_loss", 30), ("average_loss", 30), ("gradient_norm", 30), ("eval_mlm_loss", 1)):
+    for name, steps in (("step_mean_loss", 30), ("average_loss", 30), ("gradient_norm", 30), ("eval_mlm_loss", 1)):
         expected = ranks.figures(workspace / "one.json", name)
         assert len(expected) == steps
         assert ranks.figures(workspace / f"{output}.json", name) == pytest.approx(expected, abs=tolerance), name
@@ -53,6 +53,9 @@ def test_losses_are_those_of_one_rank(workspace, mode, count):
     done = ranks.run(mpirun(count, *TRAIN, *flags(count, output, eval_dir="held_out", **MODES[mode])), workspace)
     assert done.returncode == 0, done.stdout
     assert_same_figures(workspace, output, TOLERANCE[mode])
+    of_all, of_one = (ranks.figures(workspace / f"{output}.json", name)[30]
+                      for name in ("sequences_per_second", "average_perf_per_step"))
+    assert of_all == pytest.approx(count * of_one)
 
 
 def test_torchrun_gives_the_losses_of_one_rank(workspace):
@@ -115,7 +118,7 @@ def test_sigterm_to_one_rank_saves_once_and_all_exit_with_zero(workspace, launch
         os.kill(job.pid_of(1), signal.SIGTERM)
         done = job.finish(seconds=60)
     assert done.returncode == 0, done.stdout
-    last = max(ranks.figures(workspace / f"{output}.json", "step_loss"))
+    last = max(ranks.figures(workspace / f"{output}.json", "step_mean_loss"))
     assert [path.name for path in (workspace / output).glob("*.pt")] == [f"ckpt_{last}.pt"]
     assert done.stdout.count("saved ") == 1
 

@@ -57,8 +57,8 @@ def run(command, folder, **changes) -> subprocess.CompletedProcess:
 class started:
     """A command that runs while a test acts on it; whatever is left of it is killed in the end."""
 
-    def __init__(self, command, folder, **changes):
-        self.output = Path(folder) / "output.txt"
+    def __init__(self, command, folder, output: str = "output.txt", **changes):
+        self.output = Path(folder) / output
         with open(self.output, "w") as file:
             self.process = subprocess.Popen(command, cwd=folder, env=environment(**changes), stdout=file,
                                             stderr=subprocess.STDOUT, start_new_session=True)

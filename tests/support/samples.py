@@ -87,6 +87,6 @@ def log_lines(path) -> list[dict]:
 
 
 def losses(path) -> dict[int, float]:
-    """step → step_loss of a log file."""
-    return {line["step"][1]: line["data"]["step_loss"] for line in log_lines(path)
-            if isinstance(line["step"], list) and len(line["step"]) == 2 and "step_loss" in line["data"]}
+    """step → the mean loss of its micro-batches, from a log file."""
+    return {line["step"][1]: line["data"]["step_mean_loss"] for line in log_lines(path)
+            if isinstance(line["step"], list) and len(line["step"]) == 2 and "step_mean_loss" in line["data"]}

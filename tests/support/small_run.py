@@ -33,9 +33,9 @@ def train(**changes) -> None:
 
 def logged_steps(path) -> dict[int, dict]:
     """step → the figures of its log line that depend on nothing but the training."""
-    timed = ("time", "perf", "waiting", "utilization")
+    others = ("time", "perf", "per_second", "waiting", "utilization", "final_loss")  # the last: on where a run ends
     return {line["step"][1]: {name: value for name, value in line["data"].items()
-                              if not any(word in name for word in timed)}
+                              if not any(word in name for word in others)}
             for line in samples.log_lines(path) if "step_loss" in line["data"]}
 
 

@@ -90,6 +90,7 @@ def let_flash_attention_take_meta_tensors(monkeypatch) -> None:
     ["--hmp", "--hmp_bf16=ops_bf16_bert_pt.txt", "--hmp_fp32=ops_fp32_bert_pt.txt", "--attention=sdpa"],
     ["--fp16", "--attention=sdpa", "--checkpoint_activations"],
     ["--hmp", "--attention=varlen", "--mlm_loss_chunk=5", "--use_fused_lamb"],
+    ["--hmp", "--attention=varlen", "--normalize_loss=tokens"],
 ])
 def test_the_host_waits_for_nothing_in_a_step(train, flags):
     trainer, blocking = train(*flags)
@@ -113,5 +114,5 @@ def test_recorded_graphs_hear_of_each_pass_and_never_own_the_gradients(train, mo
     assert all(parameter.grad is gradient
                for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True))
     with torch.no_grad():
-        trainer.model.eval().logits(trainer.batch)
+        trainer.model.eval().logits(trainer.first_batch())
     assert len(begun) == 4 * 2 + 1, "an evaluation, too"

@@ -4,15 +4,19 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import h5py
 import pytest
 
 import run_pretraining
+from common.cli import format_bytes
 from common.errors import UserError
 from data import dataloader
 from data.shard_reader import ShardReader
-from devices.device import Device
+from data.shards import find_shards
+from devices.device import Device, proc_bytes
 from parallel.rendezvous import RankInfo
 from tests.support import ranks, samples
 from training import arguments
@@ -123,23 +127,39 @@ def test_a_loss_in_chunks_gets_no_memory_estimate(workspace):
     assert figures["estimated_memory"] is None and figures["seconds"] > 0.0
 
 
+def test_memory_counts_all_processes_of_a_rank(workspace, capsys):
+    figures = dry_run(eval_dir="held_out")
+    readers = 2 * 25_000_000  # at least: Python with numpy and h5py, once for training and once for held-out shards
+    assert figures["memory"] > proc_bytes("/proc/self/status", "VmHWM") + readers
+    rows = format_bytes((2 * 50 + 11) * find_shards("data")[0].row_bytes)  # the largest shard twice, and the held out
+    assert re.search(f"shards: up to {rows} of rows in the memory of a rank's process, and \\S+ MB in those that read",
+                     capsys.readouterr().out)
+
+
 def test_memory_that_is_too_small_is_refused(workspace, monkeypatch):
     monkeypatch.setattr(Device, "free_memory", lambda self: 1_000_000)
     with pytest.raises(UserError, match=r"needs about \S+ [MG]B of memory, but \S+ [MG]B are available: raise --grad"):
         dry_run()
 
 
-# A process of its own starts the command: Linux counts what the starting process held as a peak of what it starts.
-WATCH = ("import os, subprocess, sys; process = subprocess.Popen(sys.argv[1:]); _, status, usage = "
-         "os.wait4(process.pid, 0); print('kilobytes', usage.ru_maxrss); sys.exit(status != 0)")
-
-
 def finished(command) -> tuple[str, int]:
-    """What a command prints, and the most memory in bytes that its process held."""
-    done = subprocess.run([sys.executable, "-c", WATCH, *command], check=True, capture_output=True, text=True,
-                          env=ranks.environment())
-    printed, _, kilobytes = done.stdout.rpartition("kilobytes ")
-    return printed, int(kilobytes) * 1024
+    """What a command prints, and the most memory in bytes that it and its child held at a time."""
+    peak = 0
+    with ranks.started(command, Path.cwd()) as job:
+        while job.process.poll() is None:
+            held = [proc_bytes_now(pid) for pid in (job.process.pid, *job.descendants())]
+            peak = max(peak, sum(held))
+            time.sleep(0.05)
+        done = job.finish()
+    assert done.returncode == 0, done.stdout
+    return done.stdout, peak
+
+
+def proc_bytes_now(pid: int) -> int:
+    try:
+        return proc_bytes(f"/proc/{pid}/status", "VmRSS") or 0
+    except ProcessLookupError:
+        return 0
 
 
 LARGER = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "num_hidden_layers": 4,
@@ -148,11 +168,12 @@ LARGER = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 102
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks of memory are read from /proc")
-@pytest.mark.parametrize("size, length, packed, accumulation", [({}, 24, True, 4), (LARGER, 128, False, 1)])
-def test_memory_is_what_the_run_takes(workspace, size, length, packed, accumulation):
+@pytest.mark.parametrize("rows, size, length, packed, accumulation", [
+    (300, {}, 24, True, 4), (300, LARGER, 128, False, 1), (60_000, {"max_position_embeddings": 128}, 128, False, 4)])
+def test_memory_is_what_the_run_takes(workspace, rows, size, length, packed, accumulation):
     """Within 15 %, by the estimate and by the timed steps; two steps run beside the copy for a checkpoint."""
     samples.write_config(workspace / "config.json", **size)
-    samples.write_dataset(workspace / "long", (300, 200), sequence_length=length)
+    samples.write_dataset(workspace / "long", (rows, rows), sequence_length=length)
     if packed:
         subprocess.run([sys.executable, ranks.ROOT / "pack_pretraining_data_pytorch.py", "--input_dir=long",
                         "--output_dir=packed", f"--max_sequence_length={length}", "--max_predictions_per_sequence=4"],

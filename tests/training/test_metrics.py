@@ -43,6 +43,20 @@ def test_utilization_is_the_share_of_the_peak_since_the_last_line():
     assert "model_flops_utilization" not in read_without_peak()
 
 
+def test_a_line_has_the_figures_of_a_micro_batch_and_a_card_and_those_of_a_step_and_all_cards():
+    throughput = Throughput(cards=8)
+    for sequences in (5, 7, 6, 6):
+        throughput.add_micro_batch(sequences, 0.0, 1e5)
+    for _ in range(2):
+        throughput.add_step()
+    figures = throughput.read()
+    micro_batch = figures["average_training_time_step"]
+    assert figures["step_time"] == pytest.approx(2 * micro_batch)
+    assert figures["average_perf_per_step"] * micro_batch == pytest.approx(6)
+    assert figures["sequences_per_second"] == pytest.approx(8 * figures["average_perf_per_step"])
+    assert throughput.all_sequences == 8 * 24
+
+
 def read_without_peak() -> dict:
     throughput = Throughput()
     throughput.add_micro_batch(2, 0.0, 1e5)

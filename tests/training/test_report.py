@@ -155,7 +155,7 @@ def test_the_commands_of_the_page_repeat_the_runs(report, folder):
 @pytest.mark.parametrize("changes", [
     {"hmp": True, "peak_tflops": 2.5, "loss_scale": 128.0}, {"use_zero_optimizer": "true", "use_cpu_kernels": "0"},
     {"attention": "sdpa", "enable_packed_data_mode": "False", "json_summary": ""},
-    {"loss_scale": 0.0, "log_freq": 1e-05, "seed": 0}])
+    {"loss_scale": 0.0, "log_freq": 3.0, "seed": 0, "profile": "yes"}])
 def test_flags_that_differ_from_the_defaults_are_typed_again(changes):
     args = vars(parse_arguments(small_run.flags(**changes)))
     words = command_flags(json.loads(json.dumps(args)))

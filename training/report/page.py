@@ -101,7 +101,7 @@ def write_report(runs: list[RunCurves], output: str, evaluations: list[str], exa
     text = PAGE.substitute(title=escape(page_title(runs)), style=STYLE, subtitle=subtitle(runs),
                            sections="\n".join(filter(None, sections)))
     with replacing(output) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be anything
 
 
 def page_title(runs: list[RunCurves]) -> str:

@@ -138,7 +138,7 @@ def schedule_rows(phase: LoggedPhase) -> dict[str, str]:
 
 
 def speed_rows(phase: LoggedPhase) -> dict[str, str]:
-    speed, used = phase.median("average_perf_per_step"), phase.median("model_flops_utilization")
+    speed, used = phase.median("sequences_per_second"), phase.median("model_flops_utilization")
     values = {"Throughput": None if speed is None else f"{count(speed) if speed >= 100 else f'{speed:.3g}'} "
                                                        "sequences/s (median)",
               "Share of the device's peak": None if used is None else f"{percent(used)} (median)"}

@@ -49,6 +49,13 @@ def test_what_the_packer_wrote_has_no_fault(folder, capsys):
     assert f"{rows} rows in 3 shards, 101 sequences, the same as in" in capsys.readouterr().out
 
 
+def test_predictions_a_sequence_may_be_given_as_in_the_packing_command(folder):
+    for most in ("20", "20.0", "80"):
+        assert run(folder, "--max_predictions_per_sequence", most) == 0
+    with pytest.raises(UserError, match="made with 20 predictions a sequence, but .*is 19"):
+        run(folder, "--max_predictions_per_sequence=19")
+
+
 def test_set_without_metadata_is_checked_over_processes(folder, capsys):
     (folder / "packed_metadata.json").unlink()
     assert check(["--input_dir", str(folder / "packed"), "--n_processes", "2"]) == 0
