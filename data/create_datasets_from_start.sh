@@ -4,6 +4,11 @@
 #     bash create_datasets_from_start.sh              English Wikipedia (wiki_only)
 #     bash create_datasets_from_start.sh wiki_books   English Wikipedia and books
 #     bash create_datasets_from_start.sh sample       106 articles, in a minute
+#     bash create_datasets_from_start.sh wikicorpus_de [FLAG…]        Wikipedia in another language
+#     bash create_datasets_from_start.sh corpus NAME PATH… [FLAG…]    your own text: files, folders, patterns, s3://, https://
+#
+# The last two train a vocabulary on the text, unless VOCAB_FILE names one.  The flags are those of bertPrep.py, for all
+# stages: --language de --text_field content --vocab_size 30000 …
 #
 # After an interruption, the same command continues.  Environment variables:
 #
@@ -16,20 +21,74 @@
 #     DYNAMIC_MASKING=1       store samples without masks; training draws new masks in every epoch
 set -euo pipefail
 
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=${PYTHON:-python3}
 processes=${N_PROCESSES:-$(getconf _NPROCESSORS_ONLN)}
 
+if [ -n "${VOCAB_FILE:-}" ] && [ -e "$here/$VOCAB_FILE" ]; then
+    VOCAB_FILE=$here/$VOCAB_FILE
+fi
+flags=()
+
 stage() {
-    echo "== $*"
-    "$python" bertPrep.py --n_processes "$processes" --action "$@"
+    echo "== $*" ${flags[@]+"${flags[@]}"}
+    "$python" bertPrep.py --n_processes "$processes" --action "$@" ${flags[@]+"${flags[@]}"}
+}
+
+absolute() {  # absolute PATH: names of files as seen from where the command was given
+    case $1 in
+        /* | *://*) printf '%s\n' "$1" ;;
+        *) printf '%s\n' "$here/$1" ;;
+    esac
+}
+
+make_samples() {  # the samples of both phases
+    local lengths tokens predictions
+    for lengths in "128 20" "512 80"; do
+        read -r tokens predictions <<< "$lengths"
+        stage create_hdf5_files --dataset "$dataset" --max_seq_length "$tokens" \
+            --max_predictions_per_seq "$predictions" ${VOCAB_FILE:+--vocab_file "$VOCAB_FILE"} \
+            ${DYNAMIC_MASKING:+--dynamic_masking}
+    done
+}
+
+from_formatted_text() {  # what follows text_formatting for one's own text and Wikipedias of other languages
+    stage sharding --dataset "$dataset"
+    [ -n "${VOCAB_FILE:-}" ] || stage create_vocabulary --dataset "$dataset"
+    make_samples
 }
 
 case ${1:-wiki_only} in
-    wiki_only)  dataset=wikicorpus_en;        sources=(wikicorpus_en) ;;
+    wiki_only | wikicorpus_en)
+                dataset=wikicorpus_en;        sources=(wikicorpus_en) ;;
     wiki_books) dataset=books_wiki_en_corpus; sources=(wikicorpus_en bookscorpus) ;;
-    sample)     dataset=wikicorpus_en_sample; sources=(wikicorpus_en_sample) ;;
-    *)  echo "create_datasets_from_start.sh: '$1' is none of wiki_only, wiki_books, sample" >&2
+    sample | wikicorpus_en_sample)
+                dataset=wikicorpus_en_sample; sources=(wikicorpus_en_sample) ;;
+    wikicorpus_*)
+        dataset=$1
+        flags=("${@:2}")
+        stage download --dataset "$dataset"
+        stage text_formatting --dataset "$dataset"
+        from_formatted_text
+        exit ;;
+    corpus)
+        dataset=${2:-}
+        paths=()
+        shift $(($# < 2 ? $# : 2))
+        while [ $# -gt 0 ] && [[ $1 != --* ]]; do
+            paths+=("$(absolute "$1")")
+            shift
+        done
+        flags=("$@")
+        if [ "${#paths[@]}" = 0 ]; then
+            echo "create_datasets_from_start.sh corpus NAME PATH…: a name, and the files or folders of your text" >&2
+            exit 2
+        fi
+        stage text_formatting --dataset "$dataset" --input_files "${paths[@]}"
+        from_formatted_text
+        exit ;;
+    *)  echo "create_datasets_from_start.sh: '$1' is none of wiki_only, wiki_books, sample, wikicorpus_XX, corpus" >&2
         exit 2 ;;
 esac
 
@@ -55,8 +114,4 @@ for source in "${sources[@]}"; do
     fi
 done
 stage sharding --dataset "$dataset"
-for lengths in "128 20" "512 80"; do
-    read -r tokens predictions <<< "$lengths"
-    stage create_hdf5_files --dataset "$dataset" --max_seq_length "$tokens" --max_predictions_per_seq "$predictions" \
-        ${VOCAB_FILE:+--vocab_file "$VOCAB_FILE"} ${DYNAMIC_MASKING:+--dynamic_masking}
-done
+make_samples

@@ -17,8 +17,10 @@ from common.files import replacing
 from common.text import lines_of_text, open_text
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-LARGEST_ALPHABET = 1000  # characters, as in BERT's own vocabulary
-TRAINING_BYTES = 100 << 20  # text read for training, spread over the files; bounds the memory
+USUAL_ALPHABET = 1000  # characters, as in BERT's own vocabulary; more where fewer would leave much of the text out
+COVERED = 0.9995  # of the text's characters, by those of the alphabet: Chinese needs thousands
+TRAINING_BYTES = 100 << 20  # text that is trained on, spread evenly over all files; bounds the memory
+SAMPLED_BYTES = 1 << 16  # of which one piece of that text is
 CHECK_EVERY = 200  # every 200th sentence is also encoded by the reference
 LONGEST_WORD = 100  # characters; longer words are [UNK], as in BERT's tokenizer
 PROBE = (
@@ -56,24 +58,35 @@ def save_vocabulary(path, tokens: list[str]) -> None:
         temporary.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
 
 
+def continuing_tokens(tokens: list[str]) -> np.ndarray:
+    """For each token, whether it continues a word.  (tokens,) bool"""
+    return np.array([token.startswith("##") and len(token) > 2 for token in tokens])
+
+
 def text_steps(lower_case: bool) -> tuple:
     """What comes before WordPiece: clean (and lower-case, strip accents), then split at spaces and punctuation."""
     return normalizers.BertNormalizer(lowercase=lower_case), pre_tokenizers.BertPreTokenizer()
 
 
-def train_vocabulary(paths, size: int, lower_case: bool) -> list[str]:
-    """A vocabulary of up to `size` tokens from lines of text: the special tokens, the characters, then the rest.
+def train_vocabulary(paths, size: int, lower_case: bool, unused_tokens: int = 0) -> list[str]:
+    """A vocabulary of up to `size` tokens from lines of text: the special tokens, [unused0] …, the characters, then the
+    rest.
 
     `tokenizers` would number the characters in the order of a hash table.  They are given to it in sorted order, so
     that the same text always gives the same vocabulary.
     """
     lines = sample_lines([Path(path) for path in paths], TRAINING_BYTES)
-    alphabet, continuing = frequent_characters(lines, lower_case)
+    alphabet, continuing = frequent_characters(lines, lower_case, size // 2)
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = text_steps(lower_case)
+    first = [*SPECIAL_TOKENS, *(f"[unused{number}]" for number in range(unused_tokens)), *alphabet,
+             *(f"##{character}" for character in continuing)]
+    if len(first) > size:
+        raise UserError(f"--vocab_size {size}: the special tokens, --unused_tokens {unused_tokens} and the characters "
+                        f"of the text alone need {len(first)}")
     trainer = trainers.WordPieceTrainer(
-        vocab_size=size, limit_alphabet=LARGEST_ALPHABET, initial_alphabet=alphabet, show_progress=False,
-        special_tokens=[*SPECIAL_TOKENS, *alphabet, *(f"##{character}" for character in continuing)])
+        vocab_size=size, limit_alphabet=max(USUAL_ALPHABET, len(alphabet)), initial_alphabet=alphabet,
+        show_progress=False, special_tokens=first)
     tokenizer.train_from_iterator(lines, trainer)
     ids = tokenizer.get_vocab()
     if len(ids) > size:
@@ -82,17 +95,23 @@ def train_vocabulary(paths, size: int, lower_case: bool) -> list[str]:
 
 
 def sample_lines(paths, limit: int) -> list[str]:
-    """Lines from the start of every file, the same proportion of each; `limit` bytes in total."""
+    """Lines of all files: `limit` bytes in pieces that are spread evenly over all of the text."""
     share = min(1.0, limit / max(1, sum(path.stat().st_size for path in paths)))
-    lines = []
+    lines, number = [], 0
     for path in paths:
         with open_text(path, errors="ignore") as file:
-            lines += file.read(int(share * path.stat().st_size)).split("\n")
+            while piece := file.readlines(SAMPLED_BYTES):
+                number += 1
+                if int(number * share) > int((number - 1) * share):
+                    lines += "".join(piece).split("\n")
     return lines
 
 
-def frequent_characters(lines, lower_case: bool) -> tuple[list[str], list[str]]:
-    """The most frequent characters in sorted order, and those of them that occur inside a word."""
+def frequent_characters(lines, lower_case: bool, most: int) -> tuple[list[str], list[str]]:
+    """The most frequent characters in sorted order, and those of them that occur inside a word.
+
+    They are USUAL_ALPHABET or, for a script of more, up to `most`, as many as COVERED asks for.
+    """
     words = Counter(word for line in lines for word in line.split())
     normalizer, pre_tokenizer = text_steps(lower_case)
     counts, inside = Counter(), set()
@@ -101,7 +120,9 @@ def frequent_characters(lines, lower_case: bool) -> tuple[list[str], list[str]]:
             inside.update(part[1:])
             for character in part:
                 counts[character] += count
-    alphabet = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:LARGEST_ALPHABET])
+    ordered = sorted(counts, key=lambda character: (-counts[character], character))
+    covering = np.searchsorted(np.cumsum([counts[character] for character in ordered]), COVERED * counts.total()) + 1
+    alphabet = sorted(ordered[:max(USUAL_ALPHABET, min(most, covering))])
     return alphabet, sorted(inside.intersection(alphabet))
 
 

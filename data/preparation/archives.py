@@ -18,10 +18,9 @@ from common.files import replacing
 from common.remote_sources import Interrupted, remote_source
 from common.text import encoding_of
 
-# The first bytes of a file tell what it is, whatever its name: dump.xml.bz2.1 is compressed too.
-COMPRESSED = {b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x1f\x8b": ".gz"}  # and the usual ending
-NOT_READ = {b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it (zstd -d)",
-            b"PK\x03\x04": "a zip archive: unpack it (unzip)", b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it (7z e)"}
+# The first bytes of a file tell what it is, whatever its name: dump.xml.bz2.1 is compressed too.  And the usual ending:
+COMPRESSED = {b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+NOT_READ = {b"PK\x03\x04": "a zip archive: unpack it (unzip)", b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it (7z e)"}
 HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html[\s>])",
                   re.IGNORECASE | re.DOTALL)
 START = 4096  # bytes in which a page says that it is HTML
@@ -68,7 +67,44 @@ def refuse_other_content(path) -> None:
 def decompressed(path, raw):
     """The decompressed bytes of the open file `raw`, as a stream."""
     ending = compression(path)
-    return {".bz2": bz2.open, ".xz": lzma.open, ".gz": gzip.open}[ending](raw) if ending else raw
+    openers = {".bz2": bz2.open, ".xz": lzma.open, ".gz": gzip.open, ".zst": open_zstd}
+    return openers[ending](raw) if ending else raw
+
+
+def open_zstd(raw) -> io.BufferedReader:
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{raw.name}: compressed with zstd, and zstandard is not installed (pip install zstandard)") \
+            from None
+    return io.BufferedReader(ZstdFile(raw, zstandard), 1 << 17)
+
+
+class ZstdFile(io.RawIOBase):
+    """A zstd file of any number of frames.  zstandard's own reader takes a cut file for a whole one."""
+
+    def __init__(self, raw, library):
+        self.raw, self.library, self.decoder, self.rest = raw, library, None, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.rest:
+            packed = (self.decoder.unused_data if self.decoder and self.decoder.eof else b"") or self.raw.read(1 << 17)
+            if not packed:
+                if self.decoder and not self.decoder.eof:
+                    raise EOFError("the file ends before its last frame does")
+                return 0
+            if not self.decoder or self.decoder.eof:
+                self.decoder = self.library.ZstdDecompressor().decompressobj()
+            try:
+                self.rest = self.decoder.decompress(packed)
+            except self.library.ZstdError as error:
+                raise OSError(str(error)) from None
+        count = min(len(buffer), len(self.rest))
+        buffer[:count], self.rest = self.rest[:count], self.rest[count:]
+        return count
 
 
 def unpack(archive, folder: Path, wanted: list[str] | None = None) -> list[Path]:

@@ -6,18 +6,23 @@ own record: after an interruption the finished parts are kept, and their input i
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from common.errors import UserError
 from common.files import replacing
 from data.preparation import records
+from data.preparation.document_filters import DocumentFilters, SeenDocuments, document_hashes, read_filtered
 from data.workers import ordered_map
 
 BATCHES_PER_PART = 512  # about 500 MB of XML: what an interruption loses at most, 15 seconds on 16 cores
+MOST_FAULTY = 0.05  # of the documents, where a text format names faults
+HASHED_BYTES = 1 << 20  # of a finished part, at a time
 COUNT_WORDS = {  # where the name in a record is not enough
     "random_next": "pairs with a random second segment", "unknown_tokens": "tokens that are [UNK]",
-    "used_tokens": "tokens in samples"}
+    "used_tokens": "tokens in samples",
+    "below_min_words": "below --min_words", "below_min_letters": "below --min_letters",
+    "no_string": "with a field that is no text"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +32,21 @@ class TextFormat:
     pattern: str = ""  # of the files in a folder; "": only single files are accepted
     extracted: bool = False  # wikiextractor wrote them
     fingerprints: Callable = records.file_fingerprints  # of the files, for the record
+    faults: tuple[str, ...] = ()  # counts of documents of which more than a few per cent are an error
+    flags: dict = field(default_factory=dict)  # that decide the text, for the record
+    filters: DocumentFilters = DocumentFilters()
 
     def options(self) -> dict:
         """What decides the text besides the input, for the record."""
-        return {"batches_per_part": BATCHES_PER_PART, "extracted": self.extracted}
+        return {"batches_per_part": BATCHES_PER_PART, "extracted": self.extracted, **self.flags,
+                **self.filters.options()}
+
+    def refuse_faulty(self, counts: Counter) -> None:
+        """UserError where more than a few per cent of the documents have one of the faults."""
+        faulty = sum(counts[fault] for fault in self.faults)
+        if faulty > MOST_FAULTY * (faulty + counts["documents"]):
+            raise UserError(f"--input_files: {faulty:,} of {faulty + counts['documents']:,} documents are not what "
+                            f"they should be ({describe_counts(counts)}): do --input_format and --text_field fit?")
 
 
 def format_documents(folder, dataset: str, text_format: TextFormat, batches, inputs: dict, pool) -> dict:
@@ -42,13 +58,17 @@ def format_documents(folder, dataset: str, text_format: TextFormat, batches, inp
     records.delete_record(folder, dataset)
     (folder / dataset).mkdir(parents=True, exist_ok=True)
     outputs, skipped = {}, []
+    seen = SeenDocuments() if text_format.filters.deduplicate else None
     for part, tasks in grouped(batches, BATCHES_PER_PART):
         name = f"{dataset}/part_{part:05d}.txt"
         record = records.finished_record(folder, name, inputs, options)
         if not record:
-            results = ordered_map(pool, text_format.read_batch, tasks)
+            results = ordered_map(pool, read_filtered, ((text_format.read_batch, text_format.filters, *task)
+                                                        for task in tasks))
             record = records.write_record(folder, name, inputs, options, {name: {}},
-                                          *write_part(folder / name, results))
+                                          *write_part(folder / name, results, text_format, seen))
+        elif seen:
+            see_part(folder / name, seen)
         outputs[name] = record["counts"]
         skipped += record["skipped"]
     totals = sum((Counter(counts) for counts in outputs.values()), Counter())
@@ -64,15 +84,30 @@ def grouped(items, size: int):
         yield number, (item for _, item in group)
 
 
-def write_part(path, results) -> tuple[dict, list[str]]:
-    """Write the lines of the results to one file; returns their counts and what was skipped."""
+def write_part(path, results, text_format: TextFormat, seen: SeenDocuments | None) -> tuple[dict, list[str]]:
+    """Write the lines of the results to one file; returns their counts and what was skipped.
+
+    Documents that were seen before are counted as duplicates and not written; None: all are written.
+    """
     totals, skipped = Counter(), []
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        for lines, counts, skipped_here in results:
-            file.writelines(line + "\n" for line in lines)
+        for lines, counts, skipped_here, hashes in results:
             totals.update(counts)
+            if seen:
+                new = seen.add(hashes)
+                totals.update({"documents": -int((~new).sum()), "duplicates": int((~new).sum())})
+                lines = [line for line, is_new in zip(lines, new.tolist(), strict=True) if is_new]
+            file.writelines(line + "\n" for line in lines)
             skipped += skipped_here
+        text_format.refuse_faulty(totals)
     return dict(totals), skipped
+
+
+def see_part(path, seen: SeenDocuments) -> None:
+    """Count the documents of a part that an earlier run finished as seen."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        while lines := file.readlines(HASHED_BYTES):
+            seen.add(document_hashes(lines))
 
 
 def describe_counts(counts: dict) -> str:

@@ -24,6 +24,9 @@ def for_text_formatting(dataset: Dataset, text_format: TextFormat, names: list[s
     """The files of this format in what --input_files names, else those downloaded or extracted."""
     if names:
         return named_files(names, text_format.pattern)
+    if not dataset.built_in:
+        raise UserError(f"--dataset {dataset.name}: no built-in data set; name the files of your own text with "
+                        f"--input_files")
     if not text_format.extracted:
         places = recorded_files("download", layout.download_folder(), dataset.name)
         return places if not text_format.pattern else [path for place in places

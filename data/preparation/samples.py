@@ -21,7 +21,7 @@ from common.text import open_text
 from data import shards
 from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
 from data.preparation.text_counts import WAYS_OUT, TextCounts
-from data.tokenizer import SPECIAL_TOKENS, WordPieceEncoder
+from data.tokenizer import SPECIAL_TOKENS, WordPieceEncoder, continuing_tokens
 
 READ_BYTES = 1 << 21  # read at a time; a block of documents is at most twice as large
 BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time
@@ -96,7 +96,7 @@ def create_shard(input_file, output_file, tokens: list[str], options: SampleOpti
     encoder = WordPieceEncoder(tokens, options.do_lower_case)
     rule = MaskingRule(options.masked_lm_prob, options.max_predictions_per_seq, len(tokens),
                        tuple(tokens.index(token) for token in SPECIAL_TOKENS))
-    counts = TextCounts()
+    counts, continuing = TextCounts(), continuing_tokens(tokens)
     with shards.writing(output_file, options.max_seq_length, options.max_predictions_per_seq,
                         rule if options.dynamic_masking else None) as append:
         for lines in document_blocks(*input_files):
@@ -104,11 +104,19 @@ def create_shard(input_file, output_file, tokens: list[str], options: SampleOpti
             pairs = truncate(plan_pairs(documents, options, random), options, rng)
             for rows in sample_rows(documents.ids, pairs, rule, options, rng):
                 append(rows)
-            counts.add(documents, pairs, tokens.index("[UNK]"))
+            counts.add(documents, pairs, rule, continuing)
         if counts.only_unknown:
             raise UserError(f"{', '.join(map(str, input_files))}: each of its {counts.tokens:,} tokens is [UNK], so "
                             f"its samples would teach nothing. {WAYS_OUT}")
     return asdict(counts)
+
+
+def counts_of_words(lines: list[str], tokens: list[str], lower_case: bool) -> dict[str, int]:
+    """The TextCounts of these lines that do not depend on samples."""
+    ids, _ = WordPieceEncoder(tokens, lower_case).encode(lines)
+    counts = TextCounts()
+    counts.add_tokens(ids, tokens.index("[UNK]"), continuing_tokens(tokens))
+    return {figure: getattr(counts, figure) for figure in ("tokens", "unknown_tokens", "words", "long_words")}
 
 
 def document_blocks(*paths):

@@ -68,7 +68,7 @@ class ShardAssignment:
 def shard_documents(folder, dataset: str, texts: list[Path], inputs: dict, options: dict, pool) -> dict:
     """Write folder/DATASET/DATASET_training_N.txt and …_test_N.txt and return the record.
 
-    options: training_shards, test_shards, fraction_test_set, segmentation_method.
+    options: training_shards, test_shards, fraction_test_set, segmentation_method, language unless it is en.
     """
     names = shard_names(dataset, options["training_shards"], options["test_shards"])
     assignment = ShardAssignment(options["training_shards"], options["test_shards"], options["fraction_test_set"])
@@ -76,7 +76,7 @@ def shard_documents(folder, dataset: str, texts: list[Path], inputs: dict, optio
     records.delete_record(folder, dataset)
     with replacing_files(folder / dataset, [f"{name}.txt" for name in names]) as temporary:
         documents = [0] * len(names)
-        for window, last in windows(split_all(texts, options["segmentation_method"], pool, counts)):
+        for window, last in windows(split_all(texts, options, pool, counts)):
             shards = assignment.assign([sentences for _, sentences in window], last)
             append(temporary, window, shards)
             for shard in shards:
@@ -91,11 +91,12 @@ def shard_documents(folder, dataset: str, texts: list[Path], inputs: dict, optio
     return records.write_record(folder, dataset, inputs, options, outputs, dict(counts))
 
 
-def split_all(texts, method: str, pool, counts: Counter):
+def split_all(texts, options: dict, pool, counts: Counter):
     """Yield (sentences as lines, their number) for each document, and add to `counts`."""
     total = sum(path.stat().st_size for path in texts)
     with tqdm(total=total, unit="B", unit_scale=True, desc="sharding") as bar:
-        chunks = ((chunk, method) for chunk in line_chunks(texts, bar.update))
+        how = options["segmentation_method"], options.get("language", "en")
+        chunks = ((chunk, *how) for chunk in line_chunks(texts, bar.update))
         for documents, found in ordered_map(pool, split_lines, chunks):
             counts.update(found)
             bar.set_postfix_str(describe_counts(counts), refresh=False)

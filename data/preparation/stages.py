@@ -5,7 +5,7 @@ download → text_formatting → sharding → (create_vocabulary) → create_hdf
 
 import glob
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,14 +14,27 @@ from common.download import TRIES, local_file
 from common.errors import NO_SPACE, UserError
 from common.files import remove_leftovers
 from common.locks import FileLocks, folder_lock
-from data.preparation import estimates, formatting, inputs, layout, records, sharding, wikipedia
-from data.preparation.datasets import GOOGLE_VOCABULARY, Dataset
+from data.preparation import (
+    estimates,
+    formatting,
+    inputs,
+    layout,
+    records,
+    sentences,
+    shard_numbers,
+    sharding,
+    wikipedia,
+)
+from data.preparation.datasets import GOOGLE_VOCABULARY, NAMES, Dataset
+from data.preparation.document_filters import DocumentFilters
 from data.preparation.downloads import DownloadOptions, mirror_pairs
 from data.preparation.formatting import describe_counts
-from data.preparation.samples import SampleOptions, create_shard
+from data.preparation.samples import SampleOptions, counts_of_words, create_shard
 from data.preparation.text_counts import TextCounts
-from data.tokenizer import load_vocabulary, save_vocabulary, train_vocabulary
+from data.tokenizer import load_vocabulary, sample_lines, save_vocabulary, train_vocabulary
 from data.workers import open_pool, ordered_map
+
+COUNTED_BYTES = 1 << 20  # of text, for what create_vocabulary says of its words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +47,33 @@ class StageOptions:
     n_processes: int
     dump_date: str
     mirror: list
-    n_training_shards: int
-    n_test_shards: int
+    filters: DocumentFilters
+    n_training_shards: int | None
+    n_test_shards: int | None
     fraction_test_set: float
-    segmentation_method: str
+    segmentation_method: str | None  # None: the default of the language
+    language: str | None  # None: that of the data set
     vocab_file: str | None
     vocab_size: int
+    unused_tokens: int
     skip_wikiextractor: bool
 
-    def sharded_folder(self) -> Path:
-        return layout.sharded_folder(self.n_training_shards, self.n_test_shards, self.fraction_test_set)
+    def shard_numbers(self, untyped: tuple[int, int]) -> tuple[int, int]:
+        """Those typed, else the data set's own, else these."""
+        return (self.n_training_shards or self.dataset.training_shards or untyped[0],
+                self.n_test_shards or self.dataset.test_shards or untyped[1])
 
     def text_shards(self) -> list[Path]:
-        return inputs.text_shards(self.sharded_folder(), self.dataset.name, self.input_files, layout.shard_names(
-            self.dataset.name, self.n_training_shards, self.n_test_shards))
+        """Those that --input_files names, else those that sharding made."""
+        name, numbers = self.dataset.name, (0, 0)
+        if not self.input_files and 0 in self.shard_numbers(numbers):
+            numbers = shard_numbers.numbers_made(name, self.fraction_test_set)
+            if not numbers:
+                raise UserError(f"{layout.working_folder()}: no text shards of {name} in it; run --action sharding "
+                                f"--dataset {name} first, or name files with --input_files")
+        numbers = self.shard_numbers(numbers)
+        return inputs.text_shards(layout.sharded_folder(*numbers, self.fraction_test_set), name, self.input_files,
+                                  layout.shard_names(name, *numbers))
 
     def trained_vocabulary(self) -> Path:
         return layout.vocabulary_file(self.dataset.name, self.samples.do_lower_case)
@@ -74,6 +100,9 @@ def estimate(options: StageOptions) -> None:
 
 def download(options: StageOptions) -> None:
     dataset, folder = options.dataset, layout.download_folder()
+    if not dataset.built_in:
+        raise UserError(f"--dataset {dataset.name}: neither {NAMES}. One's own text needs no download: --action "
+                        f"text_formatting --input_files takes s3:// and https:// names too")
     if not dataset.download:
         raise UserError(f"--dataset {dataset.name}: download {' and '.join(part.name for part in dataset.parts)} one "
                         f"by one")
@@ -98,11 +127,15 @@ def format_text(options: StageOptions) -> None:
         raise UserError(f"--dataset {dataset.name}: nothing to format; its parts are formatted one by one")
     if options.skip_wikiextractor and text_format is wikipedia.DUMP:
         text_format = wikipedia.EXTRACTED
+    text_format = replace(text_format, filters=options.filters)
     text_share = 1.0 if text_format.extracted else dataset.text_share
     paths = inputs.for_text_formatting(dataset, text_format, options.input_files)
     made_from = text_format.fingerprints(paths)
     record = records.finished_record(folder, dataset.name, made_from, text_format.options())
     if not record:
+        if records.read_record(folder, dataset.name):
+            print(f"text_formatting: {dataset.name} was made of other files or with other flags, or is "
+                  "not whole: it is made anew")
         with (sole_run(folder, dataset.name),
               stage_pool("text_formatting", paths, text_share, options, folder) as pool,
               tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True,
@@ -113,12 +146,19 @@ def format_text(options: StageOptions) -> None:
 
 
 def shard_text(options: StageOptions) -> None:
-    folder, dataset = options.sharded_folder(), options.dataset.name
-    texts = inputs.for_sharding(options.dataset, options.input_files)
+    dataset, texts = options.dataset.name, inputs.for_sharding(options.dataset, options.input_files)
     made_from = records.file_fingerprints(texts)
-    recorded_options = {"training_shards": options.n_training_shards, "test_shards": options.n_test_shards,
-                        "fraction_test_set": options.fraction_test_set,
-                        "segmentation_method": options.segmentation_method}
+    training, test = options.shard_numbers((0, 0))
+    if not training or not test:
+        training, test = options.shard_numbers(shard_numbers.numbers_for(texts, options.fraction_test_set))
+    folder = layout.sharded_folder(training, test, options.fraction_test_set)
+    language = options.language or options.dataset.language
+    method = options.segmentation_method or sentences.default_method(language)
+    sentences.splitter(method, language)
+    print(f"sharding: {sentences.description(method, language)}", flush=True)
+    recorded_options = {"training_shards": training, "test_shards": test,
+                        "fraction_test_set": options.fraction_test_set, "segmentation_method": method,
+                        **({} if language == "en" else {"language": language})}  # records of English lack it
     record = records.finished_record(folder, dataset, made_from, recorded_options)
     if not record:
         with sole_run(folder, dataset), stage_pool("sharding", texts, 1.0, options, folder) as pool:
@@ -132,15 +172,20 @@ def create_vocabulary(options: StageOptions) -> Path:
     folder, name = path.parent.parent, f"{path.parent.name}/{path.name}"
     texts = training_texts(options.text_shards())
     made_from = records.file_fingerprints(texts)
-    recorded_options = {"vocab_size": options.vocab_size, "do_lower_case": lower_case}
+    recorded_options = {"vocab_size": options.vocab_size, "do_lower_case": lower_case,
+                        **({"unused_tokens": options.unused_tokens} if options.unused_tokens else {})}
     record = records.finished_record(folder, name, made_from, recorded_options)
     if not record:
         with sole_run(folder, path.parent.name):
-            tokens = train_vocabulary(texts, options.vocab_size, lower_case)
+            tokens = train_vocabulary(texts, options.vocab_size, lower_case, options.unused_tokens)
             save_vocabulary(path, tokens)
-            record = records.write_record(folder, name, made_from, recorded_options, {name: {}},
-                                          {"tokens": len(tokens)})
-    print_result("create_vocabulary", record, path)
+            counts = {"tokens": len(tokens)} | {f"text_{figure}": count for figure, count in counts_of_words(
+                sample_lines(texts, COUNTED_BYTES), tokens, lower_case).items()}
+            record = records.write_record(folder, name, made_from, recorded_options, {name: {}}, counts)
+    print(f"create_vocabulary: {record['counts']['tokens']:,} tokens in {path}", flush=True)
+    if "text_words" in record["counts"]:  # older records lack them
+        print_text_counts([{figure.removeprefix("text_"): count for figure, count in record["counts"].items()
+                            if figure.startswith("text_")}])
     return path
 
 
@@ -177,12 +222,11 @@ def create_hdf5_files(options: StageOptions) -> None:
                 bar.update()
     if not options.input_files:
         records.delete_outdated(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
-    totals = TextCounts.total([record["counts"] for record in finished.values()])
-    print(f"create_hdf5_files: {describe_counts(asdict(totals) | {'shards': len(texts)})} in {folder / dataset}")
-    print(f"text: {totals.description}")
+    counts = [record["counts"] for record in finished.values()]
+    shown = TextCounts.total(counts).totals() | {"shards": len(texts)}
+    print(f"create_hdf5_files: {describe_counts(shown)} in {folder / dataset}")
     print(f"vocabulary: {vocab_file} ({len(tokens):,} tokens)")
-    for line in totals.warnings():
-        print(f"warning: {line}")
+    print_text_counts(counts)
 
 
 def find_vocabulary(options: StageOptions) -> Path:
@@ -192,6 +236,10 @@ def find_vocabulary(options: StageOptions) -> Path:
         return local_file(options.vocab_file)
     if trained.is_file():  # where the stage trained it by itself, it follows changes of the text
         return create_vocabulary(options) if may_train else trained
+    language = options.language or options.dataset.language
+    if language not in ("en", "simple"):
+        raise UserError(f"--dataset {options.dataset.name}: Google's vocabulary is English, the text's language is "
+                        f"{language}: give --vocab_file, or train one with --action create_vocabulary")
     if not options.samples.do_lower_case:
         raise UserError("--do_lower_case 0: Google's vocabulary is of lower case; give --vocab_file, or train one with "
                         "--action create_vocabulary --do_lower_case 0")
@@ -234,6 +282,14 @@ def stage_pool(stage: str, paths, share: float, options: StageOptions, folder: P
         size = estimates.input_size(paths)
         print(estimates.announcement(stage, size, size * share, pool, folder), flush=True)
         yield pool
+
+
+def print_text_counts(counts: list[dict]) -> None:
+    """The shares that these records of TextCounts add up to, and what they warn of."""
+    totals = TextCounts.total(counts)
+    print(f"text: {totals.description}")
+    for line in totals.warnings():
+        print(f"warning: {line}")
 
 
 def print_result(stage: str, record: dict, where: Path) -> None:

@@ -24,8 +24,11 @@ from data.preparation import archives
 from data.preparation.downloads import DownloadOptions, fetch_or_copy, mirrored, pip_download
 from data.preparation.formatting import TextFormat
 
-DUMPS = "https://dumps.wikimedia.org/enwiki"
+DUMPS = "https://dumps.wikimedia.org"
 DUMP_ENDING = "-pages-articles-multistream.xml.bz2"  # many bzip2 streams, which workers decompress in parallel
+
+OLD_CODES = {"be_tarask": "be_x_old", "nb": "no", "lzh": "zh_classical", "yue": "zh_yue", "nan": "zh_min_nan",
+             "gsw": "als", "rup": "roa_rup", "sgs": "bat_smg", "vro": "fiu_vro"}  # that the dumps keep
 
 SAMPLE_WHEEL = "pip:gensim==4.4.0"
 SAMPLE_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -44,24 +47,37 @@ PAGE = re.compile(rb"<page>(.*?)</page>", re.DOTALL)
 DOC = re.compile(r"<doc\b[^>]*>\n?(.*?)</doc>", re.DOTALL)
 TITLE = re.compile(r"<title>(.*?)</title>", re.DOTALL)
 NAMESPACE = re.compile(r"<ns>(-?\d+)</ns>")
+MAGIC_WORD = re.compile(r"__[^\W\da-z]+__")  # __TOC__ in another language
+VARIANTS = re.compile(r"-\{(?:[A-Z]\|)?(?:zh(?:-\w+)*:)?([^;{}]*)(?:;[^{}]*)?\}-")  # a word in several Chinese scripts
 TEXT = re.compile(r"<text\b[^>]*?(?:/>|>(.*?)</text>)", re.DOTALL)
 
 
-def download_dump(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[str]]:
-    """English Wikipedia's dump of a date (YYYYMMDD), or the newest.
+def download_dump(folder: Path, options: DownloadOptions, language: str = "en") -> tuple[list[Path], list[str]]:
+    """The dump of a language's Wikipedia of a date (YYYYMMDD), or the newest.
 
     Wikimedia's list of checksums says which dump is the newest.  The list is kept, so that an interrupted download
     continues with the same dump when a newer one appears; delete it to get the newer one.
     """
-    sums = folder / f"enwiki-{options.dump_date}-sha1sums.txt"
+    wiki = wiki_name(language)
+    sums = folder / f"{wiki}-{options.dump_date}-sha1sums.txt"
     if not sums.is_file():
-        fetch_or_copy(f"{DUMPS}/{options.dump_date}/{sums.name}", sums, options)
+        fetch_or_copy(f"{DUMPS}/{wiki}/{options.dump_date}/{sums.name}", sums, options)
     for line in sums.read_text(encoding="utf-8").splitlines():
         sha1, _, name = line.partition("  ")
-        if name.startswith("enwiki-") and name.endswith(DUMP_ENDING):
-            source = f"{DUMPS}/{name.split('-')[1]}/{name}"
+        if name.startswith(f"{wiki}-") and name.endswith(DUMP_ENDING):
+            source = f"{DUMPS}/{wiki}/{name.split('-')[1]}/{name}"
             return [fetch_or_copy(source, folder / name, options, sha1=sha1)], []
     raise UserError(f"{sums}: no …{DUMP_ENDING} in it; that dump is not finished (--dump_date names another)")
+
+
+def wiki_name(language: str) -> str:
+    """Wikimedia's name of a language's Wikipedia.
+
+    >>> wiki_name("de"), wiki_name("zh-yue"), wiki_name("be-tarask")
+    ('dewiki', 'zh_yuewiki', 'be_x_oldwiki')
+    """
+    code = language.replace("-", "_")
+    return f"{OLD_CODES.get(code, code)}wiki"
 
 
 def download_sample(folder: Path, options: DownloadOptions) -> tuple[list[Path], list[str]]:
@@ -191,7 +207,8 @@ def article_text(page: str) -> tuple[str, str]:
 def plain_text(title: str, wikitext: str) -> str:
     extractor = Extractor("", "", "", title, [])
     text = clean(extractor, wikitext, expand_templates=True, html_safe=False)
-    return one_line(compact(text, extractor=extractor))
+    text = VARIANTS.sub(r"\1", MAGIC_WORD.sub("", "\n".join(compact(text, extractor=extractor))))
+    return one_line(text.split("\n"))
 
 
 def one_line(paragraphs) -> str:

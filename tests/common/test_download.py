@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from common.download import fetch, local_file, local_folder
 from common.errors import UserError
 from common.files import replacing, replacing_files
+from data.preparation.named_files import named_files
 from tests.support.bad_servers import file_server, proxy_to, serving
 
 CONTENT = random.Random(1).randbytes(3_000_003)
@@ -217,6 +218,15 @@ def test_what_s3_does_not_have_ends_in_a_clear_error(moto, tmp_path):
             fetch(url, tmp_path / "a", **QUICK)
     with pytest.raises(UserError, match="no object that ends in .hdf5"):
         local_folder("s3://data/deep")
+
+
+def test_the_objects_below_an_s3_prefix_are_read_by_their_endings(moto):
+    for key in ("texts/a.jsonl", "texts/b/c.TXT", "texts/x.pdf", "texts/.hidden.txt"):
+        bucket().put_object(Key=key, Body=key.encode())
+    found = named_files(["s3://data/texts/"], "*.jsonl *.txt")
+    assert [path.read_text() for path in found] == ["texts/a.jsonl", "texts/b/c.TXT"]
+    with pytest.raises(UserError, match="s3://data/deep/: no \\*.txt object below it"):
+        named_files(["s3://data/deep/"], "*.txt")
 
 
 def test_an_s3_prefix_becomes_a_folder_that_follows_it(moto):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer
 
 from common.errors import UserError
-from data.tokenizer import PROBE, SPECIAL_TOKENS, WordPieceEncoder, load_vocabulary
+from data import tokenizer
+from data.tokenizer import PROBE, SPECIAL_TOKENS, WordPieceEncoder, load_vocabulary, train_vocabulary
 from tests.support.preparation import ROOT, SAMPLE, sentences, text_shards, write_vocabulary
 
 ODD = [
@@ -92,6 +94,50 @@ def test_training_gives_the_same_vocabulary_in_every_process(tmp_path):
     assert first == (tmp_path / "two").read_text().split("\n")
     assert first[:5] == list(SPECIAL_TOKENS) and len(first) == 71
     assert "e" in first and "漢" in first and "É" not in first
+
+
+LANGUAGES = {
+    "bg": "Щърбатият Йордан каза: „Ще дойда след 5 ч.“, но ѝ писа по-късно. Ъгълът е остър; жълтият цвят избледнява.",
+    "zh": "北京大學成立於1898年，是中國第一所國立綜合性大學。他說：「你好！」𠮷野家在哪里？",
+    "ar": "الإسكندرية مدينةٌ كبيرةٌ، تأسّست سنة ٣٣١ ق.م.؛ هل زرتَها؟ نعم، ذهبتُ إلى هناك مرّتين.",
+    "hi": "क्षत्रिय राजा ने कहा: “यह हिन्दी में लिखा है।” ज़िन्दगी १९४७ में बदल गई, है ना?",
+    "th": "กรุงเทพมหานคร เป็น เมืองหลวง ของ ประเทศไทย ผู้คนที่นี่ ชอบ กินข้าวเหนียวมะม่วง ๒๕๖๗",
+    "de": "Straßenbahn-Übergänge, z. B. in Köln, heißen „Bahnsteige“; ÄÖÜ äöü ẞ ß: Fußgängerübergang für 3,50 €.",
+}
+
+
+@pytest.mark.parametrize("lower_case", [True, False], ids=["uncased", "cased"])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_tokens_of_a_trained_vocabulary_are_berttokenizers_in_every_script(tmp_path, language, lower_case):
+    path, text = tmp_path / "x_training_0.txt", LANGUAGES[language]
+    path.write_text((text + "\n") * 3 + "\n".join(text.split()), encoding="utf-8")
+    tokens = train_vocabulary([path], 250, lower_case, unused_tokens=7)
+    assert tokens[5:12] == [f"[unused{number}]" for number in range(7)] and len(tokens) <= 250
+    texts = [text, text.upper(), *LANGUAGES.values(), unicodedata.normalize("NFD", text), "[unused3]"]
+    encoded = rows(WordPieceEncoder(tokens, lower_case).encode(texts))
+    assert encoded == reference(tokens, lower_case)(texts)
+    assert tokens.index("[UNK]") not in encoded[0] and not set(range(5, 12)) & set(sum(encoded, []))
+
+
+def test_a_vocabulary_is_trained_on_all_parts_of_the_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "TRAINING_BYTES", 4000)
+    monkeypatch.setattr(tokenizer, "SAMPLED_BYTES", 200)
+    path = tmp_path / "x_training_0.txt"
+    path.write_text("".join(f"{word} sea\n" * 300 for word in ("harbour", "compass", "whistle")))
+    (tmp_path / "y_training_1.txt").write_text("lantern sea\n" * 300)
+    assert sum(map(len, tokenizer.sample_lines([path], 4000))) < 6000
+    trained = train_vocabulary([path, tmp_path / "y_training_1.txt"], 90, True)
+    assert {"harbour", "compass", "whistle", "lantern", "sea"} <= set(trained)
+
+
+def test_an_alphabet_of_thousands_of_characters_is_in_the_vocabulary(tmp_path):
+    path = tmp_path / "x_training_0.txt"
+    signs = [chr(0x4E00 + number) for number in range(3000)]
+    path.write_text("".join("".join(signs[start:start + 30]) + "。\n" for start in range(0, 3000, 30)))
+    assert len(set(signs) - set(train_vocabulary([path], 8000, True))) <= 0.001 * len(signs)
+    assert len(train_vocabulary([path], 2100, True)) <= 2100
+    with pytest.raises(UserError, match="--vocab_size 900: .* --unused_tokens 9 and the characters .* need 1014"):
+        train_vocabulary([path], 900, True, 9)
 
 
 @pytest.mark.parametrize("spoil, message", [

@@ -220,7 +220,7 @@ def test_a_splitter_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencex", None)
     sentences.splitter.cache_clear()
     with pytest.raises(UserError, match="--segmentation_method sentencex: package not installed"):
-        sentences.splitter("sentencex")
+        sentences.splitter("sentencex", "bg")
 
 
 # sharding
@@ -394,7 +394,7 @@ def wikimedia(root: Path, dump: Path, date: str = "20260101") -> list[str]:
     sums = f"{'0' * 40}  enwiki-{date}-pages-articles.xml.bz2\n{file_checksum(dump, 'sha1')}  {name}\n"
     for folder, day in (("latest", "latest"), (date, date)):
         (root / folder / f"enwiki-{day}-sha1sums.txt").write_text(sums)
-    return ["--mirror", wikipedia.DUMPS, str(root)]
+    return ["--mirror", f"{wikipedia.DUMPS}/enwiki", str(root)]
 
 
 @pytest.fixture
@@ -429,7 +429,7 @@ def test_mirrors_of_the_environment_and_of_http_are_used(folder, tmp_path, dump,
         return file_server(file.read_bytes())(path, headers) if file.is_file() else (404, {"Content-Length": "0"}, b"")
 
     with serving(answer) as server:
-        monkeypatch.setenv(downloads.MIRRORS_VARIABLE, f"{wikipedia.DUMPS} {server.url}/wiki")
+        monkeypatch.setenv(downloads.MIRRORS_VARIABLE, f"{wikipedia.DUMPS}/enwiki {server.url}/wiki")
         stage("download")
     assert len(list(folder.rglob("enwiki-20260101-pages-articles-multistream.xml.bz2"))) == 1
     monkeypatch.setenv(downloads.MIRRORS_VARIABLE, "one two three")
@@ -568,7 +568,8 @@ def test_a_broken_archive_is_named(tmp_path):
 
 def test_the_script_refuses_other_words_and_books_without_a_source(tmp_path):
     script = ["bash", "data/create_datasets_from_start.sh"]
-    for words, message in ((["nonsense"], "none of wiki_only, wiki_books, sample"), (["wiki_books"], "BOOKS")):
+    for words, message in ((["nonsense"], "none of wiki_only, wiki_books, sample"), (["wiki_books"], "BOOKS"),
+                           (["corpus", "x"], "a name, and the files or folders")):
         outcome = subprocess.run([*script, *words], cwd=ROOT, capture_output=True, text=True, check=False,
                                  env=os.environ | {"BERT_PREP_WORKING_DIR": str(tmp_path), "BOOKS": "",
                                                        "PYTHON": sys.executable})
@@ -577,7 +578,7 @@ def test_the_script_refuses_other_words_and_books_without_a_source(tmp_path):
 
 def test_unknown_actions_data_sets_and_flags_end_with_status_2(tmp_path):
     assert "invalid choice" in prepare(tmp_path, "fly", status=2)
-    assert "invalid choice" in prepare(tmp_path, "download", dataset="wikicorpus_xx", status=2)
+    assert "nor a name of your own" in prepare(tmp_path, "download", dataset="wiki.xx", status=2)
     assert "--n_processes" in prepare(tmp_path, "sharding", "--n-processes", 0, status=2)
     assert "unrecognized" in prepare(tmp_path, "sharding", "--no_such_flag", status=2)
     assert SAMPLE not in str(list(tmp_path.rglob("*")))

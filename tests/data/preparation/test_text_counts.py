@@ -13,7 +13,7 @@ from data import bertPrep
 from data.preparation.sentences import split_document
 from data.preparation.text_counts import TextCounts, covered
 from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
-from tests.support.preparation import sentences, write_documents, write_vocabulary
+from tests.support.preparation import LETTERS, sentences, write_documents, write_vocabulary
 
 THAI = ["ภาษา", "ไทย", "เป็น", "ของ", "และ", "มี", "เมือง", "หลวง", "ทะเล", "อาหาร", "ข้าว", "ปลา"]
 KHMER = ["ភាសា", "ខ្មែរ", "ជា", "របស់", "និង", "មាន", "ទីក្រុង", "សមុទ្រ", "អាហារ", "បាយ"]
@@ -87,6 +87,28 @@ def test_pairs_of_one_kind_are_warned_of_with_the_reason(tmp_path, capsys, docum
 def test_text_that_is_hardly_used_is_warned_of(tmp_path, capsys, documents):
     make(tmp_path, documents, write_vocabulary(tmp_path / "vocab.txt"), "--dupe_factor", "1")
     assert "the samples use only " in capsys.readouterr().out
+
+
+def test_pieces_of_words_are_counted_and_many_are_warned_of(tmp_path, capsys):
+    make(tmp_path, english(), vocabulary_of(tmp_path, [*LETTERS, *(f"##{letter}" for letter in LETTERS), "."]),
+         "--dupe_factor", "1")
+    printed = capsys.readouterr().out
+    words = [word for document in english() for sentence in document for word in sentence.rstrip(".").split()]
+    long, signs = sum(len(word) > 4 for word in words), sum(map(len, english()))
+    pieces = sum(map(len, words)) + signs
+    assert f" {pieces / (len(words) + signs):.2f} pieces a word, " in printed
+    share = f"{long / (len(words) + signs):.1%} of the words are in more than 4"
+    assert f"{share}, " in printed and (f"warning: {share} pieces: the vocabulary is too small" in printed) == (
+        long > 0.05 * (len(words) + signs))
+
+
+@pytest.mark.parametrize("flags", [(), ("--dynamic_masking",)])
+def test_too_little_room_for_predictions_is_warned_of_with_the_share_reached(tmp_path, capsys, flags):
+    make(tmp_path, english(), write_vocabulary(tmp_path / "vocab.txt"), "--max_predictions_per_seq", "3", *flags)
+    printed = capsys.readouterr().out
+    share = float(printed.partition("% of a sample is predicted")[0].rpartition(" ")[2])
+    assert 5 < share < 12 and f"warning: {share}% of a sample is predicted, " in printed
+    assert "--max_predictions_per_seq is too small" in printed
 
 
 def test_covered_counts_each_position_once():
