@@ -23,7 +23,7 @@ from common.errors import UserError, dictionary, whole_number
 from data.masking import masked, row_keys
 from data.row_order import locate, row_order, row_ranges, rows_of_epoch
 from data.shard_reader import ShardReader
-from data.shards import ROWS, Shard, count_sequences, metadata_path, read_checked_rows
+from data.shards import ROWS, SUFFIX, Shard, count_sequences, metadata_path, read_checked_rows
 from data.token_counts import read_checked_counts
 
 HELD_OUT_SEED = 0  # for masking held-out rows without masks: the same masks at every evaluation
@@ -229,7 +229,7 @@ def pieces_named(rows_of_pieces: dict[str, int], rows_of_files: dict[str, int], 
 
 
 def file_of(piece_name: str) -> str:
-    return piece_name.partition(ROWS)[0]
+    return piece_name if piece_name.endswith(SUFFIX) else piece_name.rpartition(ROWS)[0]
 
 
 def position_of(value, what: str) -> tuple[int, int]:

@@ -54,6 +54,7 @@ SCHEMA = (
 )
 MASK_KEYS = ("masked_lm_positions", "masked_lm_ids")
 SLOTS = "prediction_slots"  # the attribute beside those of the rule
+SUFFIX = ".hdf5"  # of the names of shards
 ROWS = " rows "  # in the name of a piece, after that of its file
 METADATA_SUFFIX = "_metadata.json"  # of the packer's metadata, after the name of the set's folder
 MOST_EMPTY = 0.5  # of the rows of a shard may hold no token
@@ -190,7 +191,7 @@ def find_readable_shards(folder, split: str = "training", flag: str = "--input_d
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
     shards, errors = [], []
-    for path in sorted(folder.glob("[!.]*.hdf5")):  # macOS leaves files ._NAME beside those of that name
+    for path in sorted(folder.glob(f"[!.]*{SUFFIX}")):  # macOS leaves files ._NAME beside those of that name
         try:
             shard = reader.call(read_header, path)
             shards += [shard] if shard.packed or split in path.name else []

@@ -34,7 +34,7 @@ def reader():
 
 def large_and_small(folder, form: str) -> list[shards.Shard]:
     """A set of a large and a small shard, unpacked, without masks, or packed."""
-    for name, rows, seed in (("a_training.hdf5", LARGE, 1), ("b_training.hdf5", SMALL, 2)):
+    for name, rows, seed in (("a_training.hdf5", LARGE, 1), ("b rows 2_training.hdf5", SMALL, 2)):
         lengths = np.random.default_rng(seed).integers(5, samples.SEQUENCE_LENGTH + 1, rows)
         path = folder / name
         if form == "packed":
@@ -116,7 +116,7 @@ def test_a_run_goes_on_with_the_pieces_that_it_began_with(in_three, monkeypatch,
 def test_a_run_that_began_without_pieces_keeps_its_order(in_three, monkeypatch, stream_of):
     found = in_three()
     resumed = stream_of(found)
-    resumed.load_state_dict({"rows": 4 * 11, "shards": {"a_training.hdf5": LARGE, "b_training.hdf5": SMALL},
+    resumed.load_state_dict({"rows": 4 * 11, "shards": {"a_training.hdf5": LARGE, "b rows 2_training.hdf5": SMALL},
                              "skipped_shards": {}}, "ckpt_1.pt")  # as earlier versions wrote it
     in_pieces = next(stream_of(found))
     monkeypatch.setattr(shards, "PIECE_BYTES", 10**9)
