@@ -117,6 +117,24 @@ def test_a_lock_that_cannot_be_read_counts_as_anothers(tmp_path, monkeypatch):
     assert refusal(tmp_path).endswith(f"{tmp_path / LOCK_NAME} can be neither made nor read: delete it")
 
 
+def test_a_dead_lock_that_has_changed_hands_is_left_to_its_new_owner(tmp_path):
+    """Two processes have seen it dead; the slower one acts when the other has its own lock there."""
+    path = written_lock(tmp_path, ticks=1)
+    seen_by_the_slower = lock_owner.sighting(path)
+    with folder_lock(tmp_path, "--output_dir x"):
+        locks.LockFile(path, "x").remove(seen_by_the_slower)
+        assert "in use" in refusal(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_is_killed_while_it_removes_a_lock_holds_up_nobody_for_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "REMOVAL_SECONDS", 0.5)
+    written_lock(tmp_path, ticks=1)
+    (tmp_path / f"{LOCK_NAME}.removal").touch()
+    assert refusal(tmp_path) == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- how it ends ---
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

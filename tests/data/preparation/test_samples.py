@@ -1,5 +1,6 @@
 """Claims about the samples that are made of text, and the command that makes them."""
 
+import os
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -175,3 +176,16 @@ def test_a_shard_read_in_blocks_holds_the_documents_of_one_read_at_once(tmp_path
         assert read_header(tmp_path / "x.hdf5").rows == counts[-1]["samples"] > 60
     assert all(counts[0][key] == counts[1][key] for key in ("documents", "sentences", "tokens"))
     assert counts[0]["documents"] == 20
+
+
+def test_names_of_files_need_not_be_utf8_and_the_seed_is_that_of_their_bytes(tmp_path, monkeypatch):
+    """A name that is UTF-8 gives the same rows where the locale knows ASCII only, and reads its bytes as surrogates."""
+    monkeypatch.chdir(tmp_path)
+    shards = {}
+    for name in (b"caf\xe9", "caf\u00e9".encode()):
+        Path(os.fsdecode(name + b".txt")).write_text("the sea\nis deep\n\nold ships\nsail far\n" * 9)
+        for place, words in enumerate((os.fsdecode(name), name.decode("ascii", "surrogateescape"))):
+            samples.create_shard(f"{words}.txt", f"{words}_{place}.hdf5", TOKENS, SampleOptions())
+            shards[name, place] = Path(os.fsdecode(name + b"_%d.hdf5" % place)).read_bytes()
+        assert shards[name, 0] == shards[name, 1]
+    assert len(set(shards.values())) == 2
