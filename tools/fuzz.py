@@ -40,6 +40,7 @@ from tools import malformed, malformed_pickles  # noqa: E402
 from tools.malformed import Kind  # noqa: E402
 
 ROUND = 100  # inputs that Hypothesis draws at a time
+SMALLEST_ROUND = 10  # the first input that it draws is always the simplest, which may be a valid one
 LONGEST_ROUND = 600.0  # seconds; a longer round is a hang
 LONGEST_READ = 20.0  # seconds of processor time for the six rows of a shard
 MORE_MEMORY = 2 << 30  # bytes that an input may take beside what the process has
@@ -139,7 +140,7 @@ def fuzz(folder: Path, inputs: int, seed: int, failed_dir: Path | None = None, w
                 train_one_step(kind.flags, reader)  # a valid input must train, else a refusal proves nothing
         while (missing := inputs - sum(tally.refused for tally in found.values())) > 0:
             for kind in kinds:
-                count = min(ROUND, -(-missing // len(kinds)))
+                count = min(ROUND, max(SMALLEST_ROUND, -(-missing // len(kinds))))
                 with no_longer_than(LONGEST_ROUND, screen), limited_memory():
                     run_round(kind, found[kind.name], count, rng.randrange(2**32), reader, failed_dir)
                 bar.n = sum(tally.refused for tally in found.values())
