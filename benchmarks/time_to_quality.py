@@ -126,8 +126,9 @@ def our_training(args, folders: SampleFolders, work: Path, seed: int) -> Contest
 def training_flags(folders: SampleFolders, work: Path, samples: SampleSet, *, rows: int, steps: int, every: int,
                    seed: int, packed: bool = True) -> list[str]:
     """The flags of the training command."""
+    own = work / ("packed" if packed else "unpacked")  # two trainings do not share a folder
     values = {"config_file": work / "config.json", "input_dir": folders.packed if packed else folders.unpacked,
-              "eval_dir": folders.held_out, "output_dir": work, "json_summary": work / "log.json",
+              "eval_dir": folders.held_out, "output_dir": own, "json_summary": own / "log.json",
               "max_seq_length": samples.length, "max_predictions_per_seq": samples.training.max_predictions_per_seq,
               "train_batch_size": rows, "max_steps": steps, "eval_freq": every, "log_freq": every, "seed": seed,
               "peak_tflops": 1.0, **OUR_RECIPE}

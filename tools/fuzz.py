@@ -114,7 +114,7 @@ def no_longer_than(seconds: float, screen):
 def limited_memory():
     """A block in which this process cannot get MORE_MEMORY beside what it has."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MORE_MEMORY, before[1]))
     try:
         yield

@@ -36,7 +36,7 @@ def test_the_end_of_phase_1_is_found_where_it_is_unambiguous(tmp_path, checkpoin
     ({4: {}, 6: {}}, "which of ckpt_4.pt, ckpt_6.pt ended phase 1?; --phase2 continues from ckpt_N.pt"),
     ({2: {"step": 2, "phase": 1}, 4: {}, 6: {}}, "which of ckpt_2.pt, ckpt_4.pt, ckpt_6.pt ended phase 1?"),
     ({4: phase1(4, 6)}, "phase 1 is not finished: ckpt_4.pt is step 4 of 6; --phase2 continues"),
-    ({6: {"step": "six"}}, "ckpt_6.pt: step is six, not a whole number")])
+    ({6: {"step": "six"}}, "ckpt_6.pt: step is 'six', not a whole number")])
 def test_where_it_is_not_one_line_says_which_there_are(tmp_path, checkpoints, said):
     write(tmp_path, checkpoints)
     with pytest.raises(UserError) as caught:

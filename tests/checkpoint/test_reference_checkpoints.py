@@ -143,7 +143,7 @@ def test_within_a_phase_step_weights_moments_and_finished_files_are_theirs(works
     assert stream.next_row == 5 and warnings == [
         f"out/ckpt_4.pt: its run had finished 1 of 3 shards, which count as used: going on from row 5 of 25, with "
         f"{FILES[1]}"]
-    used = [(epoch, stream.shards[shard].path.name, stop - start) for epoch, shard, start, stop in stream.ranges(5, 45)]
+    used = [(epoch, stream.pieces[shard].path.name, stop - start) for epoch, shard, start, stop in stream.ranges(5, 45)]
     assert used[:2] == [(0, FILES[1], 7), (0, FILES[2], 13)] and {name for _, name, _ in used[2:5]} == set(FILES)
     assert not pathlib.Path("EXECUTED").exists()
 

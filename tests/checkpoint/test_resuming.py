@@ -109,7 +109,7 @@ def test_two_ranks_go_on_bit_for_bit_and_one_rank_with_the_same_rows(tmp_path, m
     run_pretraining.main(ranks.flags(1, "out", **flags, **more | {"json_summary": "alone.json"}))
     assert read_checkpoint("out/ckpt_9.pt")["data"]["rows"] == 9 * ranks.GLOBAL_BATCH
     if not dropout:
-        expected, found = (ranks.figures(tmp_path / name, "step_loss") for name in ("again.json", "alone.json"))
+        expected, found = (ranks.figures(tmp_path / name, "step_mean_loss") for name in ("again.json", "alone.json"))
         assert found == pytest.approx(expected, abs=1e-4)
 
 

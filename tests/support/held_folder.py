@@ -12,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = """
-import os, sys
+import os, signal, sys
 from common import cli, locks
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 locks.FIRST_RENEWAL = locks.RENEWAL_SECONDS = 0.1
 def main():
     with locks.folder_lock(sys.argv[1], "--output_dir x"):

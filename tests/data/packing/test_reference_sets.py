@@ -92,7 +92,7 @@ def test_a_changed_token_is_found_though_the_tail_is_missing(folder, capsys):
 
 
 def test_more_predictions_than_the_flag_says_are_an_error(folder):
-    with pytest.raises(UserError, match="--max_predictions_per_sequence 3, but .*data was packed with 4"):
+    with pytest.raises(UserError, match="made with 4 predictions a sequence, but --max_predictions_per_sequence is 3"):
         run(folder, "--max_predictions_per_sequence", "3")
 
 
