@@ -1,7 +1,6 @@
 """Checkpoints that were cut, rotted, half-written, hostile, or made by other code."""
 
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,25 +11,8 @@ from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint,
 from common.errors import UserError
 from lamb import NVLAMB
 from modeling import BertForPreTraining
-from tests.support import samples, small_run
+from tests.support import samples
 from tests.support.small_run import files_of_at_most, train
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder in which a run has left ckpt_4.pt and ckpt_6.pt of a model with a small vocabulary."""
-    folder = small_run.write_workspace(tmp_path_factory.mktemp("trained"))
-    train(config_file=folder / "config.json", input_dir=folder / "data", output_dir=folder / "out",
-          json_summary=folder / "out/log.json")
-    return folder
-
-
-@pytest.fixture
-def workspace(trained, tmp_path, monkeypatch):
-    """A copy of it, in which the commands run."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def newest(folder) -> tuple[int, list[str]]:
@@ -39,31 +21,31 @@ def newest(folder) -> tuple[int, list[str]]:
     return newest_readable(folder, reports.append)[0], reports
 
 
-def test_a_checkpoint_cut_at_any_tenth_is_passed_over_and_named(workspace):
-    path = workspace / "out/ckpt_6.pt"
+def test_a_checkpoint_cut_at_any_tenth_is_passed_over_and_named(trained_copy):
+    path = trained_copy / "out/ckpt_6.pt"
     whole = path.read_bytes()
     for tenth in range(10):
         path.write_bytes(whole[:len(whole) * tenth // 10])
-        step, reports = newest(workspace / "out")
+        step, reports = newest(trained_copy / "out")
         assert step == 4, tenth
         assert len(reports) == 1 and "skipped a damaged checkpoint" in reports[0] and "ckpt_6.pt" in reports[0]
 
 
-def test_a_single_flipped_byte_anywhere_is_found(workspace):
+def test_a_single_flipped_byte_anywhere_is_found(trained_copy):
     """At the ends, where the seal and the archive's directory are, and every so often between."""
-    path = workspace / "out/ckpt_6.pt"
+    path = trained_copy / "out/ckpt_6.pt"
     whole = path.read_bytes()
     places = {*range(9), *range(0, len(whole), len(whole) // 20), *range(len(whole) - 100, len(whole))}
     for place in sorted(places):
         with open(path, "r+b") as file:
             file.seek(place)
             file.write(bytes([whole[place] ^ 0x10]))
-        step, reports = newest(workspace / "out")
+        step, reports = newest(trained_copy / "out")
         assert step == 4 and "ckpt_6.pt" in reports[0], place
         with open(path, "r+b") as file:
             file.seek(place)
             file.write(whole[place:place + 1])
-    assert newest(workspace / "out") == (6, [])
+    assert newest(trained_copy / "out") == (6, [])
 
 
 def write_sharded(folder, step: int) -> None:
@@ -94,19 +76,19 @@ def test_damage_to_sharded_optimizer_state_is_found_too(tmp_path):
         path.write_bytes(whole)
 
 
-def test_a_run_continues_from_the_checkpoint_before_a_damaged_one_and_says_so(workspace, capsys):
-    whole = (workspace / "out/ckpt_6.pt").read_bytes()
-    (workspace / "out/ckpt_6.pt").write_bytes(whole[:len(whole) // 2])
-    (workspace / "out/.ckpt_8.pt.99.tmp").write_bytes(whole[:100])  # of a run that was killed
+def test_a_run_continues_from_the_checkpoint_before_a_damaged_one_and_says_so(trained_copy, capsys):
+    whole = (trained_copy / "out/ckpt_6.pt").read_bytes()
+    (trained_copy / "out/ckpt_6.pt").write_bytes(whole[:len(whole) // 2])
+    (trained_copy / "out/.ckpt_8.pt.99.tmp").write_bytes(whole[:100])  # of a run that was killed
     train(resume_from_checkpoint=True)
     assert "skipped a damaged checkpoint: out/ckpt_6.pt" in capsys.readouterr().err
-    assert (workspace / "out/ckpt_6.pt").read_bytes() == whole
-    assert sorted(path.name for path in (workspace / "out").glob("*ckpt*")) == ["ckpt_4.pt", "ckpt_6.pt"]
+    assert (trained_copy / "out/ckpt_6.pt").read_bytes() == whole
+    assert sorted(path.name for path in (trained_copy / "out").glob("*ckpt*")) == ["ckpt_4.pt", "ckpt_6.pt"]
 
 
-def test_where_no_checkpoint_can_be_read_nothing_is_started_anew(workspace):
+def test_where_no_checkpoint_can_be_read_nothing_is_started_anew(trained_copy):
     for name in ("ckpt_4.pt", "ckpt_6.pt"):
-        (workspace / "out" / name).write_bytes(b"PK")
+        (trained_copy / "out" / name).write_bytes(b"PK")
     with pytest.raises(UserError, match="none of its 2 checkpoints can be read; move them away to start again"):
         train(resume_from_checkpoint=True)
 
@@ -129,9 +111,9 @@ class Payload:
         return open, ("EXECUTED", "w")
 
 
-def test_the_payload_works_where_a_pickle_is_executed(workspace):
+def test_the_payload_works_where_a_pickle_is_executed(trained_copy):
     pickle.loads(pickle.dumps(Payload()))
-    assert (workspace / "EXECUTED").exists()
+    assert (trained_copy / "EXECUTED").exists()
 
 
 def write_plain_pickle(value, path) -> None:
@@ -143,16 +125,16 @@ def write_legacy_file(value, path) -> None:
 
 
 @pytest.mark.parametrize("write", [torch.save, write_legacy_file, write_plain_pickle])
-def test_a_malicious_checkpoint_runs_nothing(workspace, write):
-    (workspace / "bert").mkdir()
-    (workspace / "bert/config.json").write_text("{}")
-    for path, flags in ((workspace / "out/ckpt_9.pt", {"resume_from_checkpoint": True, "resume_step": 9}),
-                        (workspace / "start.pt", {"init_checkpoint": "start.pt", "output_dir": "new"}),
-                        (workspace / "bert/pytorch_model.bin", {"init_checkpoint": "bert", "output_dir": "new"})):
+def test_a_malicious_checkpoint_runs_nothing(trained_copy, write):
+    (trained_copy / "bert").mkdir()
+    (trained_copy / "bert/config.json").write_text("{}")
+    for path, flags in ((trained_copy / "out/ckpt_9.pt", {"resume_from_checkpoint": True, "resume_step": 9}),
+                        (trained_copy / "start.pt", {"init_checkpoint": "start.pt", "output_dir": "new"}),
+                        (trained_copy / "bert/pytorch_model.bin", {"init_checkpoint": "bert", "output_dir": "new"})):
         write({"model": {"weight": Payload()}}, path)
         with pytest.raises(UserError, match=f"{path.name}: |bert: no weight"):
             train(**flags)
-    assert not (workspace / "EXECUTED").exists()
+    assert not (trained_copy / "EXECUTED").exists()
 
 
 def foreign(path) -> dict:
@@ -174,12 +156,12 @@ def losses_from(init_checkpoint: str, **changes) -> list[float]:
     return list(samples.losses(Path(f"{folder}.json")).values())
 
 
-def test_init_checkpoint_takes_weights_and_moments_of_other_code(workspace):
+def test_init_checkpoint_takes_weights_and_moments_of_other_code(trained_copy):
     """Unpadded, named by DDP, beside keys that mean nothing here: trained on, it is our own checkpoint.
 
     Its rows of the padding are zeros, ours are trained: no label is one of them, so losses differ in the last bits.
     """
-    torch.save(foreign(workspace / "out/ckpt_6.pt"), workspace / "foreign.pt")
+    torch.save(foreign(trained_copy / "out/ckpt_6.pt"), trained_copy / "foreign.pt")
     own, others = losses_from("out/ckpt_6.pt"), losses_from("foreign.pt")
     assert others == pytest.approx(own, rel=1e-4)
     with_moments = losses_from("foreign.pt", resume_from_checkpoint=True)

@@ -32,7 +32,7 @@ from devices.precision import Precision
 from lamb import NVLAMB
 from modeling import BertConfig, BertForPreTraining
 from optim.build import parameter_groups
-from tests.support import samples, small_run
+from tests.support import samples
 from tests.support.ranks import ROOT
 from tests.support.small_run import logged_steps, train
 
@@ -66,23 +66,12 @@ class Reduction(enum.Enum):
     MEAN = 1
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder in which a run of 6 steps has left ckpt_4.pt and ckpt_6.pt."""
-    folder = small_run.write_workspace(tmp_path_factory.mktemp("trained"))
-    train(config_file=folder / "config.json", input_dir=folder / "data", output_dir=folder / "out",
-          json_summary=folder / "out/log.json")
-    return folder
-
-
 @pytest.fixture
-def workspace(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
+def workspace(trained_copy, monkeypatch):
     for kind in (HdfRows, WorkerSeed):  # theirs are classes of the program itself
         monkeypatch.setattr(kind, "__module__", "__main__")
         monkeypatch.setattr(sys.modules["__main__"], kind.__name__, kind, raising=False)
-    return tmp_path
+    return trained_copy
 
 
 def theirs(path, in_use: str | None = FILES[1], **changes) -> dict:

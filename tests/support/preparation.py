@@ -38,6 +38,12 @@ def files_below(folder) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
+def formatted(work: Path, dataset: str) -> list[str]:
+    """The documents that text_formatting made, one a line."""
+    return [line for path in sorted(work.glob(f"formatted_*/{dataset}/part_*.txt"))
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
 def sentences(count: int, seed: int = 0) -> list[str]:
     random = Random(seed)
     return [" ".join(random.choices(WORDS, k=random.randint(3, 12))).capitalize() + "." for _ in range(count)]

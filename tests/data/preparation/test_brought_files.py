@@ -20,7 +20,7 @@ from data.shards import find_shards, read_header
 from data.tokenizer import load_vocabulary
 from modeling import BertConfig
 from tests.support import samples
-from tests.support.preparation import page, sentences, write_documents, write_vocabulary
+from tests.support.preparation import formatted, page, sentences, write_documents, write_vocabulary
 
 DUMP = b"<mediawiki>\n" + page("Sea", "A good text.") + b"</mediawiki>\n"
 ODD_MARKS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven"
@@ -33,14 +33,6 @@ def encoded(text: str, encoding: str) -> bytes:
     return (mark + text).encode(encoding)
 
 
-@pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    """The working folder, and the current one."""
-    monkeypatch.setenv("BERT_PREP_WORKING_DIR", str(tmp_path / "work"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "work"
-
-
 def stage(action: str, *flags, dataset: str = "wikicorpus_en") -> None:
     bertPrep.main(["--action", action, "--dataset", dataset, "--n_processes", "1", "--n_training_shards", "2",
                    "--n_test_shards", "1", *map(str, flags)])
@@ -51,11 +43,6 @@ def make(*files: str, **flags) -> dict:
     flags = {"output_file": "t.hdf5", "vocab_file": "vocab.txt", "max_seq_length": 32, **flags}
     create_pretraining_data.main(["--input_file", *files, *(f"--{name}={value}" for name, value in flags.items())])
     return Path("t.hdf5").read_bytes()
-
-
-def formatted(work, dataset: str = "wikicorpus_en") -> list[str]:
-    return [line for path in sorted(work.glob(f"formatted_*/{dataset}/part_*.txt"))
-            for line in path.read_text().split("\n")[:-1]]
 
 
 # encodings and the ends of lines
@@ -131,7 +118,7 @@ def test_a_dump_is_known_by_its_first_bytes(work, name, compress):
     Path(name).write_bytes(compress(DUMP))
     assert estimates.input_size([Path(name)]) == Path(name).stat().st_size * (1 if compress is bytes else estimates.BZ2)
     stage("text_formatting", "--input_files", name)
-    assert formatted(work) == ["A good text."]
+    assert formatted(work, "wikicorpus_en") == ["A good text."]
 
 
 @pytest.mark.parametrize(("content", "said"), [

@@ -60,13 +60,6 @@ def test_small_letters_only_and_text_without_a_splitter_are_split_too():
             sentences.splitter(method, "sw")
 
 
-@pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("BERT_PREP_WORKING_DIR", str(tmp_path / "work"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "work"
-
-
 def stage(action: str, *flags, dataset: str) -> None:
     bertPrep.main(["--action", action, "--dataset", dataset, "--n_processes", "1", *map(str, flags)])
 

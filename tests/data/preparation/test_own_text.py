@@ -17,7 +17,7 @@ from data import bertPrep
 from data.preparation import corpus, formatting, shard_numbers
 from data.shards import find_shards
 from tests.support.bad_servers import file_server, serving
-from tests.support.preparation import ROOT, files_below, sentences
+from tests.support.preparation import ROOT, files_below, formatted, sentences
 
 # U+2028 ends no line
 LINES = ["Die See ist tief.\tAlte Schiffe fahren.", 'A "quoted", text; with signs.', "Море. 海很深。", "Fünf Möwen."]
@@ -25,21 +25,8 @@ TEXTS = ["Die See\nist\u2028tief.\n\nAlte Schiffe fahren.", LINES[1], LINES[2], 
 COMPRESSORS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
-@pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    """The working folder, and the current one."""
-    monkeypatch.setenv("BERT_PREP_WORKING_DIR", str(tmp_path / "work"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "work"
-
-
 def stage(action: str, *flags, dataset: str = "mine") -> None:
     bertPrep.main(["--action", action, "--dataset", dataset, "--n_processes", "1", *map(str, flags)])
-
-
-def formatted(work, dataset: str = "mine") -> list[str]:
-    return [line for path in sorted(work.glob(f"formatted_*/{dataset}/part_*.txt"))
-            for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def record_of(work, dataset: str = "mine") -> dict:
@@ -66,14 +53,14 @@ def test_every_format_gives_the_same_lines_in_every_compression(work, ending, mo
     for compression, compress in COMPRESSORS.items():
         Path(f"t{ending}{compression}").write_bytes(compress(CONTENTS[ending](TEXTS)))
         stage("text_formatting", "--input_files", f"t{ending}{compression}")
-        assert formatted(work) == LINES
+        assert formatted(work, "mine") == LINES
     Path(f"u{ending}").write_bytes("\ufeff".encode() + CONTENTS[ending](TEXTS).replace(b"\n", b"\r\n"))
     Path("without_an_ending").write_bytes(CONTENTS[ending](TEXTS).decode().encode("utf-16"))
     stage("text_formatting", "--input_files", f"u{ending}")
-    assert formatted(work)[1:] == LINES[1:]
+    assert formatted(work, "mine")[1:] == LINES[1:]
     stage("text_formatting", "--input_files", "without_an_ending", "--input_format",
           ending[1:] if ending[1:] in ("csv", "tsv") else "jsonl")
-    assert formatted(work) == LINES
+    assert formatted(work, "mine") == LINES
 
 
 def test_zstd_is_read_in_several_frames_and_a_cut_file_is_refused(work):
@@ -81,11 +68,11 @@ def test_zstd_is_read_in_several_frames_and_a_cut_file_is_refused(work):
     packed = b"".join(zstandard.compress(json_lines([text])) for text in TEXTS)
     Path("t.jsonl.zst").write_bytes(packed)
     stage("text_formatting", "--input_files", "t.jsonl.zst")
-    assert formatted(work) == LINES
+    assert formatted(work, "mine") == LINES
     Path("t.jsonl.zst").write_bytes(packed[:-9])
     with pytest.raises(UserError, match="t.jsonl.zst: damaged or cut short"):
         stage("text_formatting", "--input_files", "t.jsonl.zst")
-    assert formatted(work) == LINES, "what was there stays"
+    assert formatted(work, "mine") == LINES, "what was there stays"
 
 
 def test_parquet_is_read_by_its_column_in_small_pieces(work, monkeypatch):
@@ -93,7 +80,7 @@ def test_parquet_is_read_by_its_column_in_small_pieces(work, monkeypatch):
     monkeypatch.setattr(corpus, "BATCH_BYTES", 60)
     parquet.write_table(pyarrow.table({"n": range(5), "body": [*TEXTS, None]}), "t.parquet", row_group_size=4)
     stage("text_formatting", "--input_files", "t.parquet", "--text_field", "body")
-    assert formatted(work) == LINES and record_of(work)["counts"]["empty"] == 1
+    assert formatted(work, "mine") == LINES and record_of(work)["counts"]["empty"] == 1
     with pytest.raises(UserError, match="t.parquet: no 'text' among its columns n, body: name one with --text_field"):
         stage("text_formatting", "--input_files", "t.parquet")
     whole = Path("t.parquet").read_bytes()
@@ -124,12 +111,12 @@ def test_a_folder_of_all_kinds_of_files_is_read_and_a_long_file_is_cut(work, mon
     Path("texts/._a.txt").write_bytes(b"\0\5")
     Path("texts/cover.pdf").write_bytes(b"%PDF")
     stage("text_formatting", "--input_files", "texts")
-    lines = formatted(work)
+    lines = formatted(work, "mine")
     assert sorted(lines)[0] and set(LINES) < set(lines) and len(lines) > 8
     assert "\t".join(line for line in lines if line not in LINES).split("\t") == paragraphs
     Path("wide.txt").write_text("ü" * 200)
     stage("text_formatting", "--input_files", "wide.txt")
-    assert "".join(formatted(work)) == "ü" * 200
+    assert "".join(formatted(work, "mine")) == "ü" * 200
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
@@ -156,7 +143,7 @@ def test_what_is_no_text_is_refused_with_the_way_to_read_it(work, name, content,
     Path(name).write_bytes(content)
     with pytest.raises(UserError, match=f"(?s){said}"):
         stage("text_formatting", "--input_files", name)
-    assert not formatted(work)
+    assert not formatted(work, "mine")
 
 
 def test_a_few_bad_files_and_lines_are_skipped_counted_and_listed(work, capsys):
@@ -171,7 +158,7 @@ def test_a_few_bad_files_and_lines_are_skipped_counted_and_listed(work, capsys):
     printed = capsys.readouterr().out
     assert "117 documents, 1 empty, 1 not json, 2 skipped files" in printed
     assert "skipped 07.txt: a NUL byte" in printed and "skipped 08.txt: not UTF-8" in printed
-    assert len(record_of(work)["skipped"]) == 3 and len(formatted(work)) == 117
+    assert len(record_of(work)["skipped"]) == 3 and len(formatted(work, "mine")) == 117
 
 
 def test_filters_and_duplicates_are_counted_and_recorded_also_after_an_interruption(work, monkeypatch, capsys):
@@ -184,16 +171,16 @@ def test_filters_and_duplicates_are_counted_and_recorded_also_after_an_interrupt
     flags = ("--input_files", "t.jsonl", "--deduplicate", "--min_words", 4, "--min_letters", 0.5)
     stage("text_formatting", *flags)
     said = "1 below --min_letters, 1 below --min_words, 13 documents, 2 duplicates"
-    assert said in capsys.readouterr().out and formatted(work) == [*texts[:12], texts[15]]
-    whole, parts = formatted(work), sorted(work.glob("formatted_*/mine/*.txt"))
+    assert said in capsys.readouterr().out and formatted(work, "mine") == [*texts[:12], texts[15]]
+    whole, parts = formatted(work, "mine"), sorted(work.glob("formatted_*/mine/*.txt"))
     (work / "formatted_one_article_per_line/records/mine.json").unlink()
     parts[-1].write_text("cut sho")
     parts[-2].unlink()
     stage("text_formatting", *flags)
-    assert said in capsys.readouterr().out and formatted(work) == whole and len(parts) > 4
+    assert said in capsys.readouterr().out and formatted(work, "mine") == whole and len(parts) > 4
     assert record_of(work)["options"]["deduplicate"] is True and record_of(work)["counts"]["duplicates"] == 2
     stage("text_formatting", "--input_files", "t.jsonl")
-    assert len(formatted(work)) == 17 and "made of other files or with other flags" in capsys.readouterr().out
+    assert len(formatted(work, "mine")) == 17 and "made of other files or with other flags" in capsys.readouterr().out
 
 
 def test_two_corpora_lie_side_by_side_and_every_stage_finds_what_the_one_before_made(work, monkeypatch):
@@ -269,7 +256,7 @@ def test_text_is_read_from_a_url_under_its_own_ending(work, monkeypatch, tmp_pat
     monkeypatch.setenv("BERT_CACHE_DIR", str(tmp_path / "cache"))
     with serving(file_server(gzip.compress(json_lines(TEXTS)))) as server:
         stage("text_formatting", "--input_files", f"{server.url}/some/t.jsonl.gz?download=true")
-    assert formatted(work) == LINES
+    assert formatted(work, "mine") == LINES
 
 
 def test_the_script_makes_samples_of_both_lengths_from_a_folder(tmp_path):
