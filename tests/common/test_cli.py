@@ -1,5 +1,6 @@
 """Bytes and durations as text; slips in typed commands."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def test_durations_have_the_units_that_fit(seconds, text):
 
 
 def in_a_shell(words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", "-c", f"{sys.executable} run_pretraining.py {words}"], cwd=ROOT, text=True,
+    return subprocess.run(["bash", "-c", f"{shlex.quote(sys.executable)} run_pretraining.py {words}"], cwd=ROOT, text=True,
                           capture_output=True)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_output_that_cannot_be_written_is_one_line():
 def test_a_training_whose_output_nobody_reads_goes_on_to_its_end(tmp_path):
     """Also where the terminal knows ASCII only."""
     small_run.write_workspace(tmp_path)
-    command = f"{' '.join([*ranks.TRAIN, *flags(max_steps=3)])} | head -2; exit ${{PIPESTATUS[0]}}"
+    command = f"{shlex.join([*ranks.TRAIN, *flags(max_steps=3)])} | head -2; exit ${{PIPESTATUS[0]}}"
     done = ranks.run(["bash", "-c", command], tmp_path, **ASCII)
     assert done.returncode == 0, done.stdout
     assert len(done.stdout.splitlines()) == 2 and "Traceback" not in done.stdout
