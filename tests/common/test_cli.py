@@ -26,8 +26,8 @@ def test_durations_have_the_units_that_fit(seconds, text):
 
 
 def in_a_shell(words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", "-c", f"{shlex.quote(sys.executable)} run_pretraining.py {words}"], cwd=ROOT, text=True,
-                          capture_output=True)
+    return subprocess.run(["bash", "-c", f"{shlex.quote(sys.executable)} run_pretraining.py {words}"], cwd=ROOT,
+                          text=True, capture_output=True)
 
 
 @pytest.mark.parametrize("words, message", [
