@@ -91,7 +91,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
                                      warn=ranks.warn)
     config = model_config(args.config_file, resume_point)
     shards, token_counts = training_shards(args, config, reader, ranks.warn)
-    vocabulary = training_vocabulary(args.input_dir, shards, resume_point, reader)
+    vocabulary = training_vocabulary(args.input_dir, config, shards, resume_point, reader)
     held_out = held_out_shards(args, config, shards, vocabulary, reader)
     plan = BatchPlan.from_flags(args, average_sequences_per_row(shards, reader, args.skip_bad_shards))
     ranks.connect(device)
@@ -231,16 +231,18 @@ def set_lengths(args, shard) -> None:
     args.max_predictions_per_seq = args.max_predictions_per_seq or predictions
 
 
-def training_vocabulary(input_dir: str, shards, resume_point, reader):
+def training_vocabulary(input_dir: str, config, shards, resume_point, reader):
     """The vocabulary of the run, with its tokens where they are known: that of the shards, else the checkpoint's.
 
     UserError where the two differ; from an --init_checkpoint a run may go on with words in its unused places.
     """
     from data.origin import vocabulary_of
     from data.shards import read_origin
-    from data.vocabulary import check_same_vocabulary, vocabulary_in
+    from data.vocabulary import check_same_vocabulary, check_size, vocabulary_in
 
     known, path = vocabulary_in(resume_point.contents or {}, resume_point.path), resume_point.path
+    if known:
+        check_size(known.size, config.vocab_size, f"{path}, its vocabulary")
     _, shard = vocabulary_of(shards)
     if not shard:
         return known

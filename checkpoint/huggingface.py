@@ -24,7 +24,7 @@ from checkpoint.pickle_reader import printable
 from common.errors import UserError, first_line
 from common.files import replacing_files
 from data.tokenizer import SPECIAL_TOKENS, load_vocabulary, reference_tokenizer
-from data.vocabulary import VOCABULARY, Vocabulary
+from data.vocabulary import VOCABULARY, Vocabulary, is_cased
 from modeling import LAYER_NORM_EPS, BertConfig, disagreement
 
 WEIGHTS = "model.safetensors"
@@ -192,7 +192,8 @@ def read_vocabulary(folder: Path) -> dict:
         else:
             return {}
         lower_case = settings.get("do_lower_case", (tokenizer.get("normalizer") or {}).get("lowercase"))
-        return Vocabulary.of(tokens, lower_case if isinstance(lower_case, bool) else None).to_dict()
+        unsaid = False if is_cased(tokens) else None
+        return Vocabulary.of(tokens, lower_case if isinstance(lower_case, bool) else unsaid).to_dict()
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         print(f"warning: {folder}: its vocabulary cannot be read: {first_line(error)}", file=sys.stderr)
         return {}

@@ -73,7 +73,7 @@ def open_trained_model(checkpoint: str, config_file: str | None) -> TrainedModel
         contents = read_checkpoint(path)
     config, vocabulary = config_of(contents, path, config_file), vocabulary_in(contents, path)
     if vocabulary:
-        check_size(vocabulary.size, config.vocab_size, f"{path}: {vocabulary.description}")
+        check_size(vocabulary.size, config.vocab_size, f"{path}, its vocabulary")
     return TrainedModel(path, contents, config, vocabulary)
 
 

@@ -28,6 +28,7 @@ SOURCES = "sources"
 SOURCE_DIGITS = 16
 HASHED_BYTES = 1 << 16  # of each end of a file
 READ_BYTES = 1 << 20  # of a text, at a time
+MOST_IN_ATTRIBUTE = 60_000  # bytes: HDF5 allows 64 KiB with what describes them
 MOST_BYTES = 1 << 26  # of the tokens: a few bytes can decompress to any number
 
 
@@ -46,25 +47,23 @@ class Origin:
         if self.vocabulary:
             values = self.vocabulary.to_dict()
             lines = values.pop("lines", None)
-            attributes.update({f"{PREFIX}{key}": value for key, value in values.items()})
-            if lines is not None:  # in HDF5's heap, because the attributes themselves have room for 64 KiB
-                packed = np.empty((), object)
-                packed[()] = np.frombuffer(zlib.compress(lines.encode()), np.uint8)
-                attributes.create(LINES, packed, dtype=h5py.vlen_dtype(np.uint8))
+            attributes.update({f"{PREFIX}{key}": np.bytes_(value) if key == "sha256" else value
+                               for key, value in values.items()})
+            if lines is not None:
+                write_bytes(attributes, LINES, zlib.compress(lines.encode()))
         if self.sources:
-            attributes[SOURCES] = " ".join(self.sources)
+            write_bytes(attributes, SOURCES, " ".join(self.sources).encode())
 
     @classmethod
     def read(cls, attributes: h5py.AttributeManager, what, with_lines: bool = False) -> "Origin":
         """UserError, with `what`, where an attribute is malformed, and what h5py raises."""
-        sources = attributes.get(SOURCES, "")
-        sources = tuple(sources.split()) if isinstance(sources, str) else ()
+        sources = tuple(read_bytes(attributes, SOURCES).decode("ascii", "replace").split())
         values = {key: plain(attributes[f"{PREFIX}{key}"]) for key in ("sha256", "size", "lower_case")
                   if f"{PREFIX}{key}" in attributes}
         if "sha256" not in values:
             return cls(None, sources)
         if with_lines and LINES in attributes:
-            values["lines"] = read_lines(attributes[LINES], f"{what}: {LINES}")
+            values["lines"] = read_lines(read_bytes(attributes, LINES), f"{what}: {LINES}")
         return cls(Vocabulary.from_dict(values, f"{what}: {VOCABULARY}"), sources)
 
 
@@ -72,14 +71,31 @@ UNKNOWN = Origin()
 
 
 def plain(value):
-    """An attribute as Python's own type: h5py gives numpy's numbers and booleans."""
-    return value.item() if isinstance(value, np.generic) else value
+    """An attribute as Python's own type: h5py gives numpy's numbers, booleans and bytes."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return value.decode("ascii", "replace") if isinstance(value, bytes) else value
 
 
-def read_lines(packed, what: str) -> str:
+def write_bytes(attributes: h5py.AttributeManager, key: str, data: bytes) -> None:
+    """In the attribute itself, or where it has no room for that in HDF5's heap, which takes 4 KiB at least."""
+    if len(data) < MOST_IN_ATTRIBUTE:
+        attributes[key] = np.void(data)
+        return
+    value = np.empty((), object)
+    value[()] = np.frombuffer(data, np.uint8)
+    attributes.create(key, value, dtype=h5py.vlen_dtype(np.uint8))
+
+
+def read_bytes(attributes: h5py.AttributeManager, key: str) -> bytes:
+    """What write_bytes has written; nothing where another program gave the name to something else."""
+    value = attributes.get(key)
+    return value.tobytes() if isinstance(value, np.void) or getattr(value, "dtype", None) == np.uint8 else b""
+
+
+def read_lines(packed: bytes, what: str) -> str:
     try:
-        return zlib.decompressobj().decompress(bytes(packed), MOST_BYTES).decode()
-    except (zlib.error, ValueError, TypeError) as error:
+        return zlib.decompressobj().decompress(packed, MOST_BYTES).decode()
+    except (zlib.error, ValueError) as error:
         raise UserError(f"{what}: not the tokens of a vocabulary ({error})") from None
 
 

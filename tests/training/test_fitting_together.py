@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import zlib
 
 import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -187,6 +189,22 @@ def test_files_that_do_not_say_their_vocabulary_are_read_as_before(workspace, ca
     assert "was the data made with another vocabulary?" in capsys.readouterr().err
     tokens = answers(capsys, "--checkpoint=new", "--vocab_file=vocab.txt")
     assert tokens == answers(capsys, "--checkpoint=new", "--vocab_file=vocab.txt", "--do_lower_case=1")
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("vocabulary_sha256", 5, "sha256 is 5, no checksum of a vocabulary"),
+    ("vocabulary_sha256", "f" * 63, "no checksum of a vocabulary"),
+    ("vocabulary_size", -1, "size is -1, not a whole number"),
+    ("vocabulary_size", [1, 2], "not a whole number"),
+    ("vocabulary_lower_case", "perhaps", "lower_case is 'perhaps', neither true nor false"),
+    ("vocabulary_lines", np.void(b"the sea"), "not the tokens of a vocabulary"),
+    ("vocabulary_lines", np.void(zlib.compress(b"the\n")), "its lines are not the 74 tokens"),
+    ("vocabulary_lines", 7, "its lines are not the 74 tokens")])
+def test_malformed_attributes_of_a_shard_are_named(workspace, name, value, said):
+    with h5py.File("data/text_training_0.hdf5", "a") as file:
+        file.attrs[name] = value
+    with pytest.raises(UserError, match=f"data/text_training_0.hdf5: vocabulary.*{said}"):
+        train(output_dir="new")
 
 
 def test_a_domain_may_use_the_unused_places_of_a_published_vocabulary(workspace):
