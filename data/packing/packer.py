@@ -26,7 +26,7 @@ from data.token_counts import TOKEN_COUNTS, as_text, summed_counts
 from data.workers import open_pool
 
 RECORDED_OPTIONS = ("packing_method", "max_sequences_per_pack", "max_sequence_length", "max_predictions_per_sequence",
-                    "seed", "input_dir", "split")  # in the metadata
+                    "seed", "input_dir")  # in the metadata
 
 
 @dataclass(frozen=True, kw_only=True)
