@@ -16,7 +16,8 @@ from devices import gaudi_environment
 
 # The flags of a run (the PARAMETER line of its log) that the model card shows
 CARD_FLAGS = ("init_checkpoint", "input_dir", "max_seq_length", "train_batch_size", "gradient_accumulation_steps",
-              "learning_rate", "warmup_proportion", "max_steps", "seed", "hmp", "fp16", "device")
+              "optimizer", "learning_rate", "lr_schedule", "warmup_proportion", "max_steps", "seed", "hmp", "fp16",
+              "device")
 CARD_FIGURES = ("final_loss", "eval_mlm_loss", "eval_context_free_mlm_loss", "eval_mlm_accuracy", "eval_nsp_accuracy",
                 "training_sequences_per_second", "steady_sequences_per_second")
 

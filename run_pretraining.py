@@ -18,7 +18,7 @@ from common.locks import file_lock, folder_lock
 from data.shard_reader import ShardReader
 from devices import gaudi_environment
 from parallel import rendezvous
-from training.arguments import device_options, parse_arguments, precision_options
+from training.arguments import contradiction_of_steps, device_options, parse_arguments, precision_options
 
 # How often a waiting OpenMP thread looks again before it sleeps: about 0.4 ms.  The default, some 13 ms, keeps a core
 # from whatever else wants to run there, and a step of a small model beside one busy process took 40 times as long.
@@ -67,10 +67,11 @@ def pretrain_rank(args, ranks, reader) -> dict:
     from devices.precision import Precision
     from modeling import BertConfig, BertForPreTraining
     from ops import attention
-    from optim.build import build_optimizer
+    from optim.build import OptimizerOptions, build_optimizer
     from parallel.gradient_reduction import broadcast_weights, build_reduction
     from training import dry_run
     from training.compilation import compile_training
+    from training.early_stopping import EarlyStopping
     from training.evaluation import Evaluator
     from training.log import TensorBoardLog, TrainingLog, summary_writer
     from training.run_record import reference_record, run_record
@@ -86,6 +87,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
     shards, token_counts = training_shards(args, config, reader, ranks.warn)
     held_out = held_out_shards(args, config, reader)
     plan = BatchPlan.from_flags(args, average_sequences_per_row(shards, reader, args.skip_bad_shards))
+    settle_steps(args, plan, sum(shard.rows for shard in shards), ranks)
     if args.phase1_end_step is None:
         args.phase1_end_step = last_step_of_phase1(args.output_dir, ranks.warn) if args.phase2 else PHASE1_STEPS
     phase = Phase(2, args.phase1_end_step) if args.phase2 else Phase()
@@ -108,13 +110,16 @@ def pretrain_rank(args, ranks, reader) -> dict:
         if args.use_torch_compile else (False, ""))
     if args.use_hpu_graphs:
         device.cache_graphs(model)
+    optimizer_options = cli.options_from(args, OptimizerOptions, name=args.optimizer)
+    if optimizer_options.rate_warning:
+        ranks.warn(optimizer_options.rate_warning)
     optimizer, optimizer_description = build_optimizer(
-        model, device, args.learning_rate, args.use_fused_lamb, compiled,
-        shards=ranks.world_size if args.use_zero_optimizer else 1)
+        model, device, optimizer_options, compiled, shards=ranks.world_size if args.use_zero_optimizer else 1)
     stream = BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, ranks=ranks, reader=reader,
                          skip_bad_shards=args.skip_bad_shards, warn=ranks.warn)
     state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision,
-                          token_counts=torch.from_numpy(token_counts), init_checkpoint=resume_point.init_checkpoint)
+                          token_counts=torch.from_numpy(token_counts), init_checkpoint=resume_point.init_checkpoint,
+                          early_stopping=EarlyStopping(args.early_stopping) if args.early_stopping else None)
     resume_point.restore(state)
     device.synchronize()  # keeps copying the weights out of the first step's graph
     broadcast_weights(ranks, model)
@@ -151,6 +156,17 @@ def pretrain_rank(args, ranks, reader) -> dict:
     finally:
         stream.close()
         log.close()
+
+
+def settle_steps(args, plan, rows: int, ranks) -> None:
+    """Set --max_steps where --num_train_epochs says it, and check the flags that name steps against it."""
+    if args.max_steps is None:
+        args.max_steps = plan.steps(args.num_train_epochs, rows, ranks.world_size)
+        problem = contradiction_of_steps(args)
+        if problem:
+            raise UserError(f"{problem} (--num_train_epochs {args.num_train_epochs:g})")
+    elif args.num_train_epochs is not None:
+        ranks.warn(f"--num_train_epochs {args.num_train_epochs:g} has no effect beside --max_steps")
 
 
 def run_fingerprint(args, config, shards, resume_point) -> dict[str, str]:

@@ -5,6 +5,7 @@ import os
 
 from common.cli import BOOLEAN, ArgumentParser, options_from, positive_float, positive_int, proportion, whole
 from devices.options import DeviceOptions, PrecisionOptions
+from optim.lr_schedule import SCHEDULES
 
 DESCRIPTION = """BERT pre-training (masked LM + next sentence prediction) with LAMB, on Gaudi, CUDA and CPU.
 
@@ -15,6 +16,7 @@ DESCRIPTION = """BERT pre-training (masked LM + next sentence prediction) with L
 
 Batch sizes are per card and optimizer step; steps are optimizer steps."""
 
+DEFAULT_STEPS = 1000
 FIRST_WORKER = "worker_0"  # the folder of rank 0's TensorBoard figures, where the reference scripts look for them
 
 
@@ -35,6 +37,8 @@ def with_implied_flags(args: argparse.Namespace) -> argparse.Namespace:
         implied["allreduce_post_accumulation"] = True
     if args.phase2 and not args.init_checkpoint:
         implied["resume_from_checkpoint"] = True
+    if args.max_steps is None and args.num_train_epochs is None:
+        implied["max_steps"] = DEFAULT_STEPS
     if args.enable_tensorboard_logging and not args.tensorboard_logdir:
         implied["tensorboard_logdir"] = os.path.join(args.output_dir, FIRST_WORKER)
     return argparse.Namespace(**{**vars(args), **implied})
@@ -101,10 +105,19 @@ def add_batches(parser) -> None:
 
 
 def add_schedule(parser) -> None:
-    add = parser.add_argument_group("schedule").add_argument
+    add = parser.add_argument_group("optimizer and schedule").add_argument
+    add("--optimizer", choices=("lamb", "adamw"), default="lamb", help="lamb: for large batches, rates of 1e-3 to 1e-2 "
+        "(default, the published recipe); adamw: PyTorch's fused AdamW, for batches of some hundred sequences, rates "
+        "of 1e-4 to 1e-3.  Both with betas 0.9 and 0.999, and gradients clipped at a norm of 1")
+    add("--weight_decay", type=float, default=0.01, help="of all weights but biases and LayerNorms (default: 0.01)")
     add("--learning_rate", type=float, default=5e-5, help="peak learning rate")
-    add("--max_steps", type=positive_int, default=1000,
-        help="optimizer steps of this phase: the length of its learning rate schedule")
+    add("--lr_schedule", choices=SCHEDULES, default="poly", help="how the rate falls after the warm-up: poly, with the "
+        "square root of what is left (default, the published recipe); linear; cosine; constant, not at all; wsd, only "
+        "in the last fifth (drawn in docs/training.md)")
+    add("--max_steps", type=positive_int, help="optimizer steps of this phase: the length of its learning rate "
+        f"schedule (default: what --num_train_epochs takes, else {DEFAULT_STEPS})")
+    add("--num_train_epochs", type=positive_float, metavar="EPOCHS", help="length of this phase in passes over "
+        "--input_dir, where --max_steps is not given")
     add("--steps_this_run", type=whole, default=-1,
         help="end the run at this step of the phase (a step number, not a count); -1 = --max_steps")
     add("--warmup_proportion", type=proportion, default=0.01,
@@ -193,6 +206,8 @@ def add_checkpoints(parser) -> None:
         "impossible values; without this flag it ends the run")
     add("--eval_dir", help="folder of held-out shards (packed, or with 'test' in the name)")
     add("--eval_freq", type=whole, default=0, help="steps between evaluations; 0 = only at the end")
+    add("--early_stopping", type=positive_int, metavar="N", help="end the run after N evaluations without a new lowest "
+        "held-out MLM loss; the checkpoint of the lowest one is kept")
 
 
 def add_log(parser) -> None:
@@ -217,7 +232,6 @@ def add_log(parser) -> None:
 
 def add_accepted(parser) -> None:
     add = parser.add_argument_group("accepted for old command lines").add_argument
-    add("--num_train_epochs", type=float, default=3.0, help="unused: the run ends after --max_steps")
     add("--enable_packed_data_mode", **BOOLEAN,
         help="deprecated: the shards decide; if given, it must agree with them")
     add("--avg_seq_per_pack", type=float, help="deprecated, no effect: the data decides")
@@ -257,8 +271,13 @@ def contradiction(args) -> str | None:
     if args.train_batch_size % args.gradient_accumulation_steps:
         return (f"--train_batch_size {args.train_batch_size} is not divisible by "
                 f"--gradient_accumulation_steps {args.gradient_accumulation_steps}")
-    if args.steps_this_run != -1 and not 1 <= args.steps_this_run <= args.max_steps:
-        return f"--steps_this_run {args.steps_this_run} is neither -1 nor from 1 to --max_steps {args.max_steps}"
+    if args.max_steps is not None and (problem := contradiction_of_steps(args)):
+        return problem
+    if args.optimizer != "lamb" and args.use_fused_lamb:
+        return f"--optimizer {args.optimizer} and --use_fused_lamb exclude each other"
+    if args.optimizer == "lamb" and args.weight_decay == 0.0:
+        return ("--weight_decay 0 makes Adam of LAMB, whose trust ratio is only for weights that decay: give "
+                "--optimizer adamw, with a rate for it")
     if args.fp16 and args.hmp:
         return "--fp16 and --hmp exclude each other"
     if args.use_lazy_mode and args.use_torch_compile:
@@ -274,18 +293,27 @@ def contradiction(args) -> str | None:
     if args.use_hpu_graphs and (args.checkpoint_activations or args.mlm_loss_chunk or args.eval_dir):
         return ("--use_hpu_graphs excludes --checkpoint_activations and --mlm_loss_chunk, which run parts of the model "
                 "twice, and --eval_dir (evaluate.py evaluates checkpoints)")
-    last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
-    if args.profile and args.profile_steps[1] > last_step:
-        return f"--profile_steps {args.profile_steps[0]}:{args.profile_steps[1]}, but the run ends at step {last_step}"
     if args.resume_step != -1 and not args.resume_from_checkpoint:
         return f"--resume_step {args.resume_step} needs --resume_from_checkpoint"
     if args.phase2 and args.phase1_end_step is not None and args.phase1_end_step < 0:
         return f"--phase1_end_step {args.phase1_end_step} is below 0"
     if args.eval_freq and not args.eval_dir:
         return f"--eval_freq {args.eval_freq} needs --eval_dir"
+    if args.early_stopping and (not args.eval_freq or args.skip_checkpoint):
+        return "--early_stopping needs --eval_dir and --eval_freq, and excludes --skip_checkpoint"
     if not 0.0 < args.learning_rate < float("inf"):
         return f"--learning_rate {args.learning_rate} is not a number above 0"
-    for name in ("seed", "eval_freq", "peak_tflops"):
+    for name in ("seed", "eval_freq", "peak_tflops", "weight_decay"):
         if not 0.0 <= getattr(args, name) < float("inf"):
             return f"--{name} {getattr(args, name)} is not a number of at least 0"
+    return None
+
+
+def contradiction_of_steps(args) -> str | None:
+    """What is wrong with the flags that name steps of a phase of --max_steps, or None."""
+    if args.steps_this_run != -1 and not 1 <= args.steps_this_run <= args.max_steps:
+        return f"--steps_this_run {args.steps_this_run} is neither -1 nor from 1 to --max_steps {args.max_steps}"
+    last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
+    if args.profile and args.profile_steps[1] > last_step:
+        return f"--profile_steps {args.profile_steps[0]}:{args.profile_steps[1]}, but the run ends at step {last_step}"
     return None

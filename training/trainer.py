@@ -57,6 +57,10 @@ class BatchPlan:
     def rows(self) -> int:
         return self.micro_batch_size * self.accumulation_steps
 
+    def steps(self, epochs: float, rows: int, world_size: int) -> int:
+        """The optimizer steps in which `world_size` cards use `rows` rows `epochs` times, at least one."""
+        return max(1, math.ceil(epochs * rows / (self.rows * world_size)))
+
     def describe(self) -> str:
         sequences = self.rows * self.sequences_per_row
         return (f"batch per card and step: {self.accumulation_steps} accumulation steps × {self.micro_batch_size} rows "
@@ -84,6 +88,8 @@ class Trainer:
         self.model, self.optimizer = self.state.model, self.state.optimizer
         self.stream, self.precision = self.state.stream, self.state.precision
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
+        if self.state.early_stopping and self.state.early_stopping.is_over:
+            self.last_step = self.first_step
         self.throughput = Throughput(args.peak_tflops * 1e12 or measured_peak(device, self.precision.dtype),
                                      self.ranks.world_size)
         self.graph_watch = GraphWatch(device)
@@ -95,7 +101,7 @@ class Trainer:
         self.final_loss = None
         self.began, self.seconds = time.perf_counter(), 0.0  # of the loop, until the last log line
         self.loss_sums = self.zeros(len(AVERAGES) + 1)  # over the steps since the last log line, see with_count
-        self.checkpoints = CheckpointWriter(args.output_dir, device, self.log.print, self.log.warn, self.phase.first)
+        self.checkpoints = CheckpointWriter(args.output_dir, device, self.log.print, self.log.warn)
 
     def train(self) -> dict:
         """Run all steps; returns the figures of the summary."""
@@ -119,13 +125,14 @@ class Trainer:
                 announce_end()
             if self.is_due(step, self.args.log_freq):
                 self.log_step(step, losses)
-            if self.is_due(step, self.args.num_steps_per_checkpoint) and not self.args.skip_checkpoint:
-                self.save(step)
+            is_best = False
             if self.evaluator and self.is_due(step, self.args.eval_freq) and not stopping:
-                self.evaluate(step)
+                is_best = self.evaluate(step, losses)
+            if (is_best or self.is_due(step, self.args.num_steps_per_checkpoint)) and not self.args.skip_checkpoint:
+                self.save(step)
             self.checkpoints.report_when_written()
             self.log.advance()
-            if stopping:
+            if step == self.last_step:
                 return
 
     def train_step(self, step: int) -> torch.Tensor:
@@ -136,9 +143,10 @@ class Trainer:
         before mark_step, because a pending op would change the next graph.
         """
         self.device.seed(step_seed(self.args.seed, self.phase, step, self.ranks.rank))
-        rate = learning_rate(step, self.args.learning_rate, self.args.warmup_proportion, self.args.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * (1.0 if group["weight_decay"] else self.args.undecayed_rate)
+        rate = learning_rate(step, self.args.learning_rate, self.args.warmup_proportion, self.args.max_steps,
+                             self.args.lr_schedule)
+        for group, factor in zip(self.optimizer.param_groups, (1.0, self.args.undecayed_rate), strict=True):
+            group["lr"] = rate * factor
         losses = self.zeros(len(LOSSES))
         self.first_batch()
         self.loss_weights.start_step()
@@ -244,9 +252,15 @@ class Trainer:
                 self.log.warn(f"{path.name} could not be written ({error}), and the training continues")
                 return
             if self.ranks.first:
-                self.checkpoints.save(number, {**contents, "step": step, "phase": self.phase.number,
-                                               PHASE_STEPS: self.args.max_steps})
+                contents |= {"step": step, "phase": self.phase.number, PHASE_STEPS: self.args.max_steps}
+                self.checkpoints.save(number, self.protected_checkpoints, contents)
             self.log.write("PARAMETER", {"checkpoint_step": step})
+
+    @property
+    def protected_checkpoints(self) -> set[int]:
+        """Those that are kept however old they are: phase 1's last one, and the best one of --early_stopping."""
+        best = {self.state.early_stopping.best_checkpoint} if self.state.early_stopping else set()
+        return {self.phase.first, *best}
 
     def check_skipped(self, step: int, metrics: dict[str, float]) -> None:
         """UserError where more steps in a row were skipped than --max_skipped_steps allows."""
@@ -260,11 +274,23 @@ class Trainer:
         return UserError(f"step {step}: {reason}; the last good checkpoint is {newest}: "
                          f"check the data, or continue from there with a lower --learning_rate")
 
-    def evaluate(self, step: int) -> None:
+    def evaluate(self, step: int, losses: torch.Tensor) -> bool:
+        """Evaluate after a step; whether --early_stopping is to keep its checkpoint as the best one."""
         with self.paused():
             figures = self.evaluator.evaluate(self.model)
         self.log.write([self.epoch, step], {f"eval_{name}": value for name, value in figures.items()})
         self.log.print(f"held out after step {step}: {describe_figures(figures)}")
+        early_stopping = self.state.early_stopping
+        if early_stopping is None or step % self.args.eval_freq:  # as the end of a part of the phase may be
+            return False
+        is_best = early_stopping.record(figures["mlm_loss"], self.phase.first + step)
+        if early_stopping.is_over and step < self.last_step:
+            self.log.print(f"stopping after step {step}: {early_stopping.evaluations_since} evaluations without a new "
+                           f"lowest loss (--early_stopping)")
+            self.last_step = step
+            if step % self.args.log_freq:
+                self.log_step(step, losses)
+        return is_best
 
     def summary(self) -> dict:
         """The figures of the whole run, logged with an empty step."""
@@ -273,6 +299,8 @@ class Trainer:
                 "final_loss": self.final_loss, "raw_train_time": self.seconds,
                 "steady_sequences_per_second": self.throughput.average}
         self.log.write([], data)
+        if self.state.early_stopping and self.state.early_stopping.best_checkpoint >= 0:
+            self.log.print(self.state.early_stopping.describe())
         return data
 
 
