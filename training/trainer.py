@@ -30,6 +30,7 @@ from training.log import TrainingLog
 from training.loss_weights import build_loss_weights
 from training.metrics import Throughput, batch_flops, measured_peak
 from training.profiling import StepProfiler
+from training.source_losses import SourceLosses
 
 LOSSES = ("loss", "mlm_loss", "nsp_loss")  # outputs of the model
 STEP_LOSSES = ("step_mean_loss", "mlm_loss", "nsp_loss")  # their names in the log: the means of the logged step, …
@@ -97,7 +98,9 @@ class Trainer:
         self.signals = StopSignals()
         self.stop_vote = StopVote(self.ranks)
         self.loss_weights = build_loss_weights(args.normalize_loss, self.plan.accumulation_steps, self.ranks, device)
-        self.batches = deque()  # the next micro-batches, on the device, and what Throughput counts of them
+        self.batches = deque()  # the next micro-batches, on the device, their sources, and what Throughput counts
+        names = [source.name for source in self.stream.order.sources]
+        self.source_losses = SourceLosses(names, device, self.ranks) if len(names) > 1 else None
         self.final_loss = None
         self.began, self.seconds = time.perf_counter(), 0.0  # of the loop, until the last log line
         self.loss_sums = self.zeros(len(AVERAGES) + 1)  # over the steps since the last log line, see with_count
@@ -155,7 +158,7 @@ class Trainer:
             if last:  # late, to include signals of a long step, but early enough to overlap with the device's work
                 self.stop_vote.start(stop=self.signals.received)
             self.device.start_micro_step(micro_step - 1)
-            batch, counted = self.batches.popleft()
+            batch, source, counted = self.batches.popleft()
             self.throughput.add_micro_batch(*counted)
             with self.reduction.micro_step(last):
                 with self.precision.autocast():
@@ -164,6 +167,8 @@ class Trainer:
                     weighted = self.loss_weights.weighted(outputs)
                 self.precision.backward(nan_grads_if_loss_not_finite(weighted["loss"]) / self.plan.accumulation_steps)
             losses += torch.stack([weighted[name].detach() for name in LOSSES])
+            if self.source_losses:
+                self.source_losses.add(source, outputs["mlm_loss"].detach())
             self.device.mark_step()
             self.fetch()  # while the device works
         losses /= self.plan.accumulation_steps
@@ -188,11 +193,11 @@ class Trainer:
     def fetch(self) -> None:
         """Take a micro-batch from the stream, and send it on its way to the device."""
         began = time.perf_counter()
-        batch = next(self.stream)
+        source, batch = self.stream.next_source, next(self.stream)
         waiting = time.perf_counter() - began
         counted = (sequences_in(batch), waiting, batch_flops(self.model.config, batch))
         self.loss_weights.count(batch)
-        self.batches.append((self.device.put(batch), counted))
+        self.batches.append((self.device.put(batch), source, counted))
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something done every `every` steps (0 = only at the end) is due after this one."""
@@ -200,7 +205,13 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        return self.stream.epoch(self.stream.rows_used(len(self.batches)))
+        """In a mixture, that of the source that is least far."""
+        return min(self.epochs.values())
+
+    @property
+    def epochs(self) -> dict[str, int]:
+        """The epoch of each source."""
+        return self.stream.epochs(self.stream.rows_used(len(self.batches)))
 
     def log_step(self, step: int, losses: torch.Tensor) -> None:
         """Log the steps since the last log line: the only place in the loop where values reach the host.
@@ -221,13 +232,21 @@ class Trainer:
         self.loss_sums = self.zeros(len(AVERAGES) + 1)
         new_graphs = self.graph_watch.new_graphs(step - self.first_step)
         self.log.step(self.epoch, step, {
-            **figures, "learning_rate": self.optimizer.param_groups[0]["lr"], **metrics,
+            **figures, **self.source_figures(), "learning_rate": self.optimizer.param_groups[0]["lr"], **metrics,
             "skipped_shards": len(self.stream.skipped_shards),
             **self.throughput.read(), **self.device.memory(), **self.device.graphs()})
         self.check_skipped(step, metrics)
         if new_graphs:
             self.log.print(f"warning: {new_graphs} graphs compiled since the last line, though the warm-up is over: "
                            f"a shape or value changes from step to step (docs/graphs.md)")
+
+    def source_figures(self) -> dict[str, dict]:
+        """The figures of each source of a mixture."""
+        if self.source_losses is None:
+            return {}
+        losses = self.source_losses.read()
+        return {"sources": {name: {"epoch": epoch, **({"mlm_loss": losses[name]} if name in losses else {})}
+                            for name, epoch in self.epochs.items()}}
 
     @contextmanager
     def paused(self):
