@@ -10,6 +10,7 @@ from checkpoint.load import groups_of
 from checkpoint.state import INIT_CHECKPOINT, OWN_KEYS, PHASE_STEPS, TrainingState, with_current_keys
 from common.download import local_file
 from common.errors import UserError, whole_number
+from data.vocabulary import VOCABULARY
 
 PHASE1_STEPS = 7038  # of the published recipe
 
@@ -120,7 +121,7 @@ def resume_point_at(path: Path, number: int, contents: dict, phase: Phase, warn:
 
 def at_step_zero(contents: dict, path, moments: bool) -> dict:
     """The weights of a checkpoint and, if asked for, the optimizer's moments, with the step count set to 0."""
-    kept = {key: contents[key] for key in ("model", "config", reference.MASTER_WEIGHTS) if key in contents}
+    kept = {key: contents[key] for key in ("model", "config", VOCABULARY, reference.MASTER_WEIGHTS) if key in contents}
     optimizer = contents.get("optimizer")
     if optimizer is None or not moments:
         return kept

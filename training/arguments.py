@@ -80,7 +80,7 @@ def add_files(parser) -> None:
     add("--dry_run", action="store_true", help="instead of training, check everything and report what the run will "
         "take: steps, memory, disk, and time from two timed steps; writes nothing")
     add("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
-    add("--config_file", required=True, help="model config, JSON")
+    add("--config_file", help="model config, JSON (default: that of the checkpoint which the run starts from)")
     add("--output_dir", required=True, help="folder of the checkpoints")
     add("--bert_model", default="bert-large-uncased", help="name in the log and the model card")
     add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL) or Hugging Face "
@@ -90,9 +90,9 @@ def add_files(parser) -> None:
 
 def add_batches(parser) -> None:
     add = parser.add_argument_group("batches").add_argument
-    add("--max_seq_length", type=positive_int, default=512, help="tokens in a row, as in the shards")
-    add("--max_predictions_per_seq", type=positive_int, default=80,
-        help="maximum number of masked tokens in a sequence, at least that of the shards")
+    add("--max_seq_length", type=positive_int, help="tokens in a row (default: as in the shards, which it must equal)")
+    add("--max_predictions_per_seq", type=positive_int,
+        help="maximum number of masked tokens in a sequence (default: that of the shards, its smallest value)")
     add("--train_batch_size", type=positive_int, default=32,
         help="sequences per card and optimizer step, over all accumulation steps")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per optimizer step; must "

@@ -15,6 +15,7 @@ import numpy as np
 
 from common.errors import UserError
 from data.masking import MaskingRule, ranges
+from data.origin import Origin
 from data.packing.assignment import RowAssignment, ranks_within
 from data.packing.blocks import Block
 from data.shards import MASK_KEYS, write_shard
@@ -86,7 +87,9 @@ class Layout:
     max_sequences: int  # in a row
     prediction_slots: int  # in a row
     folder: Path
+    part_name: str
     rule: MaskingRule | None  # of shards without masks
+    origin: Origin
 
     @property
     def rows_per_part(self) -> int:
@@ -98,6 +101,9 @@ class Layout:
 
     def rows_in(self, part: int) -> int:
         return min(self.rows_per_part, self.row_count - part * self.rows_per_part)
+
+    def part_file(self, part: int) -> Path:
+        return self.folder / self.part_name.format(part)
 
     def file(self, block_number: int, records: str) -> Path:
         return self.folder / f"block_{block_number}.{records}"
@@ -162,7 +168,7 @@ def gather(part: int, block_count: int, layout: Layout, path: Path) -> tuple[int
     pieces = [read_piece(block_number, part, layout) for block_number in range(block_count)]
     sequences, tokens, predictions = (np.concatenate(records) for records in zip(*pieces, strict=True))
     rows = packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part))
-    write_shard(path, rows, layout.rule, layout.prediction_slots)
+    write_shard(path, rows, layout.rule, layout.prediction_slots, layout.origin)
     return len(sequences), count_tokens(rows)
 
 

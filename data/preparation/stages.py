@@ -32,6 +32,7 @@ from data.preparation.formatting import describe_counts
 from data.preparation.samples import SampleOptions, counts_of_words, create_shard
 from data.preparation.text_counts import TextCounts
 from data.tokenizer import load_vocabulary, sample_lines, save_vocabulary, train_vocabulary
+from data.vocabulary import check_case
 from data.workers import open_pool, ordered_map
 
 COUNTED_BYTES = 1 << 20  # of text, for what create_vocabulary says of its words
@@ -202,6 +203,7 @@ def create_hdf5_files(options: StageOptions) -> None:
     texts, recorded_options = options.text_shards(), asdict(options.samples)
     vocab_file = find_vocabulary(options)
     tokens = load_vocabulary(vocab_file)
+    check_case(tokens, options.samples.do_lower_case, f"--vocab_file {vocab_file}")
     vocabulary = {"vocabulary": records.file_fingerprint(vocab_file)}
     made_from = {text: records.file_fingerprints([text]) | vocabulary for text in texts}
     names = {text: f"{dataset}/{text.stem}.hdf5" for text in texts}
