@@ -10,7 +10,8 @@ import numpy as np
 
 from common.errors import UserError
 
-FORM = "NAME=PATH:WEIGHT"
+FORM = "NAME=DIR:WEIGHT"
+PART = re.compile(r"([\w.-]+)=(.+):([0-9.]+)")
 LONGEST_PERIOD = 10_000  # micro-batches after which the order of the sources repeats
 
 
@@ -89,15 +90,22 @@ class Mixture:
         return periods * self.period + int(np.flatnonzero(self.order == source)[rest])
 
 
-def parse_sources(words: list[str]) -> list[Source]:
-    """The sources that the words of --input_dir name: one folder, or several as NAME=PATH:WEIGHT.
+def is_part(word: str) -> bool:
+    """Whether a word of --input_dir is a part of a mixture."""
+    return PART.fullmatch(word) is not None
 
-        >>> parse_sources(["/data/packed"])
+
+def parse_sources(input_dir: str | list[str]) -> list[Source]:
+    """The sources that --input_dir names: one folder, or several as NAME=DIR:WEIGHT, in the order of
+    their names.
+
+        >>> parse_sources("/data/packed")
         [Source(name='', folder='/data/packed', weight=Fraction(1, 1))]
         >>> [(source.name, str(source.weight)) for source in parse_sources(["wiki=s3://b/wiki:0.7", "own=own:0.3"])]
-        [('wiki', '7/10'), ('own', '3/10')]
+        [('own', '3/10'), ('wiki', '7/10')]
     """
-    found = [re.fullmatch(r"([\w.-]+)=(.+):([0-9.]+)", word) for word in words]
+    words = [input_dir] if isinstance(input_dir, str) else input_dir
+    found = [PART.fullmatch(word) for word in words]
     if len(words) == 1 and not found[0]:
         return [Source("", words[0])]
     sources = []
@@ -113,4 +121,4 @@ def parse_sources(words: list[str]) -> list[Source]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UserError(f"--input_dir: two data sets have the name {twice}")
-    return sources
+    return sorted(sources, key=lambda source: source.name)

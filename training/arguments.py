@@ -4,6 +4,8 @@ import argparse
 import os
 
 from common.cli import BOOLEAN, ArgumentParser, options_from, positive_float, positive_int, proportion, whole
+from common.errors import UserError
+from data.mixture import is_part, parse_sources
 from devices.options import DeviceOptions, PrecisionOptions
 from optim.lr_schedule import SCHEDULES
 
@@ -32,7 +34,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def with_implied_flags(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with those that others imply."""
-    implied = {}
+    implied = {"input_dir": args.input_dir[0] if len(args.input_dir) == 1 else args.input_dir}
     if args.allreduce_post_accumulation_fp16:
         implied["allreduce_post_accumulation"] = True
     if args.phase2 and not args.init_checkpoint:
@@ -42,6 +44,16 @@ def with_implied_flags(args: argparse.Namespace) -> argparse.Namespace:
     if args.enable_tensorboard_logging and not args.tensorboard_logdir:
         implied["tensorboard_logdir"] = os.path.join(args.output_dir, FIRST_WORKER)
     return argparse.Namespace(**{**vars(args), **implied})
+
+
+class DataSets(argparse.Action):
+    """The data sets of --input_dir.  Given again, a folder replaces what was named before, as with other flags; a part
+    of a mixture is added to other parts."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest) or []
+        both = [*before, *values]
+        setattr(namespace, self.dest, both if all(map(is_part, both)) else values)
 
 
 def build_parser() -> ArgumentParser:
@@ -66,6 +78,9 @@ def command_flags(values: dict) -> list[str] | None:
         value = values.get(action.dest)
         if value is None and action.required:
             return None
+        if action.nargs == "+" and isinstance(value, list):
+            words += [action.option_strings[0], *value]
+            continue
         text = ":".join(map(str, value)) if isinstance(value, list) else str(value)
         if value is None or action.dest in ("help", "local_rank") or action.default in (value, text):
             continue
@@ -79,7 +94,9 @@ def add_files(parser) -> None:
     add("--do_train", action="store_true", help="train; required unless --dry_run is given")
     add("--dry_run", action="store_true", help="instead of training, check everything and report what the run will "
         "take: steps, memory, disk, and time from two timed steps; writes nothing")
-    add("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
+    add("--input_dir", required=True, nargs="+", action=DataSets, metavar="DIR", help="folder (or s3:// prefix) of "
+        "HDF5 shards, packed or not; or a mixture of several, each as NAME=DIR:WEIGHT, which is its share of the "
+        "micro-batches")
     add("--config_file", help="model config, JSON (default: that of the checkpoint which the run starts from)")
     add("--output_dir", required=True, help="folder of the checkpoints")
     add("--bert_model", default="bert-large-uncased", help="name in the log and the model card")
@@ -271,6 +288,10 @@ def contradiction(args) -> str | None:
     if args.train_batch_size % args.gradient_accumulation_steps:
         return (f"--train_batch_size {args.train_batch_size} is not divisible by "
                 f"--gradient_accumulation_steps {args.gradient_accumulation_steps}")
+    try:
+        parse_sources(args.input_dir)
+    except UserError as error:
+        return str(error)
     if args.max_steps is not None and (problem := contradiction_of_steps(args)):
         return problem
     if args.optimizer != "lamb" and args.use_fused_lamb:

@@ -46,7 +46,7 @@ def test_weights_become_the_smallest_whole_numbers():
 
 
 @pytest.mark.parametrize("words, complaint", [
-    (["a", "b"], "--input_dir a: several data sets are given as NAME=PATH:WEIGHT"),
+    (["a", "b"], "--input_dir a: several data sets are given as NAME=DIR:WEIGHT"),
     (["a=x:0", "b=y:1"], "a=x:0: .*with a weight above 0"),
     (["a=x:1.2.3", "b=y:1"], "a=x:1.2.3: .*with a weight above 0"),
     (["a=s3://bucket/x", "b=y:1"], "--input_dir a=s3://bucket/x: several"),
