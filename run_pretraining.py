@@ -232,7 +232,7 @@ def header_lines(args, device, precision, pieces, model, plan, resume_point) -> 
         f"{shards} shards of {args.input_dir}" + (f", read in {len(pieces)} pieces" if len(pieces) > shards else ""),
         plan.describe(),
         f"phase {2 if args.phase2 else 1}, from step {resume_point.step} of {args.max_steps}"
-        + (f", from {resume_point.path}" if resume_point.path else ""),
+        + resume_point.origin,
     ]
 
 

@@ -1,10 +1,13 @@
 """The weights and moments of a checkpoint, checked and copied into a model and an optimizer."""
 
+import sys
+
 import torch
 
-from checkpoint import optimizer_shards
+from checkpoint import huggingface, optimizer_shards
 from checkpoint.file import check_tensor, is_plain, kind_of
 from checkpoint.folder import read_checkpoint
+from checkpoint.pickle_reader import printable
 from common.download import local_file
 from common.errors import UserError, whole_number
 from optim.build import local_optimizer
@@ -13,25 +16,41 @@ FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initia
 
 
 def load_weights(model, path) -> dict:
-    """Load the weights of a checkpoint (path, URL or Hugging Face model folder); returns its contents."""
+    """Load the weights of a checkpoint (path, URL or Hugging Face model folder); returns its contents.
+
+    A warning names the parts that a folder does not hold: they keep the weights that the model began with.
+    """
     contents = read_checkpoint(local_file(path))
     load_model(model, contents, path)
+    if fresh := huggingface.fresh_parts(contents):
+        print(f"warning: {path}: no {fresh} in it: the weights of these are random", file=sys.stderr)
     return contents
 
 
 def load_model(model, contents: dict, path) -> None:
-    """Load weights by name.  Word embeddings of the unpadded vocabulary are padded with zeros first."""
+    """Load weights by name.  Word embeddings of the unpadded vocabulary are padded with zeros first.
+
+    The parts that a Hugging Face folder does not hold stay as they are; it must hold nothing else.
+    """
     check_architecture(model.config, contents, path)
     expected = model.state_dict()
     given = {str(name).removeprefix("_orig_mod.").removeprefix("module."): value
              for name, value in contents["model"].items()}
-    given = {name: padded_to(value, expected[name]) for name, value in given.items() if name in expected}
-    missing = sorted(set(expected) - set(given))
+    unknown = sorted(set(given) - set(expected)) if huggingface.FRESH in contents else []
+    if unknown:
+        raise UserError(f"{path}: holds {printable(unknown[0])}, which neither BertForPreTraining, BertForMaskedLM nor "
+                        f"BertModel of this config has ({len(unknown)} weights are unknown)")
+    given = {name: padded_to(value, expected[name]) if name in huggingface.OF_VOCABULARY else value
+             for name, value in given.items() if name in expected}
+    fresh = {name for name in expected if name.startswith(contents.get(huggingface.FRESH, ()))}
+    missing = sorted(set(expected) - set(given) - fresh)
     if missing:
         raise UserError(f"{path}: no weight {missing[0]} in it ({len(missing)} of {len(expected)} missing)")
     for name, value in given.items():
         check_tensor(value, expected[name].shape, f"{path}: {name}")
     for name, parameter in model.state_dict(keep_vars=True).items():
+        if name not in given:
+            continue
         # A copy onto the device, not into its memory, which on lazy devices is an operation that can run on the host.
         parameter.data = given[name].to(parameter.device, parameter.dtype, copy=True).contiguous()
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint import reference
+from checkpoint import huggingface, reference
 from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint, read_complete, saved_steps
 from checkpoint.load import groups_of
 from checkpoint.state import INIT_CHECKPOINT, OWN_KEYS, PHASE_STEPS, TrainingState, with_current_keys
@@ -57,6 +57,13 @@ class ResumePoint:
         """Load the checkpoint, if there is one."""
         if self.contents is not None:
             state.load_state_dict(self.contents, self.path)
+
+    @property
+    def origin(self) -> str:
+        """In words, where the weights come from, and which of them start fresh; "" where all do."""
+        fresh = huggingface.fresh_parts(self.contents or {})
+        return ((f", from {self.path}" if self.path else "")
+                + (f"; not in it, so of fresh weights: {fresh}" if fresh else ""))
 
     def describe(self) -> str:
         rows = self.contents.get("data", {}).get("rows", 0) if self.contents else 0
@@ -120,7 +127,8 @@ def resume_point_at(path: Path, number: int, contents: dict, phase: Phase, warn:
 
 def at_step_zero(contents: dict, path, moments: bool) -> dict:
     """The weights of a checkpoint and, if asked for, the optimizer's moments, with the step count set to 0."""
-    kept = {key: contents[key] for key in ("model", "config", reference.MASTER_WEIGHTS) if key in contents}
+    keys = ("model", "config", huggingface.FRESH, reference.MASTER_WEIGHTS)
+    kept = {key: contents[key] for key in keys if key in contents}
     optimizer = contents.get("optimizer")
     if optimizer is None or not moments:
         return kept

@@ -35,6 +35,8 @@ def with_implied_flags(args: argparse.Namespace) -> argparse.Namespace:
         implied["allreduce_post_accumulation"] = True
     if args.phase2 and not args.init_checkpoint:
         implied["resume_from_checkpoint"] = True
+    if not args.config_file and args.init_checkpoint and os.path.isdir(args.init_checkpoint):
+        implied["config_file"] = os.path.join(args.init_checkpoint, "config.json")
     if args.enable_tensorboard_logging and not args.tensorboard_logdir:
         implied["tensorboard_logdir"] = os.path.join(args.output_dir, FIRST_WORKER)
     return argparse.Namespace(**{**vars(args), **implied})
@@ -76,11 +78,12 @@ def add_files(parser) -> None:
     add("--dry_run", action="store_true", help="instead of training, check everything and report what the run will "
         "take: steps, memory, disk, and time from two timed steps; writes nothing")
     add("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
-    add("--config_file", required=True, help="model config, JSON")
+    add("--config_file", help="model config, JSON (default: config.json of the folder that --init_checkpoint names)")
     add("--output_dir", required=True, help="folder of the checkpoints")
     add("--bert_model", default="bert-large-uncased", help="name in the log and the model card")
-    add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL) or Hugging Face "
-        "model folder; with --resume_from_checkpoint also its optimizer moments")
+    add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL; with "
+        "--resume_from_checkpoint also its optimizer moments) or Hugging Face folder of a BertForPreTraining, "
+        "BertForMaskedLM or BertModel, whose missing parts start fresh")
     add("--seed", type=whole, default=42, help="random seed for weights, row order and dropout")
 
 
@@ -254,6 +257,8 @@ def contradiction(args) -> str | None:
     """What is wrong with the flags together, or None."""
     if not args.do_train and not args.dry_run:
         return "give --do_train or --dry_run"
+    if not args.config_file:
+        return "give --config_file, or a Hugging Face model folder as --init_checkpoint, which has one"
     if args.train_batch_size % args.gradient_accumulation_steps:
         return (f"--train_batch_size {args.train_batch_size} is not divisible by "
                 f"--gradient_accumulation_steps {args.gradient_accumulation_steps}")

@@ -14,7 +14,7 @@ from checkpoint.load import load_weights
 from common.errors import UserError
 from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
 from modeling import BertConfig, BertForPreTraining
-from tests.support import samples, saved_model, synthetic
+from tests.support import samples, saved_model
 from tests.support.saved_model import LOADED, VOCAB_SIZE, WORDS, export, loaded, varied_model
 from tests.support.small_run import flags
 
@@ -91,18 +91,6 @@ def test_their_model_starts_our_training_and_predicts_no_padding(workspace):
         expected = theirs(**their_inputs(batch), labels=labels,
                           next_sentence_label=batch["next_sentence_labels"].long().flatten()).loss
         assert_close(model(batch)["loss"], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_init_checkpoint_takes_a_folder(workspace):
-    samples.write_config(workspace / "large.json")  # the vocabulary that the synthetic shards use
-    samples.write_dataset(workspace / "data")
-    transformers.BertForPreTraining(transformers.BertConfig(**samples.TINY)).save_pretrained("theirs")
-    run_pretraining.main(flags(config_file="large.json", init_checkpoint="theirs", max_steps=1))
-    own = torch.load("out/ckpt_1.pt", weights_only=True)
-    assert own["config"]["vocab_size"] == synthetic.VOCAB_SIZE
-    name = "bert.embeddings.position_embeddings.weight"
-    theirs = huggingface.read_folder("theirs")["model"][name]
-    assert torch.nn.functional.cosine_similarity(own["model"][name], theirs).min() > 0.99
 
 
 def test_old_files_of_theirs_are_read(workspace):
