@@ -83,6 +83,10 @@ def parse(argv):
                        help="number of tokens that create_vocabulary trains")
     group.add_argument("--unused_tokens", type=cli.positive_int, default=0, metavar="N",
                        help="of them, tokens [unused0] … that no text has, to give a meaning to later")
+    group.add_argument("--extend_vocab", metavar="FILE",
+                       help="a domain's words, one a line: create_vocabulary puts them into the [unusedN] places of "
+                            "--vocab_file (default: Google's) and behind it, instead of training one; the training "
+                            "makes rows for them in the model of --init_checkpoint")
     add_sample_flags(parser)
     parser.add_argument("--interactive_json_config_generator", nargs="?", const=True,
                         help="accepted for old command lines; has no effect")
