@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import run_pretraining
 from checkpoint import huggingface
-from checkpoint.folder import read_checkpoint
+from checkpoint.folder import read_checkpoint, write_checkpoint
 from checkpoint.load import load_weights
 from common.errors import UserError
 from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
@@ -142,6 +142,10 @@ def test_the_card_tells_the_facts_of_the_training(workspace):
     (workspace / "log.json").write_text(continued)
     export(log="log.json", output_dir="other")
     assert "starting from the weights of base.pt" in (workspace / "other/README.md").read_text()
+    contents = read_checkpoint("ckpt_7.pt")
+    write_checkpoint(workspace, 8, {**contents, "init_checkpoint": "bert-base-uncased"})
+    export(checkpoint="ckpt_8.pt", output_dir="third")
+    assert "starting from the weights of bert-base-uncased" in (workspace / "third/README.md").read_text()
 
 
 @pytest.mark.parametrize("changes, said", [
