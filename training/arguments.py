@@ -35,7 +35,7 @@ def with_implied_flags(args: argparse.Namespace) -> argparse.Namespace:
         implied["allreduce_post_accumulation"] = True
     if args.phase2 and not args.init_checkpoint:
         implied["resume_from_checkpoint"] = True
-    if not args.config_file and args.init_checkpoint and os.path.isdir(args.init_checkpoint):
+    if not args.config_file and args.init_checkpoint and not os.path.isfile(args.init_checkpoint):
         implied["config_file"] = os.path.join(args.init_checkpoint, "config.json")
     if args.enable_tensorboard_logging and not args.tensorboard_logdir:
         implied["tensorboard_logdir"] = os.path.join(args.output_dir, FIRST_WORKER)
