@@ -20,6 +20,7 @@ from data.preparation.named_files import named_files
 from data.preparation.samples import SampleOptions, add_sample_flags, create_shard
 from data.preparation.text_counts import TextCounts
 from data.tokenizer import load_vocabulary
+from data.vocabulary import check_case
 
 # of google-research/bert and of NVIDIA's copy of it; the defaults here are those of bertPrep.py
 REFERENCE_DEFAULTS = {"max_seq_length": 128, "max_predictions_per_seq": 20, "dupe_factor": 10}
@@ -39,6 +40,7 @@ def main(argv=None) -> None:
         print(line)
     first, *others = named_files(args.input_file, "*.txt", "--input_file")
     tokens = load_vocabulary(local_file(args.vocab_file))
+    check_case(tokens, options.do_lower_case, f"--vocab_file {args.vocab_file}")
     try:
         with file_lock(args.output_file, f"--output_file {args.output_file}"):
             counts = create_shard(first, args.output_file, tokens, options, tuple(others))

@@ -1,6 +1,6 @@
 """MLM loss and accuracy and NSP accuracy of a checkpoint on held-out shards.
 
-    python3 evaluate.py --checkpoint results/checkpoints/ckpt_7038.pt --config_file bert_config.json --eval_dir D
+    python3 evaluate.py --checkpoint results/checkpoints --eval_dir D
 """
 
 import json
@@ -24,8 +24,8 @@ def print_figures(args) -> int:
     """Evaluate and print; returns the exit code."""
     import torch
 
-    from checkpoint.load import load_weights
-    from data.shards import find_shards
+    from checkpoint.load import load_model
+    from checkpoint.trained_model import open_trained_model
     from devices.device import select_device
     from modeling import BertConfig, BertForPreTraining
     from parallel.ranks import SingleRank
@@ -33,14 +33,16 @@ def print_figures(args) -> int:
     from training.evaluation import Evaluator, describe_figures
 
     device = select_device(device_options(args))
-    config = BertConfig.from_json_file(args.config_file)
-    held_out = find_shards(args.eval_dir, "test", "--eval_dir")
+    trained = open_trained_model(args.checkpoint, args.config_file) if args.checkpoint else None
+    config = trained.config if trained else BertConfig.from_json_file(args.config_file)
+    training, held_out = checked_shards(args, config, trained)
     torch.manual_seed(args.seed)
     model = BertForPreTraining(config, device.attentions[-1])
-    contents = load_weights(model, args.checkpoint) if args.checkpoint else {}
+    if trained:
+        load_model(model, trained.contents, trained.path)
     model.to_device(device.torch_device)
     evaluator = Evaluator(shards=held_out, batch_size=args.batch_size, device=device, ranks=SingleRank(RankInfo()),
-                          token_counts=training_counts(args, contents, config.vocab_size))
+                          token_counts=training_counts(training, trained, config.vocab_size))
     figures = evaluator.evaluate(model, progress=not args.disable_progress_bar)
     print(json.dumps(figures, indent=2) if args.json else describe_figures(figures))
     if args.json_file:
@@ -50,23 +52,37 @@ def print_figures(args) -> int:
     return 0
 
 
-def training_counts(args, contents: dict, vocab_size: int):
-    """How often each token occurs in the training set: from --input_dir, else from the checkpoint, else None."""
+def checked_shards(args, config, trained) -> tuple[list | None, list]:
+    """The shards of --input_dir, None without it, and of --eval_dir; UserError where they do not fit the model."""
+    from data.origin import check_vocabulary
+    from data.shards import find_shards
+    from data.vocabulary import check_same_vocabulary
+
+    known, what = (trained.vocabulary, str(trained.path)) if trained else (None, "")
+    training = find_shards(args.input_dir) if args.input_dir else None
+    held_out = find_shards(args.eval_dir, "test", "--eval_dir")
+    for flag, folder, found in (("--input_dir", args.input_dir, training), ("--eval_dir", args.eval_dir, held_out)):
+        vocabulary = check_vocabulary(found or [], config.vocab_size)
+        check_same_vocabulary(vocabulary, f"{flag} {folder}", known, what)
+        known, what = (vocabulary, f"{flag} {folder}") if known is None else (known, what)
+    return training, held_out
+
+
+def training_counts(training: list | None, trained, vocab_size: int):
+    """How often each token occurs in the training set: from its shards, else from the checkpoint, else None."""
     import torch
 
     from data.dataloader import check_first_rows
     from data.shard_reader import ShardReader
-    from data.shards import find_shards
     from data.token_counts import TOKEN_COUNTS, stored_counts
 
-    if args.input_dir:
-        shards = find_shards(args.input_dir)
-        counts = stored_counts(shards, vocab_size)
+    if training:
+        counts = stored_counts(training, vocab_size)
         if counts is None:
             with ShardReader() as reader:
-                counts = check_first_rows(shards, vocab_size, reader, skip_bad_shards=False)
+                counts = check_first_rows(training, vocab_size, reader, skip_bad_shards=False)
         return torch.from_numpy(counts)
-    counts = contents.get(TOKEN_COUNTS)
+    counts = trained and trained.contents.get(TOKEN_COUNTS)
     if isinstance(counts, torch.Tensor) and counts.dtype == torch.int64 and counts.shape == (vocab_size,):
         return counts
     return None
@@ -87,8 +103,9 @@ def check_margin(figures: dict, margin: float) -> int:
 
 def parse_arguments(argv):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", help="the checkpoint (default: a freshly initialised model)")
-    parser.add_argument("--config_file", required=True, help="its model config, JSON")
+    parser.add_argument("--checkpoint", help="ckpt_<step>.pt, a folder of them, of which the newest is taken, or a "
+                        "Hugging Face model folder (default: a freshly initialised model)")
+    parser.add_argument("--config_file", help="its model config, JSON (default: the one in the checkpoint)")
     parser.add_argument("--eval_dir", required=True, help="folder of shards (packed, or with 'test' in the name)")
     parser.add_argument("--input_dir", help="folder of the training shards, whose token frequencies give what can be "
                         "predicted without context (default: those that the checkpoint holds)")
@@ -100,7 +117,10 @@ def parse_arguments(argv):
     parser.add_argument("--json_file", metavar="FILE", help="also write the figures as JSON to a file")
     parser.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
     add_device_choice(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.checkpoint and not args.config_file:
+        parser.error("give --checkpoint, or --config_file for a freshly initialised model")
+    return args
 
 
 if __name__ == "__main__":

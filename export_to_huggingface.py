@@ -1,7 +1,7 @@
 """Export a checkpoint to a Hugging Face model folder, which the transformers library loads.
 
-    python3 export_to_huggingface.py --checkpoint results/checkpoints/ckpt_8601.pt --config_file bert_config.json \\
-        --vocab_file vocab.txt --output_dir exported --log results/phase1.json results/phase2.json
+    python3 export_to_huggingface.py --checkpoint results/checkpoints --output_dir exported \\
+        --log results/phase1.json results/phase2.json
 
 Then, in Python: transformers.BertForPreTraining.from_pretrained("exported").  run_pretraining.py takes
 such a folder as its --init_checkpoint.  The export itself does not need transformers.
@@ -33,29 +33,32 @@ def main(argv=None) -> None:
 def export(args) -> None:
     gaudi_environment.load_software(use_habana=False)
     from checkpoint import huggingface
-    from checkpoint.load import load_weights
-    from modeling import BertConfig, BertForPreTraining
+    from checkpoint.load import load_model
+    from checkpoint.trained_model import open_trained_model
+    from modeling import BertForPreTraining
 
-    config = BertConfig.from_json_file(args.config_file)
-    tokens = huggingface.read_vocabulary(args.vocab_file, config)
+    trained = open_trained_model(args.checkpoint, args.config_file)
+    config, vocabulary = trained.config, trained.full_vocabulary(args.vocab_file, args.do_lower_case)
     phases = [phase for log in args.log for phase in logged_phases(log)]
     model = BertForPreTraining(config)
-    contents = load_weights(model, args.checkpoint)
+    load_model(model, trained.contents, trained.path)
     name = args.model_name or f"BERT with {config.num_hidden_layers} layers of {config.hidden_size}"
-    card = model_card(args, name, model, contents, phases)
-    huggingface.write_folder(args.output_dir, model, tokens, args.do_lower_case, card, not args.skip_variants)
-    print(f"{args.output_dir}: {name} from {args.checkpoint}; "
+    card = model_card(trained, name, model, vocabulary, phases)
+    huggingface.write_folder(args.output_dir, model, vocabulary.tokens, vocabulary.lower_case, card,
+                             not args.skip_variants)
+    print(f"{args.output_dir}: {name} from {trained.path}; "
           f"load it with transformers.BertForPreTraining.from_pretrained({args.output_dir!r})")
 
 
 def parse_arguments(argv):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="the checkpoint, ckpt_<step>.pt")
-    parser.add_argument("--config_file", required=True, help="its model config, JSON")
-    parser.add_argument("--vocab_file", required=True, help="the vocabulary that its data was tokenized with")
+    parser.add_argument("--checkpoint", required=True, help="ckpt_<step>.pt, a folder of them, of which the newest is "
+                        "taken, or a Hugging Face model folder")
+    parser.add_argument("--config_file", help="its model config, JSON (default: the one in the checkpoint)")
+    parser.add_argument("--vocab_file", help="the vocabulary of its data (default: the one in the checkpoint)")
     parser.add_argument("--output_dir", required=True, help="folder to write; must be new or empty")
-    parser.add_argument("--do_lower_case", **cli.BOOLEAN, default=True,
-                        help="whether the data was lower-cased (an uncased vocabulary)")
+    parser.add_argument("--do_lower_case", **cli.BOOLEAN, help="whether the data was lower-cased (default: what the "
+                        "checkpoint says; where it does not, whether the vocabulary has capital letters)")
     parser.add_argument("--log", nargs="+", default=[], metavar="LOG",
                         help="logs of the training (--json_summary), for the tables of the model card")
     parser.add_argument("--model_name", help="a name for the model card")
@@ -88,7 +91,7 @@ def logged_phases(log: str) -> list[dict]:
     return list(phases.values()) or [phase]
 
 
-def model_card(args, name: str, model, contents: dict, phases: list[dict]) -> str:
+def model_card(trained, name: str, model, vocabulary, phases: list[dict]) -> str:
     """README.md of the folder: the architecture, how it was trained as far as the logs say, and how to load it."""
     from checkpoint.state import INIT_CHECKPOINT
 
@@ -97,13 +100,13 @@ def model_card(args, name: str, model, contents: dict, phases: list[dict]) -> st
     architecture = {
         "Parameters": f"{parameters:,}", "Layers": config.num_hidden_layers, "Hidden size": config.hidden_size,
         "Attention heads": config.num_attention_heads,
-        "Vocabulary": f"{config.vocab_size:,} tokens, {'lower-cased' if args.do_lower_case else 'cased'}",
-        "Longest sequence": config.max_position_embeddings, "Checkpoint": Path(args.checkpoint).name,
-        **{title: contents[key] for title, key in (("Phase", "phase"), ("Step of the phase", "step"))
-           if type(contents.get(key)) is int}}
+        "Vocabulary": f"{config.vocab_size:,} tokens, {'lower-cased' if vocabulary.lower_case else 'cased'}",
+        "Longest sequence": config.max_position_embeddings, "Checkpoint": trained.path.name,
+        **{title: trained.contents[key] for title, key in (("Phase", "phase"), ("Step of the phase", "step"))
+           if type(trained.contents.get(key)) is int}}
     tables = [f"## Phase {phase.pop('phase', '')}, from its log\n\n{markdown_table(phase)}"
               for phase in map(dict, phases)]
-    named = (contents.get(INIT_CHECKPOINT), *(phase.get("init_checkpoint") for phase in phases))
+    named = (trained.contents.get(INIT_CHECKPOINT), *(phase.get("init_checkpoint") for phase in phases))
     initial = next((name for name in named if name and isinstance(name, str)), None)
     added = config.padded_vocab_size - config.vocab_size
     return CARD.format(name=name, architecture=markdown_table(architecture), training="\n\n".join(tables),

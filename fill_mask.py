@@ -1,7 +1,6 @@
 """Predict the most likely words for each [MASK] in a sentence, with the model of a checkpoint.
 
-    python3 fill_mask.py --checkpoint results/checkpoints/ckpt_8601.pt --config_file bert_config.json \\
-        --vocab_file vocab.txt "The capital of France is [MASK]." "He put the [MASK] on the [MASK]."
+    python3 fill_mask.py --checkpoint results/checkpoints "The capital of France is [MASK]." "He put the [MASK] on it."
 
 Where the checkpoint holds the token frequencies of its training set, what these alone say stands below.  Without a
 sentence, sentences are read line by line from the terminal or a pipe.  Runs on the CPU.
@@ -27,15 +26,17 @@ WORDS_IN_SENTENCE = range(8, 31)  # of those taken at random
 def main(argv=None) -> None:
     args = parse_arguments(argv)
     gaudi_environment.load_software(use_habana=False)
-    from checkpoint.huggingface import read_vocabulary, tokenizer_of
-    from checkpoint.load import load_weights
-    from modeling import BertConfig, BertForPreTraining
+    from checkpoint.huggingface import tokenizer_of
+    from checkpoint.load import load_model
+    from checkpoint.trained_model import open_trained_model
+    from modeling import BertForPreTraining
 
-    config = BertConfig.from_json_file(args.config_file)
-    tokenizer = tokenizer_of(read_vocabulary(args.vocab_file, config), args.do_lower_case)
-    model = BertForPreTraining(config).eval()
-    counts = load_weights(model, args.checkpoint).get(TOKEN_COUNTS)
-    predictor = MaskPredictor(model, tokenizer, args.top, usable_counts(counts, config.vocab_size))
+    trained = open_trained_model(args.checkpoint, args.config_file)
+    vocabulary = trained.full_vocabulary(args.vocab_file, args.do_lower_case)
+    model = BertForPreTraining(trained.config).eval()
+    load_model(model, trained.contents, trained.path)
+    counts = usable_counts(trained.contents.get(TOKEN_COUNTS), trained.config.vocab_size)
+    predictor = MaskPredictor(model, tokenizer_of(vocabulary.tokens, vocabulary.lower_case), args.top, counts)
     examples = []
     for sentence in args.sentences:
         examples.append(predictor.answer(in_utf8(sentence, "SENTENCE")))
@@ -57,11 +58,12 @@ def main(argv=None) -> None:
 def parse_arguments(argv):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="text with one [MASK] or more")
-    parser.add_argument("--checkpoint", required=True, help="ckpt_<step>.pt, or a Hugging Face model folder")
-    parser.add_argument("--config_file", required=True, help="its model config, JSON")
-    parser.add_argument("--vocab_file", required=True, help="the vocabulary that its data was tokenized with")
-    parser.add_argument("--do_lower_case", **cli.BOOLEAN, default=True,
-                        help="whether the data was lower-cased (an uncased vocabulary)")
+    parser.add_argument("--checkpoint", required=True, help="ckpt_<step>.pt, a folder of them, of which the newest is "
+                        "taken, or a Hugging Face model folder")
+    parser.add_argument("--config_file", help="its model config, JSON (default: the one in the checkpoint)")
+    parser.add_argument("--vocab_file", help="the vocabulary of its data (default: the one in the checkpoint)")
+    parser.add_argument("--do_lower_case", **cli.BOOLEAN, help="whether the data was lower-cased (default: what the "
+                        "checkpoint says; where it does not, whether the vocabulary has capital letters)")
     parser.add_argument("--top", type=cli.positive_int, default=5, help="words to show for each [MASK]")
     parser.add_argument("--random_from", metavar="TEXT", help="a text shard (a sentence a line): take sentences from "
                         "it at random, hide a word in each, and tell the true word's rank")

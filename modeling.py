@@ -73,24 +73,29 @@ class BertConfig:
             raise UserError(f"--config_file {path}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:  # not JSON, not text, endless digits or nesting
             raise UserError(f"--config_file {path}: not JSON: {error}") from None
+        return cls.from_values(values, f"--config_file {path}")
+
+    @classmethod
+    def from_values(cls, values, what: str) -> "BertConfig":
+        """The config that the keys of a file give; UserError, with `what`, where they are not those of one."""
         if not isinstance(values, dict):
-            raise UserError(f"--config_file {path}: holds no JSON object")
+            raise UserError(f"{what}: holds no JSON object")
         names = {field.name for field in fields(cls)}
         disagreeing = disagreement(values)
         if disagreeing:
-            raise UserError(f"--config_file {path}: {disagreeing}")
+            raise UserError(f"{what}: {disagreeing}")
         values = {key: value for key, value in values.items() if key in names or not says_nothing(key, value)}
         if set(values) != names:
             wrong = [f"unknown key {key!r}: {repr(values[key])[:50]}" for key in sorted(set(values) - names)]
             wrong += [f"missing key {key!r}" for key in sorted(names - set(values))]
-            raise UserError(f"--config_file {path}: {', '.join(wrong)}")
+            raise UserError(f"{what}: {', '.join(wrong)}")
         problem = config_problem(values)
         if problem:
-            raise UserError(f"--config_file {path}: {problem}")
+            raise UserError(f"{what}: {problem}")
         config = cls(**values)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if 4 * config.parameters > memory:
-            raise UserError(f"--config_file {path}: its {config.parameters / 1e9:.1f} billion parameters take "
+            raise UserError(f"{what}: its {config.parameters / 1e9:.1f} billion parameters take "
                             f"{4 * config.parameters / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB")
         return config
 

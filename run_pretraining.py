@@ -65,7 +65,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
     from data.dataloader import BatchStream, average_sequences_per_row
     from devices.device import select_device
     from devices.precision import Precision
-    from modeling import BertConfig, BertForPreTraining
+    from modeling import BertForPreTraining
     from ops import attention
     from optim.build import build_optimizer
     from parallel.gradient_reduction import broadcast_weights, build_reduction
@@ -82,16 +82,17 @@ def pretrain_rank(args, ranks, reader) -> dict:
     if args.tensorboard_logdir:
         summary_writer()
 
-    config = BertConfig.from_json_file(args.config_file)
-    shards, token_counts = training_shards(args, config, reader, ranks.warn)
-    held_out = held_out_shards(args, config, reader)
-    plan = BatchPlan.from_flags(args, average_sequences_per_row(shards, reader, args.skip_bad_shards))
     if args.phase1_end_step is None:
         args.phase1_end_step = last_step_of_phase1(args.output_dir, ranks.warn) if args.phase2 else PHASE1_STEPS
     phase = Phase(2, args.phase1_end_step) if args.phase2 else Phase()
     resume_point = find_resume_point(args.output_dir, phase, resume=args.resume_from_checkpoint,
                                      resume_step=args.resume_step, init_checkpoint=args.init_checkpoint,
                                      warn=ranks.warn)
+    config = model_config(args.config_file, resume_point)
+    shards, token_counts = training_shards(args, config, reader, ranks.warn)
+    vocabulary = training_vocabulary(args.input_dir, shards, resume_point, reader)
+    held_out = held_out_shards(args, config, shards, vocabulary, reader)
+    plan = BatchPlan.from_flags(args, average_sequences_per_row(shards, reader, args.skip_bad_shards))
     ranks.connect(device)
     ranks.check_same(run_fingerprint(args, config, shards, resume_point))
 
@@ -114,7 +115,8 @@ def pretrain_rank(args, ranks, reader) -> dict:
     stream = BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, ranks=ranks, reader=reader,
                          skip_bad_shards=args.skip_bad_shards, warn=ranks.warn)
     state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision,
-                          token_counts=torch.from_numpy(token_counts), init_checkpoint=resume_point.init_checkpoint)
+                          token_counts=torch.from_numpy(token_counts), vocabulary=vocabulary,
+                          init_checkpoint=resume_point.init_checkpoint)
     resume_point.restore(state)
     device.synchronize()  # keeps copying the weights out of the first step's graph
     broadcast_weights(ranks, model)
@@ -157,16 +159,30 @@ def run_fingerprint(args, config, shards, resume_point) -> dict[str, str]:
     """What must be the same on all ranks besides their software, by name: flags, config, data and resume point."""
     return {
         **{f"--{flag}": str(value) for flag, value in vars(args).items() if flag != "local_rank"},
-        **{f"{args.config_file}: {key}": str(value) for key, value in vars(config).items()},
+        **{f"{args.config_file or 'config'}: {key}": str(value) for key, value in vars(config).items()},
         **{f"{args.input_dir}/{shard.path.name}": f"{shard.rows} rows, {shard.path.stat().st_size} bytes"
            for shard in shards},
         "the start (is --output_dir a folder that all servers share?)": resume_point.describe(),
     }
 
 
+def model_config(config_file: str | None, resume_point):
+    """The architecture of a run: that of --config_file, else that of the checkpoint which it starts from."""
+    from checkpoint.load import config_of
+
+    if not config_file and resume_point.contents is None:
+        raise UserError("--config_file is not given, and there is no checkpoint to start from that says it: name the "
+                        "model's config")
+    return config_of(resume_point.contents or {}, resume_point.path, config_file)
+
+
 def training_shards(args, config, reader, warn) -> tuple:
-    """The shards of --input_dir, checked against the flags and the config, and how often each token occurs in them."""
+    """The shards of --input_dir, checked against the flags and the config, and how often each token occurs in them.
+
+    Lengths that no flag gives are those of the shards.
+    """
     from data.dataloader import check_first_rows
+    from data.origin import check_vocabulary
     from data.packed_totals import difference_from_metadata
     from data.shards import find_readable_shards, find_shards
     from data.token_counts import stored_counts
@@ -178,13 +194,7 @@ def training_shards(args, config, reader, warn) -> tuple:
     else:
         found = find_shards(args.input_dir, reader=reader)
     first = found[0]
-    if first.sequence_length != args.max_seq_length:
-        raise UserError(f"{first.path}: its rows have {first.sequence_length} tokens, "
-                        f"but --max_seq_length is {args.max_seq_length}")
-    predictions = first.prediction_slots - (first.max_sequences if first.packed else 0)
-    if predictions > args.max_predictions_per_seq:
-        raise UserError(f"{first.path}: made with {predictions} predictions a sequence, "
-                        f"but --max_predictions_per_seq is {args.max_predictions_per_seq}")
+    set_lengths(args, first)
     difference = difference_from_metadata(found)
     if difference:
         warn(f"{difference}; the training uses those that are there")
@@ -196,23 +206,61 @@ def training_shards(args, config, reader, warn) -> tuple:
     if args.avg_seq_per_pack is not None:
         warn("--avg_seq_per_pack is deprecated and has no effect: the data decides")
     check_length("--max_seq_length", args.max_seq_length, config)
+    vocabulary = check_vocabulary(found, config.vocab_size)
     in_first_rows = check_first_rows(found, config.vocab_size, reader, args.skip_bad_shards)
     counts = stored_counts(found, config.vocab_size)
     counts = in_first_rows if counts is None else counts
     used = len(counts.nonzero()[0]) and int(counts.nonzero()[0][-1]) + 1
-    if used < SMALLEST_USE * config.vocab_size:
-        warn(f"--input_dir {args.input_dir}: no token id above {used - 1} in it, but vocab_size in {args.config_file} "
-             f"is {config.vocab_size}: was the data made with another vocabulary?")
+    if not vocabulary and used < SMALLEST_USE * config.vocab_size:
+        warn(f"--input_dir {args.input_dir}: no token id above {used - 1} in it, but vocab_size in "
+             f"{args.config_file or 'the config'} is {config.vocab_size}: was the data made with another vocabulary?")
     return found, counts
 
 
-def held_out_shards(args, config, reader) -> list | None:
+def set_lengths(args, shard) -> None:
+    """Check --max_seq_length and --max_predictions_per_seq against a shard, which gives them where they are missing."""
+    predictions = shard.prediction_slots - (shard.max_sequences if shard.packed else 0)
+    if args.max_seq_length not in (None, shard.sequence_length):
+        raise UserError(f"{shard.path}: its rows have {shard.sequence_length} tokens, "
+                        f"but --max_seq_length is {args.max_seq_length}")
+    if args.max_predictions_per_seq is not None and predictions > args.max_predictions_per_seq:
+        raise UserError(f"{shard.path}: made with {predictions} predictions a sequence, "
+                        f"but --max_predictions_per_seq is {args.max_predictions_per_seq}")
+    args.max_seq_length = shard.sequence_length
+    args.max_predictions_per_seq = args.max_predictions_per_seq or predictions
+
+
+def training_vocabulary(input_dir: str, shards, resume_point, reader):
+    """The vocabulary of the run, with its tokens where they are known: that of the shards, else the checkpoint's.
+
+    UserError where the two differ; from an --init_checkpoint a run may go on with words in its unused places.
+    """
+    from data.origin import vocabulary_of
+    from data.shards import read_origin
+    from data.vocabulary import check_same_vocabulary, vocabulary_in
+
+    known, path = vocabulary_in(resume_point.contents or {}, resume_point.path), resume_point.path
+    _, shard = vocabulary_of(shards)
+    if not shard:
+        return known
+    vocabulary = reader.call(read_origin, shard.path).vocabulary
+    check_same_vocabulary(vocabulary, f"--input_dir {input_dir}", known, str(path),
+                          may_extend=path == resume_point.init_checkpoint)
+    return vocabulary
+
+
+def held_out_shards(args, config, training, vocabulary, reader) -> list | None:
+    """The shards of --eval_dir; UserError where they do not fit the model or hold what it is trained on."""
+    from data.origin import check_vocabulary
     from data.shards import find_shards
+    from data.vocabulary import check_same_vocabulary
 
     if not args.eval_dir:
         return None
     found = find_shards(args.eval_dir, "test", "--eval_dir", reader)
     check_length(f"{found[0].path}: the row length", found[0].sequence_length, config)
+    check_same_vocabulary(check_vocabulary(found, config.vocab_size), f"--eval_dir {args.eval_dir}", vocabulary,
+                          f"--input_dir {args.input_dir}")
     return found
 
 

@@ -68,8 +68,10 @@ def read_complete(path) -> dict:
     return contents
 
 
-def newest_readable(folder, warn: Callable[[str], None]) -> tuple[int, dict]:
+def newest_readable(folder, warn: Callable[[str], None], to_resume: bool = True) -> tuple[int, dict]:
     """The newest checkpoint that is not damaged, as (step in its name, contents); `warn` gets the damaged ones.
+
+    It is for a run to resume from, or for another command's --checkpoint.
 
     UserError where all are damaged, because whether to start again is the user's decision; and where one cannot be read
     for another reason, because then it may hold what the user wants to go on from.
@@ -81,8 +83,10 @@ def newest_readable(folder, warn: Callable[[str], None]) -> tuple[int, dict]:
         except DamagedFile as error:
             warn(f"skipped a damaged checkpoint: {error}")
         except UserError as error:
-            older = f"; --resume_step {max(s for s in steps if s < step)} goes on from the one before" \
-                if step > steps[0] else ""
-            raise UserError(f"{error}{older}") from None
-    raise UserError(f"--output_dir {folder}: none of its {len(steps)} checkpoints can be read; "
-                    f"move them away to start again")
+            before = max((older for older in steps if older < step), default=None)
+            way_out = "" if before is None else f"; --resume_step {before} goes on from the one before" if to_resume \
+                else f"; {checkpoint_path(folder, before)} is the one before"
+            raise UserError(f"{error}{way_out}") from None
+    none_left = f"{folder}: none of its {len(steps)} checkpoints can be read"
+    raise UserError(f"--output_dir {none_left}; move them away to start again" if to_resume
+                    else f"--checkpoint {none_left}")

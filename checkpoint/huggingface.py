@@ -21,15 +21,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, processors
 
 from checkpoint.file import is_plain, kind_of, read_archive
 from checkpoint.pickle_reader import printable
-from common.download import local_file
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import replacing_files
 from data.tokenizer import SPECIAL_TOKENS, load_vocabulary, reference_tokenizer
+from data.vocabulary import VOCABULARY, Vocabulary
 from modeling import LAYER_NORM_EPS, BertConfig, disagreement
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # where their weights are spread over several files
 OLD_WEIGHTS = "pytorch_model.bin"
+VOCAB_FILE, TOKENIZER, SETTINGS = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
 PADDING = "vocabulary_padding.safetensors"
 # The prefixes of the weights that BertForMaskedLM and BertModel use: transformers 5 warns of each weight not used.
 VARIANTS = {"masked_lm": ("bert.embeddings.", "bert.encoder.", "cls.predictions."), "encoder": ("bert.",)}
@@ -37,7 +38,6 @@ WORDS, BIAS, DECODER = "bert.embeddings.word_embeddings.weight", "cls.prediction
 OF_VOCABULARY = (WORDS, BIAS, f"{DECODER}.weight")  # a row for each token
 NEVER_PREDICTED = -10000.0  # the bias of an added entry of the vocabulary: exp() of its logit is 0
 SPECIAL_TOKENS_MAP = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}
-ROOM_FOR_WORDS = 0.05  # share of vocab_size that a vocabulary may leave free
 FRESH = "fresh_parts"  # key of read_folder: the prefixes of PARTS that the folder does not hold
 PARTS = {"bert.pooler.": "pooler", "cls.predictions.": "masked-LM head", "cls.seq_relationship.": "next-sentence head"}
 ENCODER = ("embeddings.", "encoder.", "pooler.")  # what a BertModel saved alone calls bert.embeddings. and so on
@@ -71,9 +71,9 @@ def write_folder(folder, model, tokens: list[str], lower_case: bool, card: str, 
                         **SPECIAL_TOKENS_MAP}
     contents = {
         "config.json": as_json(config),
-        "vocab.txt": "".join(f"{token}\n" for token in tokens),
-        "tokenizer.json": tokenizer_of(tokens, lower_case).to_str(pretty=True),
-        "tokenizer_config.json": as_json(tokenizer_config),
+        VOCAB_FILE: "".join(f"{token}\n" for token in tokens),
+        TOKENIZER: tokenizer_of(tokens, lower_case).to_str(pretty=True),
+        SETTINGS: as_json(tokenizer_config),
         "special_tokens_map.json": as_json(SPECIAL_TOKENS_MAP),
         "README.md": card,
     }
@@ -103,21 +103,14 @@ def weight_files(model, variants: bool) -> dict[str, dict[str, torch.Tensor]]:
     return files
 
 
-def read_vocabulary(path, config: BertConfig) -> list[str]:
-    """The tokens of a vocabulary file (or URL), vocab_size of them.
-
-    Where the config leaves room for a few more, as published models do, these are named [unusedN], with a warning.
-    UserError where many are missing, or there are too many.
-    """
-    tokens = load_vocabulary(local_file(path))
-    missing = config.vocab_size - len(tokens)
-    if missing < 0 or missing > ROOM_FOR_WORDS * config.vocab_size:
-        raise UserError(f"--vocab_file {path}: {len(tokens)} tokens, but vocab_size in the config is "
-                        f"{config.vocab_size}")
+def fill_up(tokens: list[str], vocab_size: int, what: str) -> list[str]:
+    """The tokens of a vocabulary and, where the model has room for a few more, as published ones do, [unusedN]."""
+    missing = vocab_size - len(tokens)
     if missing:
-        print(f"warning: --vocab_file {path}: {len(tokens)} tokens, but vocab_size in the config is "
-              f"{config.vocab_size}: the last {missing} are named [unusedN]", file=sys.stderr)
-    free = (name for name in map("[unused{}]".format, count()) if name not in set(tokens))
+        print(f"warning: {what}: {len(tokens)} tokens, but vocab_size in the config is {vocab_size}: the last "
+              f"{missing} are named [unusedN]", file=sys.stderr)
+    taken = set(tokens)
+    free = (name for name in map("[unused{}]".format, count()) if name not in taken)
     return tokens + list(islice(free, missing))
 
 
@@ -139,7 +132,7 @@ def as_json(value) -> str:
 # --- reading ---
 
 def read_folder(folder) -> dict:
-    """The weights, under the names of modeling.py, and the architecture, as a checkpoint: {"model": …, "config": …}.
+    """The weights, under the names of modeling.py, and what else a checkpoint holds: "config" and "vocabulary".
 
     Beside them FRESH: the parts of a BertForPreTraining that a BertForMaskedLM or a BertModel lacks.  UserError where
     the folder does not hold a BERT that modeling.py can represent.
@@ -164,7 +157,7 @@ def read_folder(folder) -> dict:
         weights[BIAS] = weights[WORDS].new_zeros(len(weights[WORDS]))  # as it would begin, but for the padding
     add_padding(folder, weights)
     weights[f"{DECODER}.weight"] = weights[WORDS]
-    return {"model": weights, "config": config, FRESH: fresh}
+    return {"model": weights, "config": config, VOCABULARY: read_vocabulary(folder), FRESH: fresh}
 
 
 def fresh_parts(contents: dict) -> str:
@@ -201,6 +194,38 @@ def read_config(folder: Path) -> dict:
     if disagreeing:
         raise UserError(f"{path}: {disagreeing}")
     return {field.name: values[field.name] for field in fields(BertConfig) if field.name in values}
+
+
+def read_vocabulary(folder: Path) -> dict:
+    """The vocabulary as in a checkpoint (data.vocabulary.Vocabulary); {} where there is none that can be read.
+
+    transformers writes vocab.txt or, from version 5 on, tokenizer.json alone.
+    """
+    try:
+        settings, tokenizer = (read_settings(folder / name) for name in (SETTINGS, TOKENIZER))
+        if (folder / VOCAB_FILE).is_file():
+            tokens = load_vocabulary(folder / VOCAB_FILE)
+        elif tokenizer:
+            tokens = tokens_by_id(tokenizer["model"]["vocab"])
+        else:
+            return {}
+        lower_case = settings.get("do_lower_case", (tokenizer.get("normalizer") or {}).get("lowercase"))
+        return Vocabulary.of(tokens, lower_case if isinstance(lower_case, bool) else None).to_dict()
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        print(f"warning: {folder}: its vocabulary cannot be read: {first_line(error)}", file=sys.stderr)
+        return {}
+
+
+def read_settings(path: Path) -> dict:
+    """The values of a JSON file; none where there is no such file."""
+    return dict(json.loads(path.read_text(encoding="utf-8-sig"))) if path.is_file() else {}
+
+
+def tokens_by_id(ids: dict[str, int]) -> list[str]:
+    tokens = sorted(ids, key=ids.get)
+    if [ids[token] for token in tokens] != list(range(len(tokens))) or not set(SPECIAL_TOKENS) <= set(tokens):
+        raise ValueError(f"{TOKENIZER}: not the tokens of BERT, numbered from 0")
+    return tokens
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

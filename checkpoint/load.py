@@ -1,30 +1,17 @@
 """The weights and moments of a checkpoint, checked and copied into a model and an optimizer."""
 
-import sys
+from dataclasses import fields
 
 import torch
 
 from checkpoint import huggingface, optimizer_shards
 from checkpoint.file import check_tensor, is_plain, kind_of
-from checkpoint.folder import read_checkpoint
 from checkpoint.pickle_reader import printable
-from common.download import local_file
 from common.errors import UserError, whole_number
+from modeling import BertConfig
 from optim.build import local_optimizer
 
 FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # of training only
-
-
-def load_weights(model, path) -> dict:
-    """Load the weights of a checkpoint (path, URL or Hugging Face model folder); returns its contents.
-
-    A warning names the parts that a folder does not hold: they keep the weights that the model began with.
-    """
-    contents = read_checkpoint(local_file(path))
-    load_model(model, contents, path)
-    if fresh := huggingface.fresh_parts(contents):
-        print(f"warning: {path}: no {fresh} in it: the weights of these are random", file=sys.stderr)
-    return contents
 
 
 def load_model(model, contents: dict, path) -> None:
@@ -53,6 +40,22 @@ def load_model(model, contents: dict, path) -> None:
             continue
         # A copy onto the device, not into its memory, which on lazy devices is an operation that can run on the host.
         parameter.data = given[name].to(parameter.device, parameter.dtype, copy=True).contiguous()
+
+
+def config_of(contents: dict, path, config_file: str | None) -> BertConfig:
+    """The architecture of a checkpoint's contents, from `config_file` where one is given, else as they say.
+
+    UserError where they disagree, and where neither says it.
+    """
+    saved = contents.get("config")
+    if config_file:
+        config = BertConfig.from_json_file(config_file)
+        check_architecture(config, contents, path)
+        return config
+    if not isinstance(saved, dict):
+        raise UserError(f"{path}: does not say which model it is of: give its --config_file")
+    return BertConfig.from_values({field.name: saved[field.name] for field in fields(BertConfig)
+                                   if field.name in saved}, f"{path}: config")
 
 
 def check_architecture(config, contents: dict, path) -> None:

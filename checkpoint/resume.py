@@ -10,6 +10,7 @@ from checkpoint.load import groups_of
 from checkpoint.state import INIT_CHECKPOINT, OWN_KEYS, PHASE_STEPS, TrainingState, with_current_keys
 from common.download import local_file
 from common.errors import UserError, whole_number
+from data.vocabulary import VOCABULARY
 
 PHASE1_STEPS = 7038  # of the published recipe
 
@@ -127,7 +128,7 @@ def resume_point_at(path: Path, number: int, contents: dict, phase: Phase, warn:
 
 def at_step_zero(contents: dict, path, moments: bool) -> dict:
     """The weights of a checkpoint and, if asked for, the optimizer's moments, with the step count set to 0."""
-    keys = ("model", "config", huggingface.FRESH, reference.MASTER_WEIGHTS)
+    keys = ("model", "config", VOCABULARY, huggingface.FRESH, reference.MASTER_WEIGHTS)
     kept = {key: contents[key] for key in keys if key in contents}
     optimizer = contents.get("optimizer")
     if optimizer is None or not moments:

@@ -9,6 +9,7 @@ from checkpoint.load import load_master_weights, load_model, load_optimizer
 from common.errors import UserError, dictionary, whole_number
 from data.dataloader import BatchStream
 from data.token_counts import TOKEN_COUNTS
+from data.vocabulary import VOCABULARY, Vocabulary
 from modeling import BertForPreTraining
 from optim.build import restore_skip_counts, skip_counts
 
@@ -29,6 +30,7 @@ class TrainingState:
         data        the position in the stream of batches
         token_counts   how often each token occurs in the training set: evaluate.py works out from it what can be
                     predicted without context
+        vocabulary  that of the training set, with its tokens where the shards carry them: data.vocabulary.Vocabulary
         init_checkpoint   --init_checkpoint of the run's first start, or None
         step, phase the step of the phase, and 1 or 2
         phase_steps the steps that the phase is to have, --max_steps
@@ -47,6 +49,7 @@ class TrainingState:
     stream: BatchStream
     precision: object  # devices.precision.Precision
     token_counts: torch.Tensor  # (vocab_size,) int64, on the host
+    vocabulary: Vocabulary | None = None
     init_checkpoint: str | None = None
 
     def state_dict(self, path, ranks, batches_ahead: int) -> dict:
@@ -60,6 +63,7 @@ class TrainingState:
                 "optimizer": optimizer_shards.save_optimizer(path, self.optimizer, ranks),
                 "skipped": skip_counts(self.optimizer), "scaler": self.precision.state_dict(),
                 "data": self.stream.state_dict(batches_ahead), TOKEN_COUNTS: self.token_counts,
+                VOCABULARY: self.vocabulary.to_dict() if self.vocabulary else {},
                 INIT_CHECKPOINT: self.init_checkpoint}
 
     def load_state_dict(self, contents: dict, path) -> None:

@@ -4,7 +4,8 @@ S = max_seq_length, P = max_predictions_per_seq, N = the most sequences in a pac
 sequence; a packed one holds up to N, numbered 1, 2, … in input_mask.
 
 Rows of either form can come without masks (--dynamic_masking): every token is shown, MASK_KEYS are absent, and the
-file's attributes hold the MaskingRule and prediction_slots, the width that MASK_KEYS would have.
+file's attributes hold the MaskingRule and prediction_slots, the width that MASK_KEYS would have.  origin.py has what
+says which vocabulary and text a shard was made of.
 
 Training and evaluation read a shard of more than PIECE_BYTES of rows in pieces, so that its size does not decide how
 much memory they take.
@@ -22,7 +23,9 @@ from common.download import local_folder
 from common.errors import UserError
 from common.files import PatientFile, replacing
 from data.masking import LONGEST_ROW, MOST_SEQUENCES, MaskingRule
+from data.origin import UNKNOWN, Origin, vocabulary_of
 from data.shard_reader import IN_PROCESS
+from data.vocabulary import check_same_vocabulary
 
 ROWS_PER_CHUNK = 1024  # HDF5 compresses and reads this many rows at a time
 PIECE_BYTES = 2**27  # of rows in memory: above a shard of the packer; the order of the rows in training depends on it
@@ -72,6 +75,7 @@ class Shard:
     prediction_slots: int  # P where unpacked, P + N where packed
     max_sequences: int  # N, 1 where unpacked
     rule: MaskingRule | None = None  # where the rows come without masks
+    origin: Origin = UNKNOWN  # without the tokens: read_origin has them
     first_row: int = 0  # in the file
     whole: bool = True  # its rows are all of the file
 
@@ -126,7 +130,7 @@ def read_header(path) -> Shard:
     path = Path(path)
     with opened(path) as file:
         packed = "next_sentence_positions" in file or "positions" in file
-        rule = rule_in(file.attrs)
+        rule, origin = rule_in(file.attrs), Origin.read(file.attrs, path)
         keys = columns(packed, rule)
         missing = [key for key in keys if not isinstance(file.get(key), h5py.Dataset)]
         if missing:
@@ -142,7 +146,8 @@ def read_header(path) -> Shard:
     rows = shapes["input_ids"][0] if shapes["input_ids"] else 0
     shard = Shard(path=path, rows=rows, row_bytes=size // max(rows, 1), packed=packed,
                   sequence_length=second_axis(shapes["input_ids"]), prediction_slots=slots,
-                  max_sequences=second_axis(shapes["next_sentence_positions"]) if packed else 1, rule=rule)
+                  max_sequences=second_axis(shapes["next_sentence_positions"]) if packed else 1, rule=rule,
+                  origin=origin)
     if rule and (shard.sequence_length > LONGEST_ROW or shard.max_sequences > MOST_SEQUENCES):
         raise UserError(f"{path}: rows of {shard.sequence_length} tokens and {shard.max_sequences} sequences without "
                         f"masks, but at most {LONGEST_ROW} tokens and {MOST_SEQUENCES} sequences can be masked later")
@@ -151,6 +156,12 @@ def read_header(path) -> Shard:
         if shapes[key] != expected:
             raise UserError(f"{path}: {key} has shape {shapes[key]}, expected {expected}")
     return shard
+
+
+def read_origin(path) -> Origin:
+    """What a shard says of its making, with the tokens of its vocabulary."""
+    with opened(path) as file:
+        return Origin.read(file.attrs, path, with_lines=True)
 
 
 def rule_in(attributes) -> MaskingRule | None:
@@ -176,7 +187,7 @@ def find_shards(folder, split: str = "training", flag: str = "--input_dir", read
     contain `split` ("training" or "test").
 
     `reader` reads the headers: IN_PROCESS or a ShardReader.  UserError where the folder is missing or has no shard,
-    where a shard cannot be read, and where the shards are not all of one form; the message names `flag`.
+    where a shard cannot be read, and where the shards are not all of one form and vocabulary; the message names `flag`.
     """
     shards, errors = find_readable_shards(folder, split, flag, reader)
     if errors:
@@ -204,6 +215,8 @@ def find_readable_shards(folder, split: str = "training", flag: str = "--input_d
         if shard.description != shards[0].description:
             raise UserError(f"{flag} {folder}: {shards[0].path.name} is {shards[0].description}, "
                             f"{shard.path.name} is {shard.description}")
+        vocabulary, first = vocabulary_of(shards)
+        check_same_vocabulary(shard.origin.vocabulary, f"{flag} {shard.path}", vocabulary, f"{first and first.path}")
     if not any(shard.rows for shard in shards):
         raise UserError(f"{flag} {folder}: no row in any of its {len(shards)} shards")
     return shards, errors
@@ -223,17 +236,20 @@ def count_sequences(shard: Shard) -> int:
     return int(np.count_nonzero(read_rows(shard, [key])[key]))
 
 
-def write_shard(path, rows: dict[str, np.ndarray], rule: MaskingRule | None = None, prediction_slots: int = 0) -> None:
+def write_shard(path, rows: dict[str, np.ndarray], rule: MaskingRule | None = None, prediction_slots: int = 0,
+                origin: Origin = UNKNOWN) -> None:
     """Write a shard of either form; with a `rule`, one without masks."""
     with replacing(path) as temporary, created(temporary) as file:
         write_rule(file, rule, prediction_slots)
+        origin.write(file.attrs)
         for key, (dtype, _) in columns("positions" in rows, rule).items():
             chunk_rows = min(max(1, len(rows[key])), ROWS_PER_CHUNK)
             add_column(file, key, rows[key].shape, dtype, chunk_rows)[...] = rows[key]
 
 
 @contextmanager
-def writing(path, sequence_length: int, prediction_slots: int, rule: MaskingRule | None = None):
+def writing(path, sequence_length: int, prediction_slots: int, rule: MaskingRule | None = None,
+            origin: Origin = UNKNOWN):
     """Yield a function append(rows) that adds rows to an unpacked shard; with a `rule`, to one without masks.
 
     The shard appears under its name when the block ends without an error.
@@ -241,6 +257,7 @@ def writing(path, sequence_length: int, prediction_slots: int, rule: MaskingRule
     widths = {"1": (), "S": (sequence_length,), "P": (prediction_slots,)}
     with replacing(path) as temporary, created(temporary) as file:
         write_rule(file, rule, prediction_slots)
+        origin.write(file.attrs)
         for key, (dtype, width) in columns(False, rule).items():
             add_column(file, key, (0, *widths[width]), dtype, ROWS_PER_CHUNK)
 

@@ -10,10 +10,11 @@ import pytest
 import transformers
 
 import fill_mask
-from checkpoint.huggingface import read_vocabulary, tokenizer_of
-from checkpoint.load import load_weights
+from checkpoint.huggingface import tokenizer_of
+from checkpoint.load import load_model
+from checkpoint.trained_model import open_trained_model
 from common.errors import UserError
-from modeling import BertConfig, BertForPreTraining
+from modeling import BertForPreTraining
 from tests.support import saved_model
 
 ROOT = Path(fill_mask.__file__).parent
@@ -28,11 +29,11 @@ def workspace(tmp_path, monkeypatch):
 
 def test_words_and_probabilities_are_those_of_transformers():
     saved_model.export()
-    config = BertConfig.from_json_file("config.json")
+    trained = open_trained_model("ckpt_7.pt", "config.json")
     sentence = "The [MASK] seas deep [MASK]."
-    model = BertForPreTraining(config).eval()
-    load_weights(model, "ckpt_7.pt")
-    tokenizer = tokenizer_of(read_vocabulary("vocab.txt", config), True)
+    model = BertForPreTraining(trained.config).eval()
+    load_model(model, trained.contents, trained.path)
+    tokenizer = tokenizer_of(trained.full_vocabulary("vocab.txt", True).tokens, True)
     masks = fill_mask.MaskPredictor(model, tokenizer, 1003 - 5, None).answer(sentence)["masks"]
     found = [mask["words"] for mask in masks]
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")

@@ -35,8 +35,6 @@ def with_implied_flags(args: argparse.Namespace) -> argparse.Namespace:
         implied["allreduce_post_accumulation"] = True
     if args.phase2 and not args.init_checkpoint:
         implied["resume_from_checkpoint"] = True
-    if not args.config_file and args.init_checkpoint and not os.path.isfile(args.init_checkpoint):
-        implied["config_file"] = os.path.join(args.init_checkpoint, "config.json")
     if args.enable_tensorboard_logging and not args.tensorboard_logdir:
         implied["tensorboard_logdir"] = os.path.join(args.output_dir, FIRST_WORKER)
     return argparse.Namespace(**{**vars(args), **implied})
@@ -78,7 +76,7 @@ def add_files(parser) -> None:
     add("--dry_run", action="store_true", help="instead of training, check everything and report what the run will "
         "take: steps, memory, disk, and time from two timed steps; writes nothing")
     add("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
-    add("--config_file", help="model config, JSON (default: config.json of the folder that --init_checkpoint names)")
+    add("--config_file", help="model config, JSON (default: that of the checkpoint which the run starts from)")
     add("--output_dir", required=True, help="folder of the checkpoints")
     add("--bert_model", default="bert-large-uncased", help="name in the log and the model card")
     add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL; with "
@@ -89,9 +87,9 @@ def add_files(parser) -> None:
 
 def add_batches(parser) -> None:
     add = parser.add_argument_group("batches").add_argument
-    add("--max_seq_length", type=positive_int, default=512, help="tokens in a row, as in the shards")
-    add("--max_predictions_per_seq", type=positive_int, default=80,
-        help="maximum number of masked tokens in a sequence, at least that of the shards")
+    add("--max_seq_length", type=positive_int, help="tokens in a row (default: as in the shards, which it must equal)")
+    add("--max_predictions_per_seq", type=positive_int,
+        help="maximum number of masked tokens in a sequence (default: that of the shards, its smallest value)")
     add("--train_batch_size", type=positive_int, default=32,
         help="sequences per card and optimizer step, over all accumulation steps")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per optimizer step; must "
@@ -257,8 +255,6 @@ def contradiction(args) -> str | None:
     """What is wrong with the flags together, or None."""
     if not args.do_train and not args.dry_run:
         return "give --do_train or --dry_run"
-    if not args.config_file:
-        return "give --config_file, or a Hugging Face model folder as --init_checkpoint, which has one"
     if args.train_batch_size % args.gradient_accumulation_steps:
         return (f"--train_batch_size {args.train_batch_size} is not divisible by "
                 f"--gradient_accumulation_steps {args.gradient_accumulation_steps}")

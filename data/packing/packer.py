@@ -13,6 +13,7 @@ import numpy as np
 from common.errors import UserError
 from common.locks import folder_lock
 from data.masking import MOST_SEQUENCES
+from data.origin import Origin, sources_of, vocabulary_of
 from data.packing import plot
 from data.packing.assignment import RowAssignment
 from data.packing.blocks import Block, blocks_of, with_progress
@@ -20,7 +21,7 @@ from data.packing.methods import METHODS
 from data.packing.output import PART_NAME, check_contents, check_outside, check_space, packing_figures, publish, staged
 from data.packing.recipe import knapsack
 from data.packing.scatter_gather import Layout, Survey, gather, scatter, survey, temporary_bytes
-from data.shards import Shard, find_shards
+from data.shards import Shard, find_shards, read_origin
 from data.token_counts import TOKEN_COUNTS, as_text, summed_counts
 from data.workers import open_pool
 
@@ -77,7 +78,7 @@ def pack_into(output_dir: Path, options: PackingOptions) -> dict:
         with staged(output_dir) as folder:
             layout = Layout(row_count=recipe.row_count, row_length=options.max_sequence_length,
                             max_sequences=options.max_sequences_per_pack, prediction_slots=options.prediction_slots,
-                            folder=folder, rule=shards[0].rule)
+                            folder=folder, rule=shards[0].rule, origin=merged_origin(shards))
             counts = write_rows(run, blocks, surveys, RowAssignment(recipe, histogram, options.seed), layout)
             publish(folder, output_dir, metadata | {TOKEN_COUNTS: as_text(counts)})
     if options.plot:
@@ -97,6 +98,12 @@ def find_unpacked(options: PackingOptions) -> list[Shard]:
         raise UserError(f"--max_sequences_per_pack {options.max_sequences_per_pack}: rows without masks, as those "
                         f"of {first.path}, can hold {MOST_SEQUENCES} sequences at most")
     return shards
+
+
+def merged_origin(shards: list[Shard]) -> Origin:
+    """The vocabulary and the sources of all shards together."""
+    _, shard = vocabulary_of(shards)
+    return Origin(shard and read_origin(shard.path).vocabulary, tuple(sorted(sources_of(shards))))
 
 
 def check_predictions_fit(options: PackingOptions, surveys: list[Survey]) -> None:

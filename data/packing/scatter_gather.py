@@ -15,6 +15,7 @@ import numpy as np
 
 from common.errors import UserError
 from data.masking import MaskingRule, ranges
+from data.origin import Origin
 from data.packing.assignment import RowAssignment, ranks_within
 from data.packing.blocks import Block
 from data.shards import MASK_KEYS, write_shard
@@ -87,6 +88,7 @@ class Layout:
     prediction_slots: int  # in a row
     folder: Path
     rule: MaskingRule | None  # of shards without masks
+    origin: Origin
 
     @property
     def rows_per_part(self) -> int:
@@ -162,7 +164,7 @@ def gather(part: int, block_count: int, layout: Layout, path: Path) -> tuple[int
     pieces = [read_piece(block_number, part, layout) for block_number in range(block_count)]
     sequences, tokens, predictions = (np.concatenate(records) for records in zip(*pieces, strict=True))
     rows = packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part))
-    write_shard(path, rows, layout.rule, layout.prediction_slots)
+    write_shard(path, rows, layout.rule, layout.prediction_slots, layout.origin)
     return len(sequences), count_tokens(rows)
 
 

@@ -1,13 +1,12 @@
 """A published vocabulary with words of a domain: in its [unusedN] places, and behind it when those are used up."""
 
-import re
 from dataclasses import dataclass
 
 from common.errors import UserError
 from common.text import lines_of_text, open_text
 from data.tokenizer import LONGEST_WORD, text_steps
+from data.vocabulary import FREE
 
-UNUSED = re.compile(r"\[unused\d+\]")  # a token that no text has
 SHOWN = 5  # lines that can be no token, by name
 
 
@@ -60,7 +59,7 @@ def extend(base: list[str], lines: list[str], lower_case: bool) -> ExtendedVocab
         else:
             known.add(parts[0])
             new += parts
-    places = [number for number, token in enumerate(base) if UNUSED.fullmatch(token)][:len(new)]
+    places = [number for number, token in enumerate(base) if FREE.fullmatch(token)][:len(new)]
     tokens = base + new[len(places):]
     for number, word in zip(places, new, strict=False):
         tokens[number] = word

@@ -20,8 +20,10 @@ from common.errors import UserError
 from common.text import open_text
 from data import shards
 from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
+from data.origin import Origin
 from data.preparation.text_counts import WAYS_OUT, TextCounts
 from data.tokenizer import SPECIAL_TOKENS, WordPieceEncoder, continuing_tokens
+from data.vocabulary import Vocabulary
 
 READ_BYTES = 1 << 21  # read at a time; a block of documents is at most twice as large
 BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time
@@ -97,8 +99,9 @@ def create_shard(input_file, output_file, tokens: list[str], options: SampleOpti
     rule = MaskingRule(options.masked_lm_prob, options.max_predictions_per_seq, len(tokens),
                        tuple(tokens.index(token) for token in SPECIAL_TOKENS))
     counts, continuing = TextCounts(), continuing_tokens(tokens)
+    origin = Origin.of_texts(Vocabulary.of(tokens, options.do_lower_case), input_files)
     with shards.writing(output_file, options.max_seq_length, options.max_predictions_per_seq,
-                        rule if options.dynamic_masking else None) as append:
+                        rule if options.dynamic_masking else None, origin) as append:
         for lines in document_blocks(*input_files):
             documents = tokenize(lines, encoder)
             pairs = truncate(plan_pairs(documents, options, random), options, rng)

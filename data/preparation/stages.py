@@ -33,6 +33,7 @@ from data.preparation.formatting import describe_counts
 from data.preparation.samples import SampleOptions, counts_of_words, create_shard
 from data.preparation.text_counts import TextCounts
 from data.tokenizer import load_vocabulary, sample_lines, save_vocabulary, train_vocabulary
+from data.vocabulary import check_case
 from data.workers import open_pool, ordered_map
 
 WORDS = "words"  # in the record of a vocabulary: the file of --extend_vocab
@@ -184,6 +185,7 @@ def extend_vocabulary(options: StageOptions) -> Path:
         check_google_fits(options)
     base = local_file(options.vocab_file) if options.vocab_file else google_vocabulary(options, TRIES)
     tokens = load_vocabulary(base)
+    check_case(tokens, lower_case, f"--vocab_file {base}")
     made_from = {"vocabulary": records.file_fingerprint(base), WORDS: records.file_fingerprint(words)}
     recorded_options = {"do_lower_case": lower_case}
     record = records.finished_record(folder, name, made_from, recorded_options)
@@ -234,6 +236,7 @@ def create_hdf5_files(options: StageOptions) -> None:
     texts, recorded_options = options.text_shards(), asdict(options.samples)
     vocab_file = find_vocabulary(options)
     tokens = load_vocabulary(vocab_file)
+    check_case(tokens, options.samples.do_lower_case, f"--vocab_file {vocab_file}")
     vocabulary = {"vocabulary": records.file_fingerprint(vocab_file)}
     made_from = {text: records.file_fingerprints([text]) | vocabulary for text in texts}
     names = {text: f"{dataset}/{text.stem}.hdf5" for text in texts}

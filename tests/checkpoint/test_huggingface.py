@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import run_pretraining
 from checkpoint import huggingface
 from checkpoint.folder import read_checkpoint, write_checkpoint
-from checkpoint.load import load_weights
+from checkpoint.load import load_model
 from common.errors import UserError
 from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
 from modeling import BertConfig, BertForPreTraining
@@ -81,7 +81,7 @@ def test_their_model_starts_our_training_and_predicts_no_padding(workspace):
     theirs = transformers.BertForPreTraining(transformers.BertConfig(**vars(config), attn_implementation="eager"))
     theirs.eval().save_pretrained("theirs")
     model = BertForPreTraining(config).eval()
-    load_weights(model, "theirs")
+    load_model(model, read_checkpoint("theirs"), "theirs")
     batch = batch_of(config)
     labels = torch.full(batch["input_ids"].shape, -100)
     for row, positions in enumerate(batch["masked_lm_positions"]):
@@ -172,7 +172,7 @@ def test_an_architecture_that_shapes_do_not_tell_is_refused(workspace):
     export()
     samples.write_config(workspace / "config.json", vocab_size=VOCAB_SIZE, num_attention_heads=3)
     with pytest.raises(UserError, match="out: num_attention_heads is 2 in it, 3 in the config"):
-        load_weights(varied_model(), "out")
+        load_model(varied_model(), read_checkpoint("out"), "out")
     for key, value in {"model_type": "roberta", "layer_norm_eps": 1e-5, "is_decoder": True}.items():
         theirs = json.loads((workspace / "out/config.json").read_text())
         (workspace / "changed").mkdir(exist_ok=True)

@@ -88,12 +88,12 @@ add_sample_flags(SAMPLES)
 FILES = ["--checkpoint=c.pt", "--config_file=c.json", "--vocab_file=v.txt"]
 
 
-@pytest.mark.parametrize("parse", [
-    lambda *words: SAMPLES.parse_args(words),  # of create_pretraining_data.py and data/bertPrep.py
-    lambda *words: fill_mask.parse_arguments([*FILES, *words]),
-    lambda *words: export_to_huggingface.parse_arguments([*FILES, "--output_dir=o", *words])])
-def test_do_lower_case_stands_bare_or_with_a_value(parse):
-    for words, expected in (((), True), (("--do_lower_case",), True), (("--do_lower_case", "1"), True),
+@pytest.mark.parametrize("parse, default", [
+    (lambda *words: SAMPLES.parse_args(words), True),  # of create_pretraining_data.py and data/bertPrep.py
+    (lambda *words: fill_mask.parse_arguments([*FILES, *words]), None),  # as the checkpoint says
+    (lambda *words: export_to_huggingface.parse_arguments([*FILES, "--output_dir=o", *words]), None)])
+def test_do_lower_case_stands_bare_or_with_a_value(parse, default):
+    for words, expected in (((), default), (("--do_lower_case",), True), (("--do_lower_case", "1"), True),
                             (("--do-lower-case", "0"), False), (("--do_lower_case=False",), False)):
         assert parse(*words).do_lower_case is expected, words
 
