@@ -88,9 +88,11 @@ def pretrain_rank(args, ranks, reader) -> dict:
     resume_point = find_resume_point(args.output_dir, phase, resume=args.resume_from_checkpoint,
                                      resume_step=args.resume_step, init_checkpoint=args.init_checkpoint,
                                      warn=ranks.warn)
-    config = model_config(args.config_file, resume_point)
-    shards, token_counts = training_shards(args, config, reader, ranks.warn)
+    shards = training_shards(args, reader, ranks.warn)
     vocabulary = training_vocabulary(args.input_dir, shards, resume_point, reader)
+    resume_point = resume_point.with_words_of(vocabulary, ranks.warn)
+    config = model_config(args.config_file, resume_point, vocabulary)
+    token_counts = training_token_counts(args, config, shards, reader, ranks.warn)
     held_out = held_out_shards(args, config, shards, vocabulary, reader)
     plan = BatchPlan.from_flags(args, average_sequences_per_row(shards, reader, args.skip_bad_shards))
     ranks.connect(device)
@@ -166,26 +168,20 @@ def run_fingerprint(args, config, shards, resume_point) -> dict[str, str]:
     }
 
 
-def model_config(config_file: str | None, resume_point):
+def model_config(config_file: str | None, resume_point, vocabulary):
     """The architecture of a run: that of --config_file, else that of the checkpoint which it starts from."""
     from checkpoint.load import config_of
 
     if not config_file and resume_point.contents is None:
         raise UserError("--config_file is not given, and there is no checkpoint to start from that says it: name the "
                         "model's config")
-    return config_of(resume_point.contents or {}, resume_point.path, config_file)
+    return config_of(resume_point.contents or {}, resume_point.path, config_file, vocabulary.size if vocabulary else 0)
 
 
-def training_shards(args, config, reader, warn) -> tuple:
-    """The shards of --input_dir, checked against the flags and the config, and how often each token occurs in them.
-
-    Lengths that no flag gives are those of the shards.
-    """
-    from data.dataloader import check_first_rows
-    from data.origin import check_vocabulary
+def training_shards(args, reader, warn) -> list:
+    """The shards of --input_dir, checked against the flags.  Lengths that no flag gives are those of the shards."""
     from data.packed_totals import difference_from_metadata
     from data.shards import find_readable_shards, find_shards
-    from data.token_counts import stored_counts
 
     if args.skip_bad_shards:
         found, unreadable = find_readable_shards(args.input_dir, reader=reader)
@@ -205,16 +201,25 @@ def training_shards(args, config, reader, warn) -> tuple:
                             f"{args.input_dir} are {'packed' if first.packed else 'not packed'}")
     if args.avg_seq_per_pack is not None:
         warn("--avg_seq_per_pack is deprecated and has no effect: the data decides")
+    return found
+
+
+def training_token_counts(args, config, shards, reader, warn):
+    """How often each token occurs in the training shards, which are checked against the config."""
+    from data.dataloader import check_first_rows
+    from data.origin import check_vocabulary
+    from data.token_counts import stored_counts
+
     check_length("--max_seq_length", args.max_seq_length, config)
-    vocabulary = check_vocabulary(found, config.vocab_size)
-    in_first_rows = check_first_rows(found, config.vocab_size, reader, args.skip_bad_shards)
-    counts = stored_counts(found, config.vocab_size)
+    vocabulary = check_vocabulary(shards, config.vocab_size)
+    in_first_rows = check_first_rows(shards, config.vocab_size, reader, args.skip_bad_shards)
+    counts = stored_counts(shards, config.vocab_size)
     counts = in_first_rows if counts is None else counts
     used = len(counts.nonzero()[0]) and int(counts.nonzero()[0][-1]) + 1
     if not vocabulary and used < SMALLEST_USE * config.vocab_size:
         warn(f"--input_dir {args.input_dir}: no token id above {used - 1} in it, but vocab_size in "
              f"{args.config_file or 'the config'} is {config.vocab_size}: was the data made with another vocabulary?")
-    return found, counts
+    return counts
 
 
 def set_lengths(args, shard) -> None:

@@ -42,14 +42,17 @@ def load_model(model, contents: dict, path) -> None:
         parameter.data = given[name].to(parameter.device, parameter.dtype, copy=True).contiguous()
 
 
-def config_of(contents: dict, path, config_file: str | None) -> BertConfig:
+def config_of(contents: dict, path, config_file: str | None, least_vocab_size: int = 0) -> BertConfig:
     """The architecture of a checkpoint's contents, from `config_file` where one is given, else as they say.
 
-    UserError where they disagree, and where neither says it.
+    A `config_file` whose vocab_size is below the least, that of the data, takes that of the contents.  UserError where
+    the two disagree, and where neither says it.
     """
     saved = contents.get("config")
     if config_file:
         config = BertConfig.from_json_file(config_file)
+        if config.vocab_size < least_vocab_size and isinstance(saved, dict) and "vocab_size" in saved:
+            config = BertConfig.from_values({**vars(config), "vocab_size": saved["vocab_size"]}, f"{path}: config")
         check_architecture(config, contents, path)
         return config
     if not isinstance(saved, dict):

@@ -2,9 +2,11 @@
 
 import torch
 
-from checkpoint.huggingface import BIAS, DECODER, NEVER_PREDICTED, OF_VOCABULARY, WORDS
+from checkpoint.file import is_plain
+from checkpoint.huggingface import BIAS, DECODER, NEVER_PREDICTED, WORDS
 from checkpoint.reference import MASTER_WEIGHTS
 from data.tokenizer import WordPieceEncoder
+from data.vocabulary import VOCABULARY, Vocabulary
 
 
 def new_word_pieces(old: list[str], new: list[str], lower_case: bool) -> dict[int, list[int]]:
@@ -21,6 +23,28 @@ def new_word_pieces(old: list[str], new: list[str], lower_case: bool) -> dict[in
     return {number: pieces[offsets[i]:offsets[i + 1]].tolist() for i, number in enumerate(ids)}
 
 
+def added_words(contents: dict, known: Vocabulary | None, wanted: Vocabulary | None) -> tuple[dict, int]:
+    """The contents of a checkpoint of the `known` vocabulary made fit for the `wanted` one that extends it, and how
+    many words were added.  What is not known, no extension or malformed changes nothing.
+    """
+    if not (known and wanted and wanted.extends(known) and has_rows(contents, known.size)):
+        return contents, 0
+    pieces = new_word_pieces(known.tokens, wanted.tokens, wanted.lower_case is not False)
+    if not pieces:
+        return contents, 0
+    vocab_size = max(wanted.size, contents["config"]["vocab_size"])
+    return {**with_new_words(contents, pieces, vocab_size), VOCABULARY: wanted.to_dict()}, len(pieces)
+
+
+def has_rows(contents: dict, tokens: int) -> bool:
+    """Whether the weights are those of a vocabulary of as many tokens or, as published ones, a few more."""
+    config, weights = contents.get("config"), contents["model"]
+    vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
+    return type(vocab_size) is int and vocab_size >= tokens and WORDS in weights and all(
+        is_plain(weights[name]) and weights[name].dim() == dimensions and len(weights[name]) >= vocab_size
+        for name, dimensions in ((WORDS, 2), (BIAS, 1)) if name in weights)
+
+
 def with_new_words(contents: dict, pieces: dict[int, list[int]], vocab_size: int) -> dict:
     """The contents of a checkpoint with these words in its weights, of a vocabulary of `vocab_size`, padded.
 
@@ -28,16 +52,14 @@ def with_new_words(contents: dict, pieces: dict[int, list[int]], vocab_size: int
     masked-LM head: its logit is then the mean of theirs.  Other rows that the model did not have are never predicted.
     The moments of the optimizer, which have no such rows, are left out.
     """
-    weights, config = contents["model"], contents.get("config")
-    known = config["vocab_size"] if isinstance(config, dict) else len(weights[WORDS])
+    weights, config = contents["model"], contents["config"]
+    known = config["vocab_size"]
     grown = {name: extended_rows(weights[name][:known], pieces, vocab_size, NEVER_PREDICTED if name == BIAS else 0.0)
              for name in (WORDS, BIAS) if name in weights}
     if f"{DECODER}.weight" in weights:
         grown[f"{DECODER}.weight"] = grown[WORDS]
-    assert grown.keys() <= set(OF_VOCABULARY)
     kept = {key: value for key, value in contents.items() if key not in ("optimizer", MASTER_WEIGHTS)}
-    config = {**config, "vocab_size": vocab_size} if isinstance(config, dict) else config
-    return {**kept, "model": {**weights, **grown}, "config": config}
+    return {**kept, "model": {**weights, **grown}, "config": {**config, "vocab_size": vocab_size}}
 
 
 def extended_rows(rows: torch.Tensor, pieces: dict[int, list[int]], vocab_size: int, added: float) -> torch.Tensor:
