@@ -4,20 +4,24 @@
         --output_dir packed/phase1 --max_sequence_length 128 --max_predictions_per_sequence 20
 
 Writes packed/phase1/mixed_strategies_part_N.hdf5 and packed/phase1_metadata.json.  Every sequence of the input
-is in exactly one row of the output.  run_pretraining.py takes the folder as its --input_dir.
+is in exactly one row of the output.  run_pretraining.py takes the folder as its --input_dir, and what --split test
+packs as its --eval_dir.
 """
 
 import os
 
 from common import cli
 from data.packing.methods import METHODS
+from data.packing.output import PART_NAMES
 from data.packing.packer import PackingOptions, pack
 
 
 def parse_options(argv) -> PackingOptions:
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--input_dir", required=True,
-                        help="folder of unpacked HDF5 shards: those with 'training' in the name")
+                        help="folder of unpacked HDF5 shards: those with the --split in the name")
+    parser.add_argument("--split", choices=PART_NAMES, default="training", help="test: pack the held-out shards, for "
+                        "--eval_dir; they need an --output_dir of their own")
     parser.add_argument("--output_dir", required=True,
                         help="folder for the packed shards; NAME_metadata.json is written beside it")
     parser.add_argument("--max_sequence_length", type=cli.positive_int, required=True,

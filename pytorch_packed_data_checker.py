@@ -11,7 +11,7 @@ import os
 
 from common import cli
 from common.errors import UserError
-from data.packing.verify import find_of_form, verify
+from data.packing.verify import find_of_form, packed_split, verify
 
 
 def main(argv=None) -> int:
@@ -29,8 +29,9 @@ def main(argv=None) -> int:
                         help="number of processes, each with less than 1 GB of memory")
     parser.add_argument("--disable_progress_bar", action="store_true", help="print no progress bars")
     args = parser.parse_args(argv)
-    packed = find_of_form(args.input_dir, packed=True, flag="--input_dir")
-    unpacked = find_of_form(args.unpacked_dir, packed=False, flag="--unpacked_dir") if args.unpacked_dir else []
+    split = packed_split(args.input_dir)
+    packed = find_of_form(args.input_dir, split, packed=True, flag="--input_dir")
+    unpacked = find_of_form(args.unpacked_dir, split, packed=False, flag="--unpacked_dir") if args.unpacked_dir else []
     check_predictions(packed[0], args.max_predictions_per_sequence)
     report = verify(packed, unpacked, args.n_processes, show_progress=not args.disable_progress_bar,
                     allow_missing_tail=args.allow_missing_tail)

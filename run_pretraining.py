@@ -63,6 +63,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
     from checkpoint.resume import PHASE1_STEPS, Phase, find_resume_point, last_step_of_phase1
     from checkpoint.state import TrainingState
     from data.dataloader import BatchStream, average_sequences_per_row
+    from data.origin import known_sources
     from devices.device import select_device
     from devices.precision import Precision
     from modeling import BertForPreTraining
@@ -118,7 +119,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
                          skip_bad_shards=args.skip_bad_shards, warn=ranks.warn)
     state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision,
                           token_counts=torch.from_numpy(token_counts), vocabulary=vocabulary,
-                          init_checkpoint=resume_point.init_checkpoint)
+                          sources=known_sources(shards), init_checkpoint=resume_point.init_checkpoint)
     resume_point.restore(state)
     device.synchronize()  # keeps copying the weights out of the first step's graph
     broadcast_weights(ranks, model)
@@ -256,7 +257,7 @@ def training_vocabulary(input_dir: str, shards, resume_point, reader):
 
 def held_out_shards(args, config, training, vocabulary, reader) -> list | None:
     """The shards of --eval_dir; UserError where they do not fit the model or hold what it is trained on."""
-    from data.origin import check_vocabulary
+    from data.origin import check_vocabulary, held_from_training, sources_of
     from data.shards import find_shards
     from data.vocabulary import check_same_vocabulary
 
@@ -266,6 +267,10 @@ def held_out_shards(args, config, training, vocabulary, reader) -> list | None:
     check_length(f"{found[0].path}: the row length", found[0].sequence_length, config)
     check_same_vocabulary(check_vocabulary(found, config.vocab_size), f"--eval_dir {args.eval_dir}", vocabulary,
                           f"--input_dir {args.input_dir}")
+    trained = held_from_training(found, sources_of(training))
+    if trained:
+        raise UserError(f"--eval_dir {args.eval_dir}: {trained.name} is, or was made from, what --input_dir "
+                        f"{args.input_dir} trains on: hold out other text (evaluate.py gives the loss on this)")
     return found
 
 

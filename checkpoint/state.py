@@ -1,6 +1,6 @@
 """The contents of a checkpoint.  Only this file knows all its keys; reference.py knows those of other trainers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -8,6 +8,7 @@ from checkpoint import optimizer_shards, reference
 from checkpoint.load import load_master_weights, load_model, load_optimizer
 from common.errors import UserError, dictionary, whole_number
 from data.dataloader import BatchStream
+from data.origin import SOURCES
 from data.token_counts import TOKEN_COUNTS
 from data.vocabulary import VOCABULARY, Vocabulary
 from modeling import BertForPreTraining
@@ -31,6 +32,7 @@ class TrainingState:
         token_counts   how often each token occurs in the training set: evaluate.py works out from it what can be
                     predicted without context
         vocabulary  that of the training set, with its tokens where the shards carry them: data.vocabulary.Vocabulary
+        sources     what the training shards were made from, as far as they say it (data/origin.py)
         init_checkpoint   --init_checkpoint of the run's first start, or None
         step, phase the step of the phase, and 1 or 2
         phase_steps the steps that the phase is to have, --max_steps
@@ -50,6 +52,7 @@ class TrainingState:
     precision: object  # devices.precision.Precision
     token_counts: torch.Tensor  # (vocab_size,) int64, on the host
     vocabulary: Vocabulary | None = None
+    sources: list[str] = field(default_factory=list)
     init_checkpoint: str | None = None
 
     def state_dict(self, path, ranks, batches_ahead: int) -> dict:
@@ -64,7 +67,7 @@ class TrainingState:
                 "skipped": skip_counts(self.optimizer), "scaler": self.precision.state_dict(),
                 "data": self.stream.state_dict(batches_ahead), TOKEN_COUNTS: self.token_counts,
                 VOCABULARY: self.vocabulary.to_dict() if self.vocabulary else {},
-                INIT_CHECKPOINT: self.init_checkpoint}
+                SOURCES: self.sources, INIT_CHECKPOINT: self.init_checkpoint}
 
     def load_state_dict(self, contents: dict, path) -> None:
         """Load the contents of the checkpoint at `path`, as far as present.  UserError where a value is malformed."""

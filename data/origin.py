@@ -84,7 +84,7 @@ def read_lines(packed, what: str) -> str:
 
 
 def source_of_text(path) -> str | None:
-    """A name for a text, whatever its path and encoding; None where there is none, or where it can be read only once."""
+    """A name for a text, whatever its path and encoding; None where there is none, or it can be read only once."""
     digest, empty = hashlib.sha256(), hashlib.sha256().digest()
     if not Path(path).is_file():
         return None
@@ -110,9 +110,19 @@ def source_of(path) -> str:
     return digest.hexdigest()[:SOURCE_DIGITS]
 
 
+def known_sources(shards) -> list[str]:
+    """What the shards say that they were made from."""
+    return sorted({source for shard in shards for source in shard.origin.sources})
+
+
 def sources_of(shards) -> set[str]:
     """What a set was made from; a shard that does not say it stands for itself."""
     return {source for shard in shards for source in shard.origin.sources or (source_of(shard.path),)}
+
+
+def held_from_training(held_out, trained: set[str]) -> Path | None:
+    """The first held-out shard that is, or was made from, one of the sources that were trained on; None without one."""
+    return next((shard.path for shard in held_out if not trained.isdisjoint(sources_of([shard]))), None)
 
 
 def vocabulary_of(shards):

@@ -59,6 +59,7 @@ MASK_KEYS = ("masked_lm_positions", "masked_lm_ids")
 SLOTS = "prediction_slots"  # the attribute beside those of the rule
 SUFFIX = ".hdf5"  # of the names of shards
 ROWS = " rows "  # in the name of a piece, after that of its file
+PACKED_TEST = "mixed_strategies_test_part_"  # how the names of packed test shards begin, which nobody trains on
 METADATA_SUFFIX = "_metadata.json"  # of the packer's metadata, after the name of the set's folder
 MOST_EMPTY = 0.5  # of the rows of a shard may hold no token
 
@@ -183,8 +184,8 @@ def expected_shape(shard: Shard, key: str) -> tuple:
 
 
 def find_shards(folder, split: str = "training", flag: str = "--input_dir", reader=IN_PROCESS) -> list[Shard]:
-    """The shards of a folder, in the order of their names: the packed .hdf5 files, and the unpacked ones whose names
-    contain `split` ("training" or "test").
+    """The shards of a folder, in the order of their names: the packed .hdf5 files (for training not those of
+    PACKED_TEST), and the unpacked ones whose names contain `split` ("training" or "test").
 
     `reader` reads the headers: IN_PROCESS or a ShardReader.  UserError where the folder is missing or has no shard,
     where a shard cannot be read, and where the shards are not all of one form and vocabulary; the message names `flag`.
@@ -205,7 +206,7 @@ def find_readable_shards(folder, split: str = "training", flag: str = "--input_d
     for path in sorted(folder.glob(f"[!.]*{SUFFIX}")):  # macOS leaves files ._NAME beside those of that name
         try:
             shard = reader.call(read_header, path)
-            shards += [shard] if shard.packed or split in path.name else []
+            shards += [shard] if in_split(shard, split) else []
         except UserError as error:
             errors.append(error)
     if not shards:
@@ -220,6 +221,12 @@ def find_readable_shards(folder, split: str = "training", flag: str = "--input_d
     if not any(shard.rows for shard in shards):
         raise UserError(f"{flag} {folder}: no row in any of its {len(shards)} shards")
     return shards, errors
+
+
+def in_split(shard: Shard, split: str) -> bool:
+    if shard.packed:
+        return split == "test" or not shard.path.name.startswith(PACKED_TEST)
+    return split in shard.path.name
 
 
 def read_rows(shard: Shard, keys=None, rows: slice | None = None) -> dict[str, np.ndarray]:

@@ -11,14 +11,14 @@ import numpy as np
 from common.errors import UserError
 from common.files import write_json
 from data.packing.recipe import Recipe, reference_index
-from data.shards import metadata_path
+from data.shards import PACKED_TEST, metadata_path
 
-PART_NAME = "mixed_strategies_part_{}.hdf5"
+PART_NAMES = {"training": "mixed_strategies_part_{}.hdf5", "test": PACKED_TEST + "{}.hdf5"}  # by split
 UNFINISHED = "packing_in_progress"  # the temporary folder inside the output folder
 
 
-def packed_parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob(PART_NAME.format("*")))
+def packed_parts(folder: Path, split: str) -> list[Path]:
+    return sorted(folder.glob(PART_NAMES[split].format("*")))
 
 
 def check_outside(output_dir: Path, input_dir: Path) -> None:
@@ -27,13 +27,13 @@ def check_outside(output_dir: Path, input_dir: Path) -> None:
         raise UserError(f"--output_dir {output_dir} lies inside --input_dir {input_dir}: choose another")
 
 
-def check_contents(output_dir: Path, overwrite: bool) -> None:
+def check_contents(output_dir: Path, split: str, overwrite: bool) -> None:
     """UserError where what is in the output folder must not be replaced."""
-    foreign = sorted(set(output_dir.glob("*.hdf5")) - set(packed_parts(output_dir)))
+    foreign = sorted(set(output_dir.glob("*.hdf5")) - set(packed_parts(output_dir, split)))
     if foreign:
-        raise UserError(f"--output_dir {output_dir} holds {foreign[0].name}, which this command did not write: "
-                        "choose another folder")
-    present = [path for path in (*packed_parts(output_dir), output_dir / UNFINISHED, metadata_path(output_dir))
+        raise UserError(f"--output_dir {output_dir} holds {foreign[0].name}, which this command did not write "
+                        f"for --split {split}: choose another folder")
+    present = [path for path in (*packed_parts(output_dir, split), output_dir / UNFINISHED, metadata_path(output_dir))
                if path.exists()]
     if present and not overwrite:
         raise UserError(f"--output_dir {output_dir} is in use already ({present[0]}): choose another folder, or "
@@ -66,12 +66,12 @@ def check_space(needed: int, folder: Path) -> None:
         raise UserError(f"{folder}: {needed / 1e9:.2f} GB are needed for temporary files, {free / 1e9:.2f} GB are free")
 
 
-def publish(folder: Path, output_dir: Path, metadata: dict) -> None:
+def publish(folder: Path, output_dir: Path, split: str, metadata: dict) -> None:
     """Replace the packed set in the output folder with the shards in `folder`.  The metadata are written last."""
     metadata_path(output_dir).unlink(missing_ok=True)
-    for path in packed_parts(output_dir):
+    for path in packed_parts(output_dir, split):
         path.unlink()
-    for path in packed_parts(folder):
+    for path in packed_parts(folder, split):
         os.replace(path, output_dir / path.name)
     write_json(metadata_path(output_dir), metadata)
 

@@ -18,7 +18,7 @@ from data.packing import plot
 from data.packing.assignment import RowAssignment
 from data.packing.blocks import Block, blocks_of, with_progress
 from data.packing.methods import METHODS
-from data.packing.output import PART_NAME, check_contents, check_outside, check_space, packing_figures, publish, staged
+from data.packing.output import PART_NAMES, check_contents, check_outside, check_space, packing_figures, publish, staged
 from data.packing.recipe import knapsack
 from data.packing.scatter_gather import Layout, Survey, gather, scatter, survey, temporary_bytes
 from data.shards import Shard, find_shards, read_origin
@@ -26,7 +26,7 @@ from data.token_counts import TOKEN_COUNTS, as_text, summed_counts
 from data.workers import open_pool
 
 RECORDED_OPTIONS = ("packing_method", "max_sequences_per_pack", "max_sequence_length", "max_predictions_per_sequence",
-                    "seed", "input_dir")  # in the metadata
+                    "seed", "input_dir", "split")  # in the metadata
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class PackingOptions:
     """The flags of pack_pretraining_data_pytorch.py; its --help explains them."""
 
     input_dir: str
+    split: str  # "training" or "test"
     output_dir: str
     max_sequence_length: int
     max_predictions_per_sequence: int
@@ -60,7 +61,7 @@ def pack(options: PackingOptions) -> dict:
 
 
 def pack_into(output_dir: Path, options: PackingOptions) -> dict:
-    check_contents(output_dir, options.overwrite)
+    check_contents(output_dir, options.split, options.overwrite)
     shards = find_unpacked(options)
     blocks = blocks_of(shards)
     with open_pool(options.n_processes) as pool:
@@ -78,16 +79,17 @@ def pack_into(output_dir: Path, options: PackingOptions) -> dict:
         with staged(output_dir) as folder:
             layout = Layout(row_count=recipe.row_count, row_length=options.max_sequence_length,
                             max_sequences=options.max_sequences_per_pack, prediction_slots=options.prediction_slots,
-                            folder=folder, rule=shards[0].rule, origin=merged_origin(shards))
+                            folder=folder, part_name=PART_NAMES[options.split], rule=shards[0].rule,
+                            origin=merged_origin(shards))
             counts = write_rows(run, blocks, surveys, RowAssignment(recipe, histogram, options.seed), layout)
-            publish(folder, output_dir, metadata | {TOKEN_COUNTS: as_text(counts)})
+            publish(folder, output_dir, options.split, metadata | {TOKEN_COUNTS: as_text(counts)})
     if options.plot:
         plot.plot_packing(recipe, histogram, options.plot)
     return metadata
 
 
 def find_unpacked(options: PackingOptions) -> list[Shard]:
-    shards = find_shards(options.input_dir)
+    shards = find_shards(options.input_dir, options.split)
     first = shards[0]
     if first.packed:
         raise UserError(f"--input_dir {options.input_dir}: {first.path} is packed already")
@@ -126,7 +128,7 @@ def write_rows(run, blocks: list[Block], surveys: list[Survey], assignment: RowA
     list(run("placing sequences", scatter,
              [(block, assignment, ranks, layout) for block, ranks in zip(blocks, ranks_before, strict=False)]))
     written, counts = zip(*run("writing shards", gather,
-                               [(part, len(blocks), layout, layout.folder / PART_NAME.format(part))
+                               [(part, len(blocks), layout, layout.part_file(part))
                                 for part in range(layout.part_count)]), strict=True)
     expected = assignment.histogram.sum()
     assert sum(written) == expected, f"{sum(written)} sequences written, {expected} in the input"

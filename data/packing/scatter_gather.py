@@ -87,6 +87,7 @@ class Layout:
     max_sequences: int  # in a row
     prediction_slots: int  # in a row
     folder: Path
+    part_name: str
     rule: MaskingRule | None  # of shards without masks
     origin: Origin
 
@@ -100,6 +101,9 @@ class Layout:
 
     def rows_in(self, part: int) -> int:
         return min(self.rows_per_part, self.row_count - part * self.rows_per_part)
+
+    def part_file(self, part: int) -> Path:
+        return self.folder / self.part_name.format(part)
 
     def file(self, block_number: int, records: str) -> Path:
         return self.folder / f"block_{block_number}.{records}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.download import local_folder
 from common.errors import UserError
 from data.masking import ranges
 from data.packed_totals import difference_from_metadata, lacks_tail, named_totals
@@ -15,7 +16,7 @@ from data.packing.blocks import Block, blocks_of, with_progress
 from data.packing.checks import faults
 from data.packing.fingerprints import bucket_of, bucket_sums, sequence_fingerprints
 from data.packing.output import UNFINISHED
-from data.shards import Shard, find_shards, metadata_path, tokens_to_predict
+from data.shards import PACKED_TEST, Shard, find_shards, metadata_path, tokens_to_predict
 from data.workers import open_pool
 
 
@@ -34,9 +35,14 @@ class Report:
         self.faults += count
 
 
-def find_of_form(folder: str, packed: bool, flag: str) -> list[Shard]:
+def packed_split(folder: str) -> str:
+    """Which shards were packed into this folder, "training" or "test", by its files."""
+    return "test" if any(local_folder(folder).glob(f"{PACKED_TEST}*")) else "training"
+
+
+def find_of_form(folder: str, split: str, packed: bool, flag: str) -> list[Shard]:
     """The shards of a folder; UserError naming `flag` where they are not packed, or not unpacked."""
-    shards = find_shards(folder, flag=flag)
+    shards = find_shards(folder, split, flag)
     if shards[0].packed != packed:
         raise UserError(f"{flag} {folder}: its shards are {shards[0].description}")
     return shards

@@ -131,6 +131,7 @@ def format_text(options: StageOptions) -> None:
         raise UserError(f"--dataset {dataset.name}: nothing to format; its parts are formatted one by one")
     if options.skip_wikiextractor and text_format is wikipedia.DUMP:
         text_format = wikipedia.EXTRACTED
+    options.filters.check()
     text_format = replace(text_format, filters=options.filters)
     text_share = 1.0 if text_format.extracted else dataset.text_share
     paths = inputs.for_text_formatting(dataset, text_format, options.input_files)

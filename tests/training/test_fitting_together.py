@@ -1,5 +1,6 @@
 """Data, model and vocabulary that do not fit together are refused; what a file says of itself needs no flag."""
 
+import json
 import shutil
 
 import h5py
@@ -9,6 +10,8 @@ import torch
 import evaluate
 import export_to_huggingface
 import fill_mask
+import pack_pretraining_data_pytorch
+import pytorch_packed_data_checker
 from checkpoint.folder import read_checkpoint
 from common.errors import UserError
 from data.shards import find_shards, read_origin
@@ -192,6 +195,72 @@ def test_a_domain_may_use_the_unused_places_of_a_published_vocabulary(workspace)
     assert saved == known_vocabulary.EXTENDED_TOKENS
     with pytest.raises(UserError, match="--input_dir extended: its vocabulary has .* that of out/ckpt_2.pt"):
         train(input_dir="extended", resume_from_checkpoint=True, max_steps=4)
+
+
+def pack(input_dir, output_dir, *more) -> None:
+    pack_pretraining_data_pytorch.main([
+        f"--input_dir={input_dir}", f"--output_dir={output_dir}", f"--max_sequence_length={samples.SEQUENCE_LENGTH}",
+        f"--max_predictions_per_sequence={samples.PREDICTIONS}", "--n_processes=1", "--disable_progress_bar", *more])
+
+
+def test_test_shards_are_packed_for_evaluation_alone(workspace, capsys):
+    pack("data", "packed")
+    pack("held_out", "packed_test", "--split=test")
+    origins = [read_origin(next((workspace / folder).glob("*.hdf5"))) for folder in ("packed", "packed_test")]
+    assert [origin.vocabulary.tokens for origin in origins] == [TOKENS, TOKENS]
+    assert [len(origin.sources) for origin in origins] == [2, 2] and not {*origins[0].sources} & {*origins[1].sources}
+    assert pytorch_packed_data_checker.main(["--input_dir=packed_test", "--unpacked_dir=held_out",
+                                             "--n_processes=1"]) == 0
+    train(input_dir="packed", eval_dir="packed_test", output_dir="new", json_summary="new/log.json", max_steps=1)
+    both = [evaluated(capsys, f"--eval_dir={folder}") for folder in ("held_out", "packed_test")]
+    assert both[0] == pytest.approx(both[1], rel=1e-4)
+    with pytest.raises(UserError, match="--input_dir packed_test: no shard in it"):
+        train(input_dir="packed_test", output_dir="other_new")
+    with pytest.raises(UserError, match="--output_dir .*packed holds mixed.*, which this command did not write"):
+        pack("held_out", "packed", "--split=test", "--overwrite")
+    (workspace / "packed_test").rename(workspace / "packed/test")  # and among training shards
+    for path in (workspace / "packed/test").glob("*.hdf5"):
+        path.rename(workspace / "packed" / path.name)
+    assert [shard.path.name for shard in find_shards("packed")] == ["mixed_strategies_part_0.hdf5"]
+
+
+def evaluated(capsys, *words) -> list[float]:
+    capsys.readouterr()
+    evaluate.main(["--checkpoint=out", "--json", "--no_cuda", *words])
+    figures = json.loads(capsys.readouterr().out)
+    return [figures[name] for name in ("mlm_loss", "mlm_accuracy", "nsp_accuracy", "sequences", "masked_tokens")]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_held_out_shards_that_are_trained_on_are_refused(workspace, capsys, known):
+    """Whether the shards say what they were made from, or are of a program that does not."""
+    for folder in ("data", "held_out") if not known else ():
+        without_origin(workspace / folder)
+    pack("data", "packed")
+    pack("data", "packed_otherwise", "--seed=7", "--max_sequences_per_pack=2")
+    shutil.copytree("data", "copied")
+    shutil.copytree("held_out", "renamed")
+    shutil.copy("data/text_training_1.hdf5", "renamed/text_test_1.hdf5")
+    part = "mixed_strategies_part_0.hdf5"
+    for training, held_out, name in (
+            ("packed", "packed", part), ("data", "packed", part), ("packed", "packed_otherwise", part),
+            ("copied", "packed", part), ("packed", "renamed", "text_test_1.hdf5"),
+            ("data", "renamed", "text_test_1.hdf5")):
+        said = f"--eval_dir {held_out}: {name} is, or was made from, what"
+        with pytest.raises(UserError, match=f"{said} --input_dir {training} trains on"):
+            train(input_dir=training, eval_dir=held_out, output_dir="new")
+    evaluate.main(["--config_file=config.json", f"--input_dir={training}", f"--eval_dir={held_out}", "--no_cuda"])
+    assert f"warning: {said} the model was trained on" in capsys.readouterr().err
+
+
+def test_evaluation_names_text_that_the_checkpoint_was_trained_on(workspace, capsys):
+    known_vocabulary.write_shards(workspace, "longer", TOKENS, max_seq_length=32)  # of the text of `data`
+    for path in (workspace / "longer").glob("*.hdf5"):
+        path.rename(path.with_name(path.name.replace("training", "test")))
+    for folder, named in (("longer", True), ("held_out", False)):
+        capsys.readouterr()
+        evaluate.main(["--checkpoint=out", f"--eval_dir={folder}", "--no_cuda"])
+        assert ("what the model was trained on" in capsys.readouterr().err) == named
 
 
 def test_a_cased_vocabulary_is_not_used_on_lower_cased_text(workspace):
