@@ -94,6 +94,8 @@ def logged_phases(log: str) -> list[dict]:
 
 def model_card(trained, name: str, model, vocabulary, phases: list[dict]) -> str:
     """README.md of the folder: the architecture, how it was trained as far as the logs say, and how to load it."""
+    from checkpoint.state import INIT_CHECKPOINT
+
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     architecture = {
@@ -105,7 +107,8 @@ def model_card(trained, name: str, model, vocabulary, phases: list[dict]) -> str
            if type(trained.contents.get(key)) is int}}
     tables = [f"## Phase {phase.pop('phase', '')}, from its log\n\n{markdown_table(phase)}"
               for phase in map(dict, phases)]
-    initial = next((phase["init_checkpoint"] for phase in phases if phase.get("init_checkpoint")), None)
+    named = (trained.contents.get(INIT_CHECKPOINT), *(phase.get("init_checkpoint") for phase in phases))
+    initial = next((name for name in named if name and isinstance(name, str)), None)
     added = config.padded_vocab_size - config.vocab_size
     return CARD.format(name=name, architecture=markdown_table(architecture), training="\n\n".join(tables),
                        initial=f", starting from the weights of {initial}" if initial else "",

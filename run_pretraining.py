@@ -71,7 +71,12 @@ def pretrain_rank(args, ranks, reader) -> dict:
     from parallel.gradient_reduction import broadcast_weights, build_reduction
     from training import dry_run
     from training.compilation import compile_training
-    from training.data_sets import held_out_shards, read_training_set, training_vocabulary
+    from training.data_sets import (
+        find_training_set,
+        held_out_shards,
+        training_token_counts,
+        training_vocabulary,
+    )
     from training.early_stopping import EarlyStopping
     from training.evaluation import Evaluator
     from training.log import TensorBoardLog, TrainingLog, summary_writer
@@ -90,10 +95,12 @@ def pretrain_rank(args, ranks, reader) -> dict:
     resume_point = find_resume_point(args.output_dir, phase, resume=args.resume_from_checkpoint,
                                      resume_step=args.resume_step, init_checkpoint=args.init_checkpoint,
                                      warn=ranks.warn)
-    config = model_config(args.config_file, resume_point)
-    training_set = read_training_set(args, config, reader, ranks.warn)
+    training_set = find_training_set(args, reader, ranks.warn)
     shards = training_set.shards
     vocabulary = training_vocabulary(args.input_dir, shards, resume_point, reader)
+    resume_point = resume_point.with_words_of(vocabulary, ranks.warn)
+    config = model_config(args.config_file, resume_point, vocabulary)
+    token_counts = training_token_counts(args, config, training_set, reader, ranks.warn)
     held_out = held_out_shards(args, config, shards, vocabulary, reader)
     plan = BatchPlan.from_flags(args, training_set.sequences_per_row)
     settle_steps(args, plan, training_set.rows, ranks)
@@ -121,7 +128,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
     stream = BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, ranks=ranks, reader=reader,
                          mixture=training_set.mixture, skip_bad_shards=args.skip_bad_shards, warn=ranks.warn)
     state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision,
-                          token_counts=torch.from_numpy(training_set.token_counts), vocabulary=vocabulary,
+                          token_counts=torch.from_numpy(token_counts), vocabulary=vocabulary,
                           sources=known_sources(shards), init_checkpoint=resume_point.init_checkpoint,
                           early_stopping=EarlyStopping(args.early_stopping) if args.early_stopping else None)
     resume_point.restore(state)
@@ -184,14 +191,14 @@ def run_fingerprint(args, config, shards, resume_point) -> dict[str, str]:
     }
 
 
-def model_config(config_file: str | None, resume_point):
+def model_config(config_file: str | None, resume_point, vocabulary):
     """The architecture of a run: that of --config_file, else that of the checkpoint which it starts from."""
     from checkpoint.load import config_of
 
     if not config_file and resume_point.contents is None:
         raise UserError("--config_file is not given, and there is no checkpoint to start from that says it: name the "
                         "model's config")
-    return config_of(resume_point.contents or {}, resume_point.path, config_file)
+    return config_of(resume_point.contents or {}, resume_point.path, config_file, vocabulary.size if vocabulary else 0)
 
 
 def header_lines(args, device, precision, pieces, model, plan, resume_point) -> list[str]:
@@ -206,7 +213,7 @@ def header_lines(args, device, precision, pieces, model, plan, resume_point) -> 
         f"{shards} shards of {input_dir}" + (f", read in {len(pieces)} pieces" if len(pieces) > shards else ""),
         plan.describe(),
         f"phase {2 if args.phase2 else 1}, from step {resume_point.step} of {args.max_steps}"
-        + (f", from {resume_point.path}" if resume_point.path else ""),
+        + resume_point.origin,
     ]
 
 

@@ -50,7 +50,10 @@ def read_checkpoint(path) -> dict:
     """The contents of a checkpoint, on the host."""
     if Path(path).is_dir():
         return huggingface.read_folder(path)
+    if Path(path).suffix == ".safetensors":
+        raise UserError(f"{path}: name the folder that it lies in, which says the architecture")
     contents = read_file(path)
+    contents.pop(huggingface.FRESH, None)  # of folders only
     if not isinstance(contents.get("model"), dict):
         held = f"its model is {kind_of(contents['model'])}, no dictionary of weights" if "model" in contents else \
             "it holds no model"

@@ -35,16 +35,23 @@ PADDING = "vocabulary_padding.safetensors"
 # The prefixes of the weights that BertForMaskedLM and BertModel use: transformers 5 warns of each weight not used.
 VARIANTS = {"masked_lm": ("bert.embeddings.", "bert.encoder.", "cls.predictions."), "encoder": ("bert.",)}
 WORDS, BIAS, DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.decoder"
+OF_VOCABULARY = (WORDS, BIAS, f"{DECODER}.weight")  # a row for each token
 NEVER_PREDICTED = -10000.0  # the bias of an added entry of the vocabulary: exp() of its logit is 0
 SPECIAL_TOKENS_MAP = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}
+FRESH = "fresh_parts"  # key of read_folder: the prefixes of PARTS that the folder does not hold
+PARTS = {"bert.pooler.": "pooler", "cls.predictions.": "masked-LM head", "cls.seq_relationship.": "next-sentence head"}
+ENCODER = ("embeddings.", "encoder.", "pooler.")  # what a BertModel saved alone calls bert.embeddings. and so on
+BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")  # constants that transformers 2 to 4 saved
 
 
 def to_ours(name: str) -> str:
-    """Our name, from that in transformers or in the TensorFlow checkpoints before it (gamma, beta).
+    """Our name, from that in transformers, with or without "bert.", or in the TensorFlow checkpoints before it (gamma,
+    beta).
 
-        >>> to_ours("bert.encoder.layer.0.intermediate.dense.weight")
+        >>> to_ours("encoder.layer.0.intermediate.dense.weight")
         'bert.encoder.layer.0.intermediate.dense_act.weight'
     """
+    name = f"bert.{name}" if name.startswith(ENCODER) else name
     for module in ("intermediate", "pooler", "transform"):
         name = name.replace(f"{module}.dense.", f"{module}.dense_act.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
@@ -127,13 +134,16 @@ def as_json(value) -> str:
 def read_folder(folder) -> dict:
     """The weights, under the names of modeling.py, and what else a checkpoint holds: "config" and "vocabulary".
 
-    UserError where the folder does not hold a BERT that modeling.py can represent.
+    Beside them FRESH: the parts of a BertForPreTraining that a BertForMaskedLM or a BertModel lacks.  UserError where
+    the folder does not hold a BERT that modeling.py can represent.
     """
     folder = Path(folder)
     config = read_config(folder)
     weights = {to_ours(name): value for name, value in read_weights(folder).items()}
+    weights = {name: value for name, value in weights.items() if name not in BUFFERS}
     if WORDS not in weights:
-        raise UserError(f"{folder}: no weight {WORDS} in it (a BertForPreTraining has one)")
+        raise UserError(f"{folder}: no weight {WORDS} in it, with or without \"bert.\"")
+    fresh = tuple(prefix for prefix in PARTS if not any(name.startswith(prefix) for name in weights))
     bias = weights.pop(f"{DECODER}.bias", None)
     if bias is not None:
         weights.setdefault(BIAS, bias)
@@ -143,9 +153,17 @@ def read_folder(folder) -> dict:
     decoder = weights.pop(f"{DECODER}.weight", None)
     if decoder is not None and not torch.equal(decoder, weights[WORDS]):
         raise UserError(f"{folder}: {DECODER}.weight differs from the word embedding; this code shares the two")
+    if "cls.predictions." in fresh:
+        weights[BIAS] = weights[WORDS].new_zeros(len(weights[WORDS]))  # as it would begin, but for the padding
     add_padding(folder, weights)
     weights[f"{DECODER}.weight"] = weights[WORDS]
-    return {"model": weights, "config": config, VOCABULARY: read_vocabulary(folder)}
+    return {"model": weights, "config": config, VOCABULARY: read_vocabulary(folder), FRESH: fresh}
+
+
+def fresh_parts(contents: dict) -> str:
+    """In words, which parts of the model a folder that was read lacks; "" where none."""
+    names = [PARTS[prefix] for prefix in contents.get(FRESH, ())]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def add_padding(folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -153,10 +171,10 @@ def add_padding(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     words = weights[WORDS]
     missing = -len(words) % 8
     stored = read_tensors(folder / PADDING) if (folder / PADDING).is_file() else {}
-    fresh = {WORDS: words.new_zeros(missing, *words.shape[1:])}
+    added = {WORDS: words.new_zeros(missing, *words.shape[1:])}
     if BIAS in weights:
-        fresh[BIAS] = weights[BIAS].new_full((missing,), NEVER_PREDICTED)
-    for name, rows in fresh.items():
+        added[BIAS] = weights[BIAS].new_full((missing,), NEVER_PREDICTED)
+    for name, rows in added.items():
         padding = stored.get(name, rows)
         if padding.shape != rows.shape:
             raise UserError(f"{folder / PADDING}: {name} has shape {tuple(padding.shape)}, not {tuple(rows.shape)}")
@@ -222,7 +240,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         return {name: value for file in sorted(names) for name, value in read_tensors(folder / Path(file).name).items()}
     if (folder / OLD_WEIGHTS).is_file():
         return only_tensors(read_archive(folder / OLD_WEIGHTS), folder / OLD_WEIGHTS)
-    raise UserError(f"{folder}: neither {WEIGHTS} nor {OLD_WEIGHTS} in it")
+    raise UserError(f"{folder}: neither {WEIGHTS} nor {OLD_WEIGHTS} in it (TensorFlow's and Flax's are not read)")
 
 
 def only_tensors(weights, path: Path) -> dict[str, torch.Tensor]:
@@ -232,7 +250,7 @@ def only_tensors(weights, path: Path) -> dict[str, torch.Tensor]:
     tensors = {name: value for name, value in weights.items()
                if isinstance(name, str) and isinstance(value, torch.Tensor)}
     for name, value in weights.items():
-        if name not in tensors and isinstance(name, str) and name.startswith(("bert.", "cls.")):
+        if name not in tensors and isinstance(name, str) and to_ours(name).startswith(("bert.", "cls.")):
             raise UserError(f"{path}: {printable(name)} is {kind_of(value)}, no weight")
     return tensors
 

@@ -100,8 +100,9 @@ def add_files(parser) -> None:
     add("--config_file", help="model config, JSON (default: that of the checkpoint which the run starts from)")
     add("--output_dir", required=True, help="folder of the checkpoints")
     add("--bert_model", default="bert-large-uncased", help="name in the log and the model card")
-    add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL) or Hugging Face "
-        "model folder; with --resume_from_checkpoint also its optimizer moments")
+    add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL; with "
+        "--resume_from_checkpoint also its optimizer moments) or Hugging Face folder of a BertForPreTraining, "
+        "BertForMaskedLM or BertModel, whose missing parts start fresh")
     add("--seed", type=whole, default=42, help="random seed for weights, row order and dropout")
 
 

@@ -22,10 +22,14 @@ SMALLEST_USE = 0.9  # share of vocab_size that the highest token id of a data se
 class TrainingSet:
     """What --input_dir names: one set, or a mixture of several."""
 
-    shards: list[Shard]
+    sources: list[Source]
+    shards_of_sources: list[list[Shard]]
     mixture: Mixture
     sequences_per_row: float  # on average; in a mixture by the shares of its sources
-    token_counts: np.ndarray  # (vocab_size,) int64, how often each token occurs; in a mixture by the same shares
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [shard for shards in self.shards_of_sources for shard in shards]
 
     @property
     def rows(self) -> int:
@@ -33,16 +37,15 @@ class TrainingSet:
 
     def describe(self) -> list[str]:
         """A line for each source of a mixture."""
-        names = list(dict.fromkeys(shard.source for shard in self.shards))
-        if len(names) == 1:
+        if len(self.sources) == 1:
             return []
-        rows = [sum(shard.rows for shard in self.shards if shard.source == name) for name in names]
-        return [f"  {name}: {part / self.mixture.period:.1%} of the micro-batches, {count:,} rows"
-                for name, part, count in zip(names, self.mixture.parts, rows, strict=True)]
+        return [f"  {source.name}: {part / self.mixture.period:.1%} of the micro-batches, "
+                f"{sum(shard.rows for shard in shards):,} rows"
+                for source, part, shards in zip(self.sources, self.mixture.parts, self.shards_of_sources, strict=True)]
 
 
-def read_training_set(args, config: BertConfig, reader, warn: Callable[[str], None]) -> TrainingSet:
-    """The sets of --input_dir, checked against the flags and the config.
+def find_training_set(args, reader, warn: Callable[[str], None]) -> TrainingSet:
+    """The sets of --input_dir, checked against the flags and one another.
 
     Lengths that no flag gives are set to those of the shards.
     """
@@ -55,13 +58,10 @@ def read_training_set(args, config: BertConfig, reader, warn: Callable[[str], No
                             f"of {other[0].source} {other[0].description}: a mixture is of one form")
         check_same_vocabulary(vocabulary_of(found[0])[0], f"--input_dir {sources[0].folder}", vocabulary_of(other)[0],
                               f"--input_dir {other[0].path.parent}")
-    check_form(args, found[0][0], config, warn)
-    counts = [counted_tokens(args, source, shards, config, reader, warn)
-              for source, shards in zip(sources, found, strict=True)]
+    check_form(args, found[0][0], warn)
     averages = [average_sequences_per_row(shards, reader, args.skip_bad_shards) for shards in found]
-    return TrainingSet(shards=[shard for shards in found for shard in shards], mixture=mixture,
-                       sequences_per_row=float(np.average(averages, weights=mixture.parts)),
-                       token_counts=mixed_counts(counts, mixture))
+    return TrainingSet(sources=sources, shards_of_sources=found, mixture=mixture,
+                       sequences_per_row=float(np.average(averages, weights=mixture.parts)))
 
 
 def source_shards(args, source: Source, reader, warn) -> list[Shard]:
@@ -78,7 +78,7 @@ def source_shards(args, source: Source, reader, warn) -> list[Shard]:
     return [replace(shard, source=source.name) for shard in found]
 
 
-def check_form(args, shard: Shard, config: BertConfig, warn) -> None:
+def check_form(args, shard: Shard, warn) -> None:
     """Check the flags that say what the shards hold, by one of them."""
     set_lengths(args, shard)
     if args.enable_packed_data_mode is not None:
@@ -88,7 +88,6 @@ def check_form(args, shard: Shard, config: BertConfig, warn) -> None:
                             f"{shard.path.parent} are {'packed' if shard.packed else 'not packed'}")
     if args.avg_seq_per_pack is not None:
         warn("--avg_seq_per_pack is deprecated and has no effect: the data decides")
-    check_length("--max_seq_length", args.max_seq_length, config)
 
 
 def set_lengths(args, shard: Shard) -> None:
@@ -102,6 +101,15 @@ def set_lengths(args, shard: Shard) -> None:
                         f"but --max_predictions_per_seq is {args.max_predictions_per_seq}")
     args.max_seq_length = shard.sequence_length
     args.max_predictions_per_seq = args.max_predictions_per_seq or predictions
+
+
+def training_token_counts(args, config: BertConfig, training_set: TrainingSet, reader, warn) -> np.ndarray:
+    """How often each token occurs in the training set, which is checked against the config; in a mixture, by the shares
+    of its sources.  (vocab_size,) int64"""
+    check_length("--max_seq_length", args.max_seq_length, config)
+    counts = [counted_tokens(args, source, shards, config, reader, warn)
+              for source, shards in zip(training_set.sources, training_set.shards_of_sources, strict=True)]
+    return mixed_counts(counts, training_set.mixture)
 
 
 def counted_tokens(args, source: Source, shards: list[Shard], config: BertConfig, reader, warn) -> np.ndarray:

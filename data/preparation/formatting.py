@@ -8,16 +8,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 
 from common.errors import UserError
 from common.files import replacing
 from data.preparation import records
-from data.preparation.document_filters import DocumentFilters, SeenDocuments, document_hashes, read_filtered
+from data.preparation.document_filters import DocumentFilters, read_filtered
 from data.workers import ordered_map
 
 BATCHES_PER_PART = 512  # about 500 MB of XML: what an interruption loses at most, 15 seconds on 16 cores
 MOST_FAULTY = 0.05  # of the documents, where a text format names faults
 HASHED_BYTES = 1 << 20  # of a finished part, at a time
+LIST_SUFFIX = ".near_duplicates.tsv"  # in place of a part's .txt
 COUNT_WORDS = {  # where the name in a record is not enough
     "random_next": "pairs with a random second segment", "unknown_tokens": "tokens that are [UNK]",
     "used_tokens": "tokens in samples",
@@ -58,23 +60,24 @@ def format_documents(folder, dataset: str, text_format: TextFormat, batches, inp
     records.delete_record(folder, dataset)
     (folder / dataset).mkdir(parents=True, exist_ok=True)
     outputs, skipped = {}, []
-    seen = SeenDocuments() if text_format.filters.deduplicate else None
+    filters = text_format.filters
+    seen = filters.seen()
     for part, tasks in grouped(batches, BATCHES_PER_PART):
         name = f"{dataset}/part_{part:05d}.txt"
         record = records.finished_record(folder, name, inputs, options)
         if not record:
-            results = ordered_map(pool, read_filtered, ((text_format.read_batch, text_format.filters, *task)
-                                                        for task in tasks))
+            results = ordered_map(pool, read_filtered, ((text_format.read_batch, filters, *task) for task in tasks))
             record = records.write_record(folder, name, inputs, options, {name: {}},
                                           *write_part(folder / name, results, text_format, seen))
         elif seen:
-            see_part(folder / name, seen)
+            see_part(folder / name, filters, seen)
         outputs[name] = record["counts"]
         skipped += record["skipped"]
     totals = sum((Counter(counts) for counts in outputs.values()), Counter())
     if not totals["documents"]:
         raise UserError(f"{', '.join(inputs)}: no document with text in it ({describe_counts(totals)})")
     records.delete_outdated(folder, f"{dataset}/part_*.txt", outputs)
+    records.delete_outdated(folder, f"{dataset}/part_*{LIST_SUFFIX}", [list_path(name).as_posix() for name in outputs])
     return records.write_record(folder, dataset, inputs, options, outputs, dict(totals), skipped)
 
 
@@ -84,30 +87,46 @@ def grouped(items, size: int):
         yield number, (item for _, item in group)
 
 
-def write_part(path, results, text_format: TextFormat, seen: SeenDocuments | None) -> tuple[dict, list[str]]:
+def write_part(path, results, text_format: TextFormat, seen) -> tuple[dict, list[str]]:
     """Write the lines of the results to one file; returns their counts and what was skipped.
 
-    Documents that were seen before are counted as duplicates and not written; None: all are written.
+    Documents that were `seen` (DocumentFilters.seen) before are counted as duplicates and not written; those that only
+    resemble one are listed beside the file.
     """
-    totals, skipped = Counter(), []
+    totals, skipped, listed = Counter(), [], []
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for lines, counts, skipped_here, hashes in results:
             totals.update(counts)
             if seen:
                 new = seen.add(hashes)
-                totals.update({"documents": -int((~new).sum()), "duplicates": int((~new).sum())})
+                totals.update({"documents": -int((~new).sum()), seen.counted_as: int((~new).sum())})
+                listed += seen.listed(lines)
                 lines = [line for line, is_new in zip(lines, new.tolist(), strict=True) if is_new]
             file.writelines(line + "\n" for line in lines)
             skipped += skipped_here
         text_format.refuse_faulty(totals)
+        write_list(list_path(path), listed)
     return dict(totals), skipped
 
 
-def see_part(path, seen: SeenDocuments) -> None:
+def list_path(part) -> Path:
+    """The file beside a part that lists the documents which resemble others."""
+    return Path(part).with_suffix(LIST_SUFFIX)
+
+
+def write_list(path: Path, listed: list[str]) -> None:
+    """Write the list of a part, if there is something to list; an earlier one goes."""
+    path.unlink(missing_ok=True)
+    if listed:
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in listed), encoding="utf-8")
+
+
+def see_part(path, filters: DocumentFilters, seen) -> None:
     """Count the documents of a part that an earlier run finished as seen."""
     with open(path, encoding="utf-8", newline="\n") as file:
         while lines := file.readlines(HASHED_BYTES):
-            seen.add(document_hashes(lines))
+            seen.keep(filters.fingerprints([line.rstrip("\n") for line in lines]))
 
 
 def describe_counts(counts: dict) -> str:

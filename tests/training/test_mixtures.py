@@ -4,7 +4,6 @@ import pytest
 
 from common.errors import UserError
 from tests.support import samples, small_run
-from tests.support.small_run import train
 
 PARTS = ["data", "other"]
 

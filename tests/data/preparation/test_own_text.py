@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from common.errors import UserError
 from data import bertPrep
-from data.preparation import corpus, formatting, shard_numbers
+from data.preparation import corpus, formatting, near_duplicates, shard_numbers
 from data.shards import find_shards
 from tests.support.bad_servers import file_server, serving
 from tests.support.preparation import ROOT, files_below, formatted, sentences
@@ -181,6 +182,50 @@ def test_filters_and_duplicates_are_counted_and_recorded_also_after_an_interrupt
     assert record_of(work)["options"]["deduplicate"] is True and record_of(work)["counts"]["duplicates"] == 2
     stage("text_formatting", "--input_files", "t.jsonl")
     assert len(formatted(work, "mine")) == 17 and "made of other files or with other flags" in capsys.readouterr().out
+
+
+def changed(text: str, *places: int) -> str:
+    words = text.split(" ")
+    return " ".join("new" if place in places else word for place, word in enumerate(words))
+
+
+def test_near_duplicates_are_dropped_counted_and_listed_also_after_an_interruption(work, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 700)
+    monkeypatch.setattr(formatting, "BATCHES_PER_PART", 2)
+    random, letters = Random(1), "abcdefgh"
+    texts = [" ".join("".join(random.choices(letters, k=4)) for _ in range(60)) for _ in range(12)]
+    chinese = "".join(chr(0x4e00 + random.randrange(999)) for _ in range(80))
+    texts += [chinese, "Too short.", "Too short?", "Two words"]
+    half = " ".join([*texts[0].split()[:30], *texts[1].split()[30:]])  # nearly the same as neither
+    near = [changed(texts[2], 30), texts[3].upper() + " more.", changed(texts[11], 1, 55), chinese[:40] + chinese[41:],
+            texts[5], changed(changed(texts[2], 30), 59)]
+    Path("t.jsonl").write_bytes(json_lines([*texts, half, *near, texts[0] + " end"]))
+    flags = ("--input_files", "t.jsonl", "--deduplicate", "near")
+    stage("text_formatting", *flags)
+    said = "17 documents, 7 near duplicates"
+    assert said in capsys.readouterr().out and formatted(work, "mine") == [*texts, half]
+    lists = sorted(work.glob("formatted_*/mine/part_*.near_duplicates.tsv"))
+    listed = [line.split("\t") for path in lists for line in path.read_text().splitlines()]
+    assert [number for _, number, _ in listed] == ["3", "4", "12", "13", "6", "3", "1"], "of the documents kept"
+    assert [begin for *_, begin in listed] == [text[:100] for text in [*near, texts[0] + " end"]]
+    assert all(0.8 <= float(share) <= 1 for share, *_ in listed) and listed[4][0] == "1.00"
+
+    before = files_below(work)
+    (work / "formatted_one_article_per_line/records/mine.json").unlink()
+    for path in [*lists[-1:], *sorted(work.glob("formatted_*/mine/part_*.txt"))[-2:]]:
+        path.unlink()
+    stage("text_formatting", *flags)
+    assert said in capsys.readouterr().out and files_below(work) == before
+    stage("text_formatting", "--input_files", "t.jsonl", "--deduplicate", "exact")
+    assert "23 documents, 1 duplicates" in capsys.readouterr().out
+    assert not list(work.glob("formatted_*/mine/*.tsv"))
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    near_duplicates.empty_signature.cache_clear()
+    with pytest.raises(UserError, match="--deduplicate near: needs datasketch, which is not installed"):
+        stage("text_formatting", *flags)
+    assert len(formatted(work, "mine")) == 23
+    with pytest.raises(SystemExit):
+        stage("text_formatting", "--input_files", "t.jsonl", "--deduplicate", "nearly")
 
 
 def test_two_corpora_lie_side_by_side_and_every_stage_finds_what_the_one_before_made(work, monkeypatch):
