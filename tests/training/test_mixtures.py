@@ -5,8 +5,6 @@ import pytest
 from common.errors import UserError
 from tests.support import samples, small_run
 
-PARTS = ["data", "other"]
-
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
