@@ -23,14 +23,21 @@ from checkpoint.file import is_plain, kind_of, read_archive
 from checkpoint.pickle_reader import printable
 from common.errors import UserError, first_line
 from common.files import replacing_files
-from data.tokenizer import SPECIAL_TOKENS, load_vocabulary, reference_tokenizer
+from data.tokenizer import (
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    VOCAB_FILE,
+    load_vocabulary,
+    reference_tokenizer,
+    vocabulary_path,
+)
 from data.vocabulary import VOCABULARY, Vocabulary
 from modeling import LAYER_NORM_EPS, BertConfig, disagreement
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # where their weights are spread over several files
 OLD_WEIGHTS = "pytorch_model.bin"
-VOCAB_FILE, TOKENIZER, SETTINGS = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
+SETTINGS = "tokenizer_config.json"
 PADDING = "vocabulary_padding.safetensors"
 # The prefixes of the weights that BertForMaskedLM and BertModel use: transformers 5 warns of each weight not used.
 VARIANTS = {"masked_lm": ("bert.embeddings.", "bert.encoder.", "cls.predictions."), "encoder": ("bert.",)}
@@ -203,12 +210,9 @@ def read_vocabulary(folder: Path) -> dict:
     """
     try:
         settings, tokenizer = (read_settings(folder / name) for name in (SETTINGS, TOKENIZER))
-        if (folder / VOCAB_FILE).is_file():
-            tokens = load_vocabulary(folder / VOCAB_FILE)
-        elif tokenizer:
-            tokens = tokens_by_id(tokenizer["model"]["vocab"])
-        else:
+        if not vocabulary_path(folder).is_file():
             return {}
+        tokens = load_vocabulary(folder)
         lower_case = settings.get("do_lower_case", (tokenizer.get("normalizer") or {}).get("lowercase"))
         return Vocabulary.of(tokens, lower_case if isinstance(lower_case, bool) else None).to_dict()
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
@@ -219,13 +223,6 @@ def read_vocabulary(folder: Path) -> dict:
 def read_settings(path: Path) -> dict:
     """The values of a JSON file; none where there is no such file."""
     return dict(json.loads(path.read_text(encoding="utf-8-sig"))) if path.is_file() else {}
-
-
-def tokens_by_id(ids: dict[str, int]) -> list[str]:
-    tokens = sorted(ids, key=ids.get)
-    if [ids[token] for token in tokens] != list(range(len(tokens))) or not set(SPECIAL_TOKENS) <= set(tokens):
-        raise ValueError(f"{TOKENIZER}: not the tokens of BERT, numbered from 0")
-    return tokens
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -79,8 +79,8 @@ def parse(argv):
                             "pip install nupunkt; default: the first of punkt, sentencex and rule that knows the "
                             "language")
     group = parser.add_argument_group("vocabulary")
-    group.add_argument("--vocab_file", help="WordPiece vocabulary, a path or URL; default: the one that "
-                                            "create_vocabulary trained on the data set, else Google's (uncased); if "
+    group.add_argument("--vocab_file", help="WordPiece vocabulary: path, URL or Hugging Face folder; default: the one "
+                                            "that create_vocabulary made for the data set, else Google's (uncased); if "
                                             "that cannot be downloaded for the sample, one is trained on it")
     group.add_argument("--vocab_size", type=cli.positive_int, default=8192,
                        help="number of tokens that create_vocabulary trains")

@@ -32,7 +32,7 @@ from data.preparation.extended_vocabulary import describe_extension, extend, rea
 from data.preparation.formatting import describe_counts
 from data.preparation.samples import SampleOptions, counts_of_words, create_shard
 from data.preparation.text_counts import TextCounts
-from data.tokenizer import load_vocabulary, sample_lines, save_vocabulary, train_vocabulary
+from data.tokenizer import load_vocabulary, sample_lines, save_vocabulary, train_vocabulary, vocabulary_path
 from data.vocabulary import check_case
 from data.workers import open_pool, ordered_map
 
@@ -184,7 +184,7 @@ def extend_vocabulary(options: StageOptions) -> Path:
     lines = read_words(words)
     if not options.vocab_file:
         check_google_fits(options)
-    base = local_file(options.vocab_file) if options.vocab_file else google_vocabulary(options, TRIES)
+    base = vocabulary_path(local_file(options.vocab_file)) if options.vocab_file else google_vocabulary(options, TRIES)
     tokens = load_vocabulary(base)
     check_case(tokens, lower_case, f"--vocab_file {base}")
     made_from = {"vocabulary": records.file_fingerprint(base), WORDS: records.file_fingerprint(words)}
@@ -272,7 +272,7 @@ def find_vocabulary(options: StageOptions) -> Path:
     if options.extend_vocab:
         return extend_vocabulary(options)
     if options.vocab_file:
-        return local_file(options.vocab_file)
+        return vocabulary_path(local_file(options.vocab_file))
     if made.is_file():  # where the stage trained it by itself, it follows changes of the text
         return learn_vocabulary(options) if may_train and not was_extended(made) else made
     check_google_fits(options)

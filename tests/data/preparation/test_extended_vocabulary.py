@@ -69,12 +69,12 @@ def stage(action: str, *flags) -> None:
 def files(work):
     Path("mine_training_0.txt").write_text("\n".join(sentences(60)) + "\n\n" + "\n".join(sentences(60, 1)) + "\n")
     Path("words.txt").write_text("\ufeffgulls\r\n\r\n  Compass \r\nsea\r\nsea-gull\r\n", encoding="utf-8")
-    save_vocabulary("published.txt", PUBLISHED)
+    save_vocabulary("published/vocab.txt", PUBLISHED)
     return work
 
 
 def test_samples_are_made_with_the_extended_vocabulary_and_a_stage_does_its_work_once(files, capsys):
-    flags = ("--vocab_file", "published.txt", "--extend_vocab", "words.txt")
+    flags = ("--vocab_file", "published", "--extend_vocab", "words.txt")
     stage("create_vocabulary", *flags)
     made = files / "vocab/mine/vocab.txt"
     assert "2 new words, 2 of them in [unusedN] places and 0 behind; 1 were there before; 1 lines can be no token, " \
@@ -98,7 +98,7 @@ def test_a_file_without_words_or_of_no_text_is_refused_and_nothing_written(files
                           (b"\xc3(", "empty.txt: cannot be read")):
         Path("empty.txt").write_bytes(content)
         with pytest.raises(UserError, match=f"--extend_vocab {said}"):
-            stage("create_vocabulary", "--vocab_file", "published.txt", "--extend_vocab", "empty.txt")
+            stage("create_vocabulary", "--vocab_file", "published", "--extend_vocab", "empty.txt")
     with pytest.raises(UserError, match="nowhere.txt: cannot be read"):
         read_words("nowhere.txt")
     with pytest.raises(UserError, match="--do_lower_case 0: Google's vocabulary is of lower case"):
