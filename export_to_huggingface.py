@@ -16,7 +16,8 @@ from devices import gaudi_environment
 
 # The flags of a run (the PARAMETER line of its log) that the model card shows
 CARD_FLAGS = ("init_checkpoint", "input_dir", "max_seq_length", "train_batch_size", "gradient_accumulation_steps",
-              "learning_rate", "warmup_proportion", "max_steps", "seed", "hmp", "fp16", "device")
+              "optimizer", "learning_rate", "lr_schedule", "warmup_proportion", "max_steps", "seed", "hmp", "fp16",
+              "device")
 CARD_FIGURES = ("final_loss", "eval_mlm_loss", "eval_context_free_mlm_loss", "eval_mlm_accuracy", "eval_nsp_accuracy",
                 "training_sequences_per_second", "steady_sequences_per_second")
 
@@ -93,6 +94,8 @@ def logged_phases(log: str) -> list[dict]:
 
 def model_card(trained, name: str, model, vocabulary, phases: list[dict]) -> str:
     """README.md of the folder: the architecture, how it was trained as far as the logs say, and how to load it."""
+    from checkpoint.state import INIT_CHECKPOINT
+
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     architecture = {
@@ -104,7 +107,8 @@ def model_card(trained, name: str, model, vocabulary, phases: list[dict]) -> str
            if type(trained.contents.get(key)) is int}}
     tables = [f"## Phase {phase.pop('phase', '')}, from its log\n\n{markdown_table(phase)}"
               for phase in map(dict, phases)]
-    initial = next((phase["init_checkpoint"] for phase in phases if phase.get("init_checkpoint")), None)
+    named = (trained.contents.get(INIT_CHECKPOINT), *(phase.get("init_checkpoint") for phase in phases))
+    initial = next((name for name in named if name and isinstance(name, str)), None)
     added = config.padded_vocab_size - config.vocab_size
     return CARD.format(name=name, architecture=markdown_table(architecture), training="\n\n".join(tables),
                        initial=f", starting from the weights of {initial}" if initial else "",

@@ -45,6 +45,7 @@ class NVLAMB(SkipCounts, torch.optim.Optimizer):
     scale is divided out here, so that the scaler does not read the gradients on the host.
     """
 
+    name = "lamb"
     _step_supports_amp_scaling = True
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_grad_norm=1.0,

@@ -27,14 +27,22 @@ LAYER_NORM_EPS = 1e-12
 IGNORED_LABEL = -1
 # What published configs say beside BertConfig: what must agree with this model, and what says nothing about it.
 AGREEING = {"model_type": "bert", "layer_norm_eps": LAYER_NORM_EPS, "position_embedding_type": "absolute",
-            "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True, "directionality": "bidi",
+            "is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False,
+            "cross_attention_hidden_size": None, "tie_encoder_decoder": False, "tie_word_embeddings": True,
+            "pruned_heads": {}, "quantization_config": None, "directionality": "bidi",
             "pooler_type": "first_token_transform"}
-SILENT = {"architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "do_lower_case",
-          "dtype", "eos_token_id", "finetuning_task", "gradient_checkpointing", "id2label", "label2id",
-          "language", "name", "num_labels", "output_attentions", "output_hidden_states", "output_past", "pad_token_id",
-          "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
-          "problem_type", "return_dict", "torch_dtype", "torchscript", "transformers_version", "use_cache",
-          "_name_or_path", "_commit_hash", "_attn_implementation_autoset"}
+SILENT = {  # of configs of Google, and of transformers since version 2 with its settings for generating text
+    "architectures", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
+    "classifier_dropout", "decoder_start_token_id", "diversity_penalty", "do_lower_case", "do_sample", "dtype",
+    "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "eos_token_ids",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "gradient_checkpointing", "id2label", "label2id", "language", "length_penalty", "max_length", "min_length", "name",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_past", "output_scores", "pad_token_id", "pooler_fc_size",
+    "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "prefix", "problem_type",
+    "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
+    "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p",
+    "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache", "xla_device"}
 MAX_LAYERS = 10_000  # beyond any BERT; building them would take minutes
 INTEGER_KEYS = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
                 "num_hidden_layers", "type_vocab_size", "vocab_size")
@@ -76,9 +84,9 @@ class BertConfig:
         disagreeing = disagreement(values)
         if disagreeing:
             raise UserError(f"{what}: {disagreeing}")
-        values = {key: value for key, value in values.items() if key in names or key not in {*AGREEING, *SILENT}}
+        values = {key: value for key, value in values.items() if key in names or not says_nothing(key, value)}
         if set(values) != names:
-            wrong = [f"unknown key {key!r}" for key in sorted(set(values) - names)]
+            wrong = [f"unknown key {key!r}: {repr(values[key])[:50]}" for key in sorted(set(values) - names)]
             wrong += [f"missing key {key!r}" for key in sorted(names - set(values))]
             raise UserError(f"{what}: {', '.join(wrong)}")
         problem = config_problem(values)
@@ -116,6 +124,11 @@ class BertConfig:
     def padded_vocab_size(self) -> int:
         """vocab_size rounded up to a multiple of 8, for matrix units; labels are never the added entries."""
         return -(-self.vocab_size // 8) * 8
+
+
+def says_nothing(key: str, value) -> bool:
+    """Whether a key that is none of BertConfig's leaves the model as it is: known to, private, or without a value."""
+    return key in AGREEING or key in SILENT or key.startswith("_") or value in (None, False, "", [], {})
 
 
 def disagreement(values: dict) -> str | None:

@@ -18,12 +18,11 @@ from common.locks import file_lock, folder_lock
 from data.shard_reader import ShardReader
 from devices import gaudi_environment
 from parallel import rendezvous
-from training.arguments import device_options, parse_arguments, precision_options
+from training.arguments import contradiction_of_steps, device_options, parse_arguments, precision_options
 
 # How often a waiting OpenMP thread looks again before it sleeps: about 0.4 ms.  The default, some 13 ms, keeps a core
 # from whatever else wants to run there, and a step of a small model beside one busy process took 40 times as long.
 SPIN_COUNT = "10000"
-SMALLEST_USE = 0.9  # share of vocab_size that the highest token id of a data set should reach
 
 
 def main(argv=None) -> None:
@@ -62,16 +61,24 @@ def pretrain_rank(args, ranks, reader) -> dict:
 
     from checkpoint.resume import PHASE1_STEPS, Phase, find_resume_point, last_step_of_phase1
     from checkpoint.state import TrainingState
-    from data.dataloader import BatchStream, average_sequences_per_row
+    from data.dataloader import BatchStream
     from data.origin import known_sources
+    from data.vocabulary import check_size
     from devices.device import select_device
     from devices.precision import Precision
     from modeling import BertForPreTraining
     from ops import attention
-    from optim.build import build_optimizer
+    from optim.build import OptimizerOptions, build_optimizer
     from parallel.gradient_reduction import broadcast_weights, build_reduction
     from training import dry_run
     from training.compilation import compile_training
+    from training.data_sets import (
+        find_training_set,
+        held_out_shards,
+        training_token_counts,
+        training_vocabulary,
+    )
+    from training.early_stopping import EarlyStopping
     from training.evaluation import Evaluator
     from training.log import TensorBoardLog, TrainingLog, summary_writer
     from training.run_record import reference_record, run_record
@@ -89,11 +96,17 @@ def pretrain_rank(args, ranks, reader) -> dict:
     resume_point = find_resume_point(args.output_dir, phase, resume=args.resume_from_checkpoint,
                                      resume_step=args.resume_step, init_checkpoint=args.init_checkpoint,
                                      warn=ranks.warn)
-    config = model_config(args.config_file, resume_point)
-    shards, token_counts = training_shards(args, config, reader, ranks.warn)
-    vocabulary = training_vocabulary(args.input_dir, config, shards, resume_point, reader)
+    training_set = find_training_set(args, reader, ranks.warn)
+    shards = training_set.shards
+    vocabulary = training_vocabulary(args.input_dir, shards, resume_point, reader)
+    resume_point = resume_point.with_words_of(vocabulary, ranks.warn)
+    config = model_config(args.config_file, resume_point, vocabulary)
+    token_counts = training_token_counts(args, config, training_set, reader, ranks.warn)
+    if vocabulary:  # where the shards do not say it, the checkpoint's
+        check_size(vocabulary.size, config.vocab_size, f"{resume_point.path}, its vocabulary")
     held_out = held_out_shards(args, config, shards, vocabulary, reader)
-    plan = BatchPlan.from_flags(args, average_sequences_per_row(shards, reader, args.skip_bad_shards))
+    plan = BatchPlan.from_flags(args, training_set.sequences_per_row)
+    settle_steps(args, plan, training_set.rows, ranks)
     ranks.connect(device)
     ranks.check_same(run_fingerprint(args, config, shards, resume_point))
 
@@ -110,14 +123,17 @@ def pretrain_rank(args, ranks, reader) -> dict:
         if args.use_torch_compile else (False, ""))
     if args.use_hpu_graphs:
         device.cache_graphs(model)
+    optimizer_options = cli.options_from(args, OptimizerOptions, name=args.optimizer)
+    if optimizer_options.rate_warning:
+        ranks.warn(optimizer_options.rate_warning)
     optimizer, optimizer_description = build_optimizer(
-        model, device, args.learning_rate, args.use_fused_lamb, compiled,
-        shards=ranks.world_size if args.use_zero_optimizer else 1)
+        model, device, optimizer_options, compiled, shards=ranks.world_size if args.use_zero_optimizer else 1)
     stream = BatchStream(shards, plan.micro_batch_size, args.seed, config.vocab_size, ranks=ranks, reader=reader,
-                         skip_bad_shards=args.skip_bad_shards, warn=ranks.warn)
+                         mixture=training_set.mixture, skip_bad_shards=args.skip_bad_shards, warn=ranks.warn)
     state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision,
                           token_counts=torch.from_numpy(token_counts), vocabulary=vocabulary,
-                          sources=known_sources(shards), init_checkpoint=resume_point.init_checkpoint)
+                          sources=known_sources(shards), init_checkpoint=resume_point.init_checkpoint,
+                          early_stopping=EarlyStopping(args.early_stopping) if args.early_stopping else None)
     resume_point.restore(state)
     device.synchronize()  # keeps copying the weights out of the first step's graph
     broadcast_weights(ranks, model)
@@ -136,7 +152,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
                             **run_record(config=config, device=device, world_size=ranks.world_size, plan=plan,
                                          descriptions=descriptions)})
     for line in (*header_lines(args, device, precision, stream.pieces, model, plan, resume_point),
-                 layers_description, optimizer_description,
+                 *training_set.describe(), layers_description, optimizer_description,
                  f"ranks: {ranks.world_size}; reduction of gradients: {reduction.describe()}", compile_description):
         if line:
             log.print(line)
@@ -156,124 +172,36 @@ def pretrain_rank(args, ranks, reader) -> dict:
         log.close()
 
 
+def settle_steps(args, plan, rows: int, ranks) -> None:
+    """Set --max_steps where --num_train_epochs says it, and check the flags that name steps against it."""
+    if args.max_steps is None:
+        args.max_steps = plan.steps(args.num_train_epochs, rows, ranks.world_size)
+        problem = contradiction_of_steps(args)
+        if problem:
+            raise UserError(f"{problem} (--num_train_epochs {args.num_train_epochs:g})")
+    elif args.num_train_epochs is not None:
+        ranks.warn(f"--num_train_epochs {args.num_train_epochs:g} has no effect beside --max_steps")
+
+
 def run_fingerprint(args, config, shards, resume_point) -> dict[str, str]:
     """What must be the same on all ranks besides their software, by name: flags, config, data and resume point."""
     return {
         **{f"--{flag}": str(value) for flag, value in vars(args).items() if flag != "local_rank"},
         **{f"{args.config_file or 'config'}: {key}": str(value) for key, value in vars(config).items()},
-        **{f"{args.input_dir}/{shard.path.name}": f"{shard.rows} rows, {shard.path.stat().st_size} bytes"
+        **{f"--input_dir: {shard.file_name}": f"{shard.rows} rows, {shard.path.stat().st_size} bytes"
            for shard in shards},
         "the start (is --output_dir a folder that all servers share?)": resume_point.describe(),
     }
 
 
-def model_config(config_file: str | None, resume_point):
+def model_config(config_file: str | None, resume_point, vocabulary):
     """The architecture of a run: that of --config_file, else that of the checkpoint which it starts from."""
     from checkpoint.load import config_of
 
     if not config_file and resume_point.contents is None:
         raise UserError("--config_file is not given, and there is no checkpoint to start from that says it: name the "
                         "model's config")
-    return config_of(resume_point.contents or {}, resume_point.path, config_file)
-
-
-def training_shards(args, config, reader, warn) -> tuple:
-    """The shards of --input_dir, checked against the flags and the config, and how often each token occurs in them.
-
-    Lengths that no flag gives are those of the shards.
-    """
-    from data.dataloader import check_first_rows
-    from data.origin import check_vocabulary
-    from data.packed_totals import difference_from_metadata
-    from data.shards import find_readable_shards, find_shards
-    from data.token_counts import stored_counts
-
-    if args.skip_bad_shards:
-        found, unreadable = find_readable_shards(args.input_dir, reader=reader)
-        for fault in unreadable:
-            warn(f"skipped from the start: {fault}")
-    else:
-        found = find_shards(args.input_dir, reader=reader)
-    first = found[0]
-    set_lengths(args, first)
-    difference = difference_from_metadata(found)
-    if difference:
-        warn(f"{difference}; the training uses those that are there")
-    if args.enable_packed_data_mode is not None:
-        warn("--enable_packed_data_mode is deprecated: the shards decide")
-        if args.enable_packed_data_mode != first.packed:
-            raise UserError(f"--enable_packed_data_mode {args.enable_packed_data_mode}, but the shards in "
-                            f"{args.input_dir} are {'packed' if first.packed else 'not packed'}")
-    if args.avg_seq_per_pack is not None:
-        warn("--avg_seq_per_pack is deprecated and has no effect: the data decides")
-    check_length("--max_seq_length", args.max_seq_length, config)
-    vocabulary = check_vocabulary(found, config.vocab_size)
-    in_first_rows = check_first_rows(found, config.vocab_size, reader, args.skip_bad_shards)
-    counts = stored_counts(found, config.vocab_size)
-    counts = in_first_rows if counts is None else counts
-    used = len(counts.nonzero()[0]) and int(counts.nonzero()[0][-1]) + 1
-    if not vocabulary and used < SMALLEST_USE * config.vocab_size:
-        warn(f"--input_dir {args.input_dir}: no token id above {used - 1} in it, but vocab_size in "
-             f"{args.config_file or 'the config'} is {config.vocab_size}: was the data made with another vocabulary?")
-    return found, counts
-
-
-def set_lengths(args, shard) -> None:
-    """Check --max_seq_length and --max_predictions_per_seq against a shard, which gives them where they are missing."""
-    predictions = shard.prediction_slots - (shard.max_sequences if shard.packed else 0)
-    if args.max_seq_length not in (None, shard.sequence_length):
-        raise UserError(f"{shard.path}: its rows have {shard.sequence_length} tokens, "
-                        f"but --max_seq_length is {args.max_seq_length}")
-    if args.max_predictions_per_seq is not None and predictions > args.max_predictions_per_seq:
-        raise UserError(f"{shard.path}: made with {predictions} predictions a sequence, "
-                        f"but --max_predictions_per_seq is {args.max_predictions_per_seq}")
-    args.max_seq_length = shard.sequence_length
-    args.max_predictions_per_seq = args.max_predictions_per_seq or predictions
-
-
-def training_vocabulary(input_dir: str, config, shards, resume_point, reader):
-    """The vocabulary of the run, with its tokens where they are known: that of the shards, else the checkpoint's.
-
-    UserError where the two differ; from an --init_checkpoint a run may go on with words in its unused places.
-    """
-    from data.origin import vocabulary_of
-    from data.shards import read_origin
-    from data.vocabulary import check_same_vocabulary, check_size, vocabulary_in
-
-    known, path = vocabulary_in(resume_point.contents or {}, resume_point.path), resume_point.path
-    if known:
-        check_size(known.size, config.vocab_size, f"{path}, its vocabulary")
-    _, shard = vocabulary_of(shards)
-    if not shard:
-        return known
-    vocabulary = reader.call(read_origin, shard.path).vocabulary
-    check_same_vocabulary(vocabulary, f"--input_dir {input_dir}", known, str(path),
-                          may_extend=path == resume_point.init_checkpoint)
-    return vocabulary
-
-
-def held_out_shards(args, config, training, vocabulary, reader) -> list | None:
-    """The shards of --eval_dir; UserError where they do not fit the model or hold what it is trained on."""
-    from data.origin import check_vocabulary, held_from_training, sources_of
-    from data.shards import find_shards
-    from data.vocabulary import check_same_vocabulary
-
-    if not args.eval_dir:
-        return None
-    found = find_shards(args.eval_dir, "test", "--eval_dir", reader)
-    check_length(f"{found[0].path}: the row length", found[0].sequence_length, config)
-    check_same_vocabulary(check_vocabulary(found, config.vocab_size), f"--eval_dir {args.eval_dir}", vocabulary,
-                          f"--input_dir {args.input_dir}")
-    trained = held_from_training(found, sources_of(training))
-    if trained:
-        raise UserError(f"--eval_dir {args.eval_dir}: {trained.name} is, or was made from, what --input_dir "
-                        f"{args.input_dir} trains on: hold out other text (evaluate.py gives the loss on this)")
-    return found
-
-
-def check_length(what: str, length: int, config) -> None:
-    if length > config.max_position_embeddings:
-        raise UserError(f"{what} {length} is above max_position_embeddings {config.max_position_embeddings}")
+    return config_of(resume_point.contents or {}, resume_point.path, config_file, vocabulary.size if vocabulary else 0)
 
 
 def header_lines(args, device, precision, pieces, model, plan, resume_point) -> list[str]:
@@ -281,13 +209,14 @@ def header_lines(args, device, precision, pieces, model, plan, resume_point) -> 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     form = "packed" if pieces[0].packed else "unpacked"
     shards = len({piece.path for piece in pieces})
+    input_dir = args.input_dir if isinstance(args.input_dir, str) else ", ".join(args.input_dir)
     return [
         f"{args.bert_model}: {parameters / 1e6:.1f} million parameters on {device.describe()}, {precision.describe()}",
         f"data: {sum(piece.rows for piece in pieces)} {form} rows of {args.max_seq_length} tokens in "
-        f"{shards} shards of {args.input_dir}" + (f", read in {len(pieces)} pieces" if len(pieces) > shards else ""),
+        f"{shards} shards of {input_dir}" + (f", read in {len(pieces)} pieces" if len(pieces) > shards else ""),
         plan.describe(),
         f"phase {2 if args.phase2 else 1}, from step {resume_point.step} of {args.max_steps}"
-        + (f", from {resume_point.path}" if resume_point.path else ""),
+        + resume_point.origin,
     ]
 
 

@@ -4,7 +4,6 @@
 
 nsp_weight   the factor of the NSP loss in the total loss
 beta2        the decay of the optimizer's second moments
-optimizer    adamw in place of LAMB, with the same clipping, betas, weight decay and schedule
 """
 
 import json
@@ -52,35 +51,7 @@ def with_beta2(beta2: float):
     return mock.patch.object(build, "choose_lamb", choose)
 
 
-def with_optimizer(name: str):
-    from optim import build
-
-    optimizer_class = {"adamw": clipped_adamw}[name]()
-    return mock.patch.object(build, "choose_lamb", lambda *arguments: (optimizer_class, f"{name}, fused, clipped"))
-
-
-def clipped_adamw() -> type:
-    """PyTorch's fused AdamW as a class that clips, and that tells the log what LAMB tells it."""
-    import torch
-
-    from lamb import SkipCounts
-
-    class ClippedAdamW(SkipCounts, torch.optim.AdamW):
-        def __init__(self, groups, max_grad_norm: float, **options):
-            super().__init__(groups, fused=True, **options)
-            self.max_grad_norm = max_grad_norm
-            self.start_counts(torch.device("cpu"))
-
-        def step(self, closure=None):
-            weights = [weight for group in self.param_groups for weight in group["params"]]
-            self.gradient_norm = torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm)
-            self.count_skips(torch.zeros(()))
-            return super().step(closure)
-
-    return ClippedAdamW
-
-
-CHANGES = {"nsp_weight": with_nsp_weight, "beta2": with_beta2, "optimizer": with_optimizer}
+CHANGES = {"nsp_weight": with_nsp_weight, "beta2": with_beta2}
 
 if __name__ == "__main__":
     cli.run(main)

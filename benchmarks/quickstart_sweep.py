@@ -48,6 +48,7 @@ class Settings:
     vocabulary: int = 2048
     rows: int = 64  # in a step
     learning_rate: float = 0.01
+    optimizer: str = "lamb"
     warmup: float = 0.2  # share of the steps
     config: dict = field(default_factory=dict)  # changes of the model config
     changes: dict = field(default_factory=dict)  # of the training command, see changed_training.py
@@ -76,7 +77,7 @@ FACTORS: dict[str, dict[str, dict]] = {  # factor → value → what it changes 
     "warmup": {"0.05": {"warmup": 0.05}, "0.2": SAME},
     "nsp_weight": {"0": {"changes": {"nsp_weight": 0.0}}, "1": SAME},
     "beta2": {"0.98": {"changes": {"beta2": 0.98}}, "0.999": SAME},
-    "optimizer": {"LAMB": SAME, **{f"AdamW {rate}": {"learning_rate": rate, "changes": {"optimizer": "adamw"}}
+    "optimizer": {"LAMB": SAME, **{f"AdamW {rate}": {"learning_rate": rate, "optimizer": "adamw"}
                                    for rate in (0.001, 0.002)}},
     # At 128 tokens 8 rows are too few: the batch keeps its 16 rows, and the run takes half as many steps.
     "phase2_length": {"64": {"phase2": True, "row_length": 64, "rows": 16, "learning_rate": 0.007},
@@ -218,8 +219,11 @@ def training_flags(run: Run, output: Path) -> list[str]:
               "json_summary": folder / "log.json", "max_seq_length": settings.row_length,
               "max_predictions_per_seq": samples.training.max_predictions_per_seq,
               "train_batch_size": settings.rows, "max_steps": run.steps, "learning_rate": settings.learning_rate,
-              "warmup_proportion": settings.warmup, "eval_freq": every, "log_freq": every, "peak_tflops": 1.0}
-    flags = ["--do_train", "--no_cuda", "--use_fused_lamb", "--disable_progress_bar"]
+              "optimizer": settings.optimizer, "warmup_proportion": settings.warmup, "eval_freq": every,
+              "log_freq": every, "peak_tflops": 1.0}
+    flags = ["--do_train", "--no_cuda", "--disable_progress_bar"]
+    if settings.optimizer == "lamb":
+        flags.append("--use_fused_lamb")
     if settings.phase2:
         flags += ["--phase2", "--resume_from_checkpoint", f"--phase1_end_step={run.base().steps}"]
     if settings != QUICKSTART:  # whose checkpoint the runs of phase 2 continue from

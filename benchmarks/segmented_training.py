@@ -69,7 +69,7 @@ def train_ours(flags: list[str]) -> None:
         clock.start()
         run_steps(trainer)
 
-    def report_evaluation(trainer, step):
+    def report_evaluation(trainer, step, losses):
         with trainer.paused():
             done = round(step * trainer.plan.rows * trainer.plan.sequences_per_row)
             clock.report(step, done, lambda: trainer.evaluator.evaluate(trainer.model))

@@ -16,21 +16,24 @@ class CheckpointWriter:
     last one must be written: close() tries again, and raises UserError.
     """
 
-    def __init__(self, folder, device, report, warn, protected: int = -1):
+    def __init__(self, folder, device, report, warn):
         self.folder = folder
         self.device = device
         self.report = report
         self.warn = warn
-        self.protected = protected
         self.copies: dict[torch.Tensor, torch.Tensor] = {}
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
         self.writing: Future | None = None
-        self.unwritten: tuple[int, dict] | None = None  # number and state of the newest one, until it is on disk
+        # Number, state and protected numbers of the newest one, until it is on disk.
+        self.unwritten: tuple[int, dict, set[int]] | None = None
 
-    def save(self, number: int, state: dict) -> None:
-        """Begin to write ckpt_<number>.pt, after the one before, because both are copied to the same memory."""
+    def save(self, number: int, protected: set[int], state: dict) -> None:
+        """Begin to write ckpt_<number>.pt, after the one before, because both are copied to the same memory.
+
+        The checkpoints `protected` are not removed.
+        """
         self.finish()
-        self.unwritten = number, self.copied(state)
+        self.unwritten = number, self.copied(state), protected
         self.device.synchronize()
         self.writing = self.thread.submit(self.write)
 
@@ -54,7 +57,7 @@ class CheckpointWriter:
 
     def write(self):
         remove_leftovers(self.folder, ".ckpt_*")  # a file each; this run holds the folder
-        return write_checkpoint(self.folder, *self.unwritten, self.protected)
+        return write_checkpoint(self.folder, *self.unwritten)
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, and report it or the error."""

@@ -4,7 +4,7 @@ The step in a name counts over both phases.  A Hugging Face model folder is read
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from checkpoint import huggingface, optimizer_shards
@@ -30,8 +30,8 @@ def newest_path(folder) -> Path | None:
     return checkpoint_path(folder, steps[-1]) if steps else None
 
 
-def write_checkpoint(folder, step: int, contents: dict, protected: int = -1) -> Path:
-    """Write ckpt_<step>.pt; when it is on disk, remove all but the newest three, and never the step `protected`.
+def write_checkpoint(folder, step: int, contents: dict, protected: Collection[int] = ()) -> Path:
+    """Write ckpt_<step>.pt; when it is on disk, remove all but the newest three, and never the steps `protected`.
 
     Newer checkpoints, from which the run was not resumed, become ckpt_<step>.pt.set_aside, so that no later run takes
     them for its newest.
@@ -41,7 +41,7 @@ def write_checkpoint(folder, step: int, contents: dict, protected: int = -1) -> 
     for newer in saved_steps(folder):
         if newer > step:
             optimizer_shards.set_aside(checkpoint_path(folder, newer))
-    for older in [older for older in saved_steps(folder) if older != protected][:-KEPT]:
+    for older in [older for older in saved_steps(folder) if older not in protected][:-KEPT]:
         optimizer_shards.remove(checkpoint_path(folder, older))
     return path
 
@@ -50,7 +50,10 @@ def read_checkpoint(path) -> dict:
     """The contents of a checkpoint, on the host."""
     if Path(path).is_dir():
         return huggingface.read_folder(path)
+    if Path(path).suffix == ".safetensors":
+        raise UserError(f"{path}: name the folder that it lies in, which says the architecture")
     contents = read_file(path)
+    contents.pop(huggingface.FRESH, None)  # of folders only
     if not isinstance(contents.get("model"), dict):
         held = f"its model is {kind_of(contents['model'])}, no dictionary of weights" if "model" in contents else \
             "it holds no model"

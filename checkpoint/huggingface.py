@@ -23,28 +23,42 @@ from checkpoint.file import is_plain, kind_of, read_archive
 from checkpoint.pickle_reader import printable
 from common.errors import UserError, first_line
 from common.files import replacing_files
-from data.tokenizer import SPECIAL_TOKENS, load_vocabulary, reference_tokenizer
+from data.tokenizer import (
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    VOCAB_FILE,
+    load_vocabulary,
+    reference_tokenizer,
+    vocabulary_path,
+)
 from data.vocabulary import VOCABULARY, Vocabulary, is_cased
 from modeling import LAYER_NORM_EPS, BertConfig, disagreement
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # where their weights are spread over several files
 OLD_WEIGHTS = "pytorch_model.bin"
-VOCAB_FILE, TOKENIZER, SETTINGS = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
+SETTINGS = "tokenizer_config.json"
 PADDING = "vocabulary_padding.safetensors"
 # The prefixes of the weights that BertForMaskedLM and BertModel use: transformers 5 warns of each weight not used.
 VARIANTS = {"masked_lm": ("bert.embeddings.", "bert.encoder.", "cls.predictions."), "encoder": ("bert.",)}
 WORDS, BIAS, DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.decoder"
+OF_VOCABULARY = (WORDS, BIAS, f"{DECODER}.weight")  # a row for each token
 NEVER_PREDICTED = -10000.0  # the bias of an added entry of the vocabulary: exp() of its logit is 0
 SPECIAL_TOKENS_MAP = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}
+FRESH = "fresh_parts"  # key of read_folder: the prefixes of PARTS that the folder does not hold
+PARTS = {"bert.pooler.": "pooler", "cls.predictions.": "masked-LM head", "cls.seq_relationship.": "next-sentence head"}
+ENCODER = ("embeddings.", "encoder.", "pooler.")  # what a BertModel saved alone calls bert.embeddings. and so on
+BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")  # constants that transformers 2 to 4 saved
 
 
 def to_ours(name: str) -> str:
-    """Our name, from that in transformers or in the TensorFlow checkpoints before it (gamma, beta).
+    """Our name, from that in transformers, with or without "bert.", or in the TensorFlow checkpoints before it (gamma,
+    beta).
 
-        >>> to_ours("bert.encoder.layer.0.intermediate.dense.weight")
+        >>> to_ours("encoder.layer.0.intermediate.dense.weight")
         'bert.encoder.layer.0.intermediate.dense_act.weight'
     """
+    name = f"bert.{name}" if name.startswith(ENCODER) else name
     for module in ("intermediate", "pooler", "transform"):
         name = name.replace(f"{module}.dense.", f"{module}.dense_act.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
@@ -127,13 +141,16 @@ def as_json(value) -> str:
 def read_folder(folder) -> dict:
     """The weights, under the names of modeling.py, and what else a checkpoint holds: "config" and "vocabulary".
 
-    UserError where the folder does not hold a BERT that modeling.py can represent.
+    Beside them FRESH: the parts of a BertForPreTraining that a BertForMaskedLM or a BertModel lacks.  UserError where
+    the folder does not hold a BERT that modeling.py can represent.
     """
     folder = Path(folder)
     config = read_config(folder)
     weights = {to_ours(name): value for name, value in read_weights(folder).items()}
+    weights = {name: value for name, value in weights.items() if name not in BUFFERS}
     if WORDS not in weights:
-        raise UserError(f"{folder}: no weight {WORDS} in it (a BertForPreTraining has one)")
+        raise UserError(f"{folder}: no weight {WORDS} in it, with or without \"bert.\"")
+    fresh = tuple(prefix for prefix in PARTS if not any(name.startswith(prefix) for name in weights))
     bias = weights.pop(f"{DECODER}.bias", None)
     if bias is not None:
         weights.setdefault(BIAS, bias)
@@ -143,9 +160,17 @@ def read_folder(folder) -> dict:
     decoder = weights.pop(f"{DECODER}.weight", None)
     if decoder is not None and not torch.equal(decoder, weights[WORDS]):
         raise UserError(f"{folder}: {DECODER}.weight differs from the word embedding; this code shares the two")
+    if "cls.predictions." in fresh:
+        weights[BIAS] = weights[WORDS].new_zeros(len(weights[WORDS]))  # as it would begin, but for the padding
     add_padding(folder, weights)
     weights[f"{DECODER}.weight"] = weights[WORDS]
-    return {"model": weights, "config": config, VOCABULARY: read_vocabulary(folder)}
+    return {"model": weights, "config": config, VOCABULARY: read_vocabulary(folder), FRESH: fresh}
+
+
+def fresh_parts(contents: dict) -> str:
+    """In words, which parts of the model a folder that was read lacks; "" where none."""
+    names = [PARTS[prefix] for prefix in contents.get(FRESH, ())]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def add_padding(folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -153,10 +178,10 @@ def add_padding(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     words = weights[WORDS]
     missing = -len(words) % 8
     stored = read_tensors(folder / PADDING) if (folder / PADDING).is_file() else {}
-    fresh = {WORDS: words.new_zeros(missing, *words.shape[1:])}
+    added = {WORDS: words.new_zeros(missing, *words.shape[1:])}
     if BIAS in weights:
-        fresh[BIAS] = weights[BIAS].new_full((missing,), NEVER_PREDICTED)
-    for name, rows in fresh.items():
+        added[BIAS] = weights[BIAS].new_full((missing,), NEVER_PREDICTED)
+    for name, rows in added.items():
         padding = stored.get(name, rows)
         if padding.shape != rows.shape:
             raise UserError(f"{folder / PADDING}: {name} has shape {tuple(padding.shape)}, not {tuple(rows.shape)}")
@@ -185,12 +210,9 @@ def read_vocabulary(folder: Path) -> dict:
     """
     try:
         settings, tokenizer = (read_settings(folder / name) for name in (SETTINGS, TOKENIZER))
-        if (folder / VOCAB_FILE).is_file():
-            tokens = load_vocabulary(folder / VOCAB_FILE)
-        elif tokenizer:
-            tokens = tokens_by_id(tokenizer["model"]["vocab"])
-        else:
+        if not vocabulary_path(folder).is_file():
             return {}
+        tokens = load_vocabulary(folder)
         lower_case = settings.get("do_lower_case", (tokenizer.get("normalizer") or {}).get("lowercase"))
         unsaid = False if is_cased(tokens) else None
         return Vocabulary.of(tokens, lower_case if isinstance(lower_case, bool) else unsaid).to_dict()
@@ -202,13 +224,6 @@ def read_vocabulary(folder: Path) -> dict:
 def read_settings(path: Path) -> dict:
     """The values of a JSON file; none where there is no such file."""
     return dict(json.loads(path.read_text(encoding="utf-8-sig"))) if path.is_file() else {}
-
-
-def tokens_by_id(ids: dict[str, int]) -> list[str]:
-    tokens = sorted(ids, key=ids.get)
-    if [ids[token] for token in tokens] != list(range(len(tokens))) or not set(SPECIAL_TOKENS) <= set(tokens):
-        raise ValueError(f"{TOKENIZER}: not the tokens of BERT, numbered from 0")
-    return tokens
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -223,7 +238,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         return {name: value for file in sorted(names) for name, value in read_tensors(folder / Path(file).name).items()}
     if (folder / OLD_WEIGHTS).is_file():
         return only_tensors(read_archive(folder / OLD_WEIGHTS), folder / OLD_WEIGHTS)
-    raise UserError(f"{folder}: neither {WEIGHTS} nor {OLD_WEIGHTS} in it")
+    raise UserError(f"{folder}: neither {WEIGHTS} nor {OLD_WEIGHTS} in it (TensorFlow's and Flax's are not read)")
 
 
 def only_tensors(weights, path: Path) -> dict[str, torch.Tensor]:
@@ -233,7 +248,7 @@ def only_tensors(weights, path: Path) -> dict[str, torch.Tensor]:
     tensors = {name: value for name, value in weights.items()
                if isinstance(name, str) and isinstance(value, torch.Tensor)}
     for name, value in weights.items():
-        if name not in tensors and isinstance(name, str) and name.startswith(("bert.", "cls.")):
+        if name not in tensors and isinstance(name, str) and to_ours(name).startswith(("bert.", "cls.")):
             raise UserError(f"{path}: {printable(name)} is {kind_of(value)}, no weight")
     return tensors
 

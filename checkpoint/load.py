@@ -4,8 +4,9 @@ from dataclasses import fields
 
 import torch
 
-from checkpoint import optimizer_shards
+from checkpoint import huggingface, optimizer_shards
 from checkpoint.file import check_tensor, is_plain, kind_of
+from checkpoint.pickle_reader import printable
 from common.errors import UserError, whole_number
 from modeling import BertConfig
 from optim.build import local_optimizer
@@ -14,30 +15,44 @@ FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initia
 
 
 def load_model(model, contents: dict, path) -> None:
-    """Load weights by name.  Word embeddings of the unpadded vocabulary are padded with zeros first."""
+    """Load weights by name.  Word embeddings of the unpadded vocabulary are padded with zeros first.
+
+    The parts that a Hugging Face folder does not hold stay as they are; it must hold nothing else.
+    """
     check_architecture(model.config, contents, path)
     expected = model.state_dict()
     given = {str(name).removeprefix("_orig_mod.").removeprefix("module."): value
              for name, value in contents["model"].items()}
-    given = {name: padded_to(value, expected[name]) for name, value in given.items() if name in expected}
-    missing = sorted(set(expected) - set(given))
+    unknown = sorted(set(given) - set(expected)) if huggingface.FRESH in contents else []
+    if unknown:
+        raise UserError(f"{path}: holds {printable(unknown[0])}, which neither BertForPreTraining, BertForMaskedLM nor "
+                        f"BertModel of this config has ({len(unknown)} weights are unknown)")
+    given = {name: padded_to(value, expected[name]) if name in huggingface.OF_VOCABULARY else value
+             for name, value in given.items() if name in expected}
+    fresh = {name for name in expected if name.startswith(contents.get(huggingface.FRESH, ()))}
+    missing = sorted(set(expected) - set(given) - fresh)
     if missing:
         raise UserError(f"{path}: no weight {missing[0]} in it ({len(missing)} of {len(expected)} missing)")
     for name, value in given.items():
         check_tensor(value, expected[name].shape, f"{path}: {name}")
     for name, parameter in model.state_dict(keep_vars=True).items():
+        if name not in given:
+            continue
         # A copy onto the device, not into its memory, which on lazy devices is an operation that can run on the host.
         parameter.data = given[name].to(parameter.device, parameter.dtype, copy=True).contiguous()
 
 
-def config_of(contents: dict, path, config_file: str | None) -> BertConfig:
+def config_of(contents: dict, path, config_file: str | None, least_vocab_size: int = 0) -> BertConfig:
     """The architecture of a checkpoint's contents, from `config_file` where one is given, else as they say.
 
-    UserError where they disagree, and where neither says it.
+    A `config_file` whose vocab_size is below the least, that of the data, takes that of the contents.  UserError where
+    the two disagree, and where neither says it.
     """
     saved = contents.get("config")
     if config_file:
         config = BertConfig.from_json_file(config_file)
+        if config.vocab_size < least_vocab_size and isinstance(saved, dict) and "vocab_size" in saved:
+            config = BertConfig.from_values({**vars(config), "vocab_size": saved["vocab_size"]}, f"{path}: config")
         check_architecture(config, contents, path)
         return config
     if not isinstance(saved, dict):

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint import reference
+from checkpoint import huggingface, reference
 from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint, read_complete, saved_steps
 from checkpoint.load import groups_of
+from checkpoint.new_words import added_words
 from checkpoint.state import INIT_CHECKPOINT, OWN_KEYS, PHASE_STEPS, TrainingState, with_current_keys
 from common.download import local_file
 from common.errors import UserError, whole_number
-from data.vocabulary import VOCABULARY
+from data.vocabulary import VOCABULARY, Vocabulary, vocabulary_in
 
 PHASE1_STEPS = 7038  # of the published recipe
 
@@ -53,11 +54,29 @@ class ResumePoint:
     path: Path | str | None = None
     contents: dict | None = None  # the keys of TrainingState that the run continues with
     init_checkpoint: str | None = None  # --init_checkpoint of the run's first start
+    new_words: int = 0  # that were added to the vocabulary of --init_checkpoint
+
+    def with_words_of(self, vocabulary: Vocabulary | None, warn: Callable[[str], None]) -> "ResumePoint":
+        """A start from --init_checkpoint with the words that the data's vocabulary has beyond its own."""
+        if self.contents is None or self.path != self.init_checkpoint:
+            return self
+        contents, words = added_words(self.contents, vocabulary_in(self.contents, self.path), vocabulary)
+        if words and "optimizer" in self.contents:
+            warn(f"{self.path}: the optimizer's moments in it are left out, since its vocabulary gets new words")
+        return replace(self, contents=contents, new_words=words)
 
     def restore(self, state: TrainingState) -> None:
         """Load the checkpoint, if there is one."""
         if self.contents is not None:
             state.load_state_dict(self.contents, self.path)
+
+    @property
+    def origin(self) -> str:
+        """In words, where the weights come from, and which of them start fresh; "" where all do."""
+        fresh = huggingface.fresh_parts(self.contents or {})
+        return ((f", from {self.path}" if self.path else "")
+                + (f"; not in it, so of fresh weights: {fresh}" if fresh else "")
+                + (f"; {self.new_words:,} new words begin as the means of their pieces" if self.new_words else ""))
 
     def describe(self) -> str:
         rows = self.contents.get("data", {}).get("rows", 0) if self.contents else 0
@@ -121,7 +140,8 @@ def resume_point_at(path: Path, number: int, contents: dict, phase: Phase, warn:
 
 def at_step_zero(contents: dict, path, moments: bool) -> dict:
     """The weights of a checkpoint and, if asked for, the optimizer's moments, with the step count set to 0."""
-    kept = {key: contents[key] for key in ("model", "config", VOCABULARY, reference.MASTER_WEIGHTS) if key in contents}
+    keys = ("model", "config", VOCABULARY, huggingface.FRESH, reference.MASTER_WEIGHTS)
+    kept = {key: contents[key] for key in keys if key in contents}
     optimizer = contents.get("optimizer")
     if optimizer is None or not moments:
         return kept

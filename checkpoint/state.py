@@ -12,11 +12,12 @@ from data.origin import SOURCES
 from data.token_counts import TOKEN_COUNTS
 from data.vocabulary import VOCABULARY, Vocabulary
 from modeling import BertForPreTraining
-from optim.build import restore_skip_counts, skip_counts
+from optim.build import local_optimizer, restore_skip_counts, skip_counts
 
 INIT_CHECKPOINT = "init_checkpoint"
 OWN_KEYS = {"phase", "data", "rows"}  # a checkpoint that has none of them was written by another trainer
 PHASE_STEPS = "phase_steps"
+OPTIMIZER_NAME = "optimizer_name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,13 @@ class TrainingState:
         model       weights, by the names of modeling.py
         config      the architecture (BertConfig)
         optimizer   moments and steps, or the folder that holds them (optimizer_shards.py)
+        optimizer_name   --optimizer; lamb where there is none
         skipped     counts of the steps that were skipped because a number was not finite
         scaler      the loss scale of --fp16
         data        the position in the stream of batches
         token_counts   how often each token occurs in the training set: evaluate.py works out from it what can be
                     predicted without context
+        early_stopping   the lowest held-out loss so far, where --early_stopping is given
         vocabulary  that of the training set, with its tokens where the shards carry them: data.vocabulary.Vocabulary
         sources     what the training shards were made from, as far as they say it (data/origin.py)
         init_checkpoint   --init_checkpoint of the run's first start, or None
@@ -54,6 +57,7 @@ class TrainingState:
     vocabulary: Vocabulary | None = None
     sources: list[str] = field(default_factory=list)
     init_checkpoint: str | None = None
+    early_stopping: object = None  # training.early_stopping.EarlyStopping, or None
 
     def state_dict(self, path, ranks, batches_ahead: int) -> dict:
         """The contents of the checkpoint at `path`, without step and phase.
@@ -64,10 +68,12 @@ class TrainingState:
         # With keep_vars a tied weight is one tensor, not two that share their memory: it is copied once.
         return {"model": self.model.state_dict(keep_vars=True), "config": vars(self.model.config),
                 "optimizer": optimizer_shards.save_optimizer(path, self.optimizer, ranks),
+                OPTIMIZER_NAME: local_optimizer(self.optimizer).name,
                 "skipped": skip_counts(self.optimizer), "scaler": self.precision.state_dict(),
                 "data": self.stream.state_dict(batches_ahead), TOKEN_COUNTS: self.token_counts,
                 VOCABULARY: self.vocabulary.to_dict() if self.vocabulary else {},
-                SOURCES: self.sources, INIT_CHECKPOINT: self.init_checkpoint}
+                SOURCES: self.sources, INIT_CHECKPOINT: self.init_checkpoint,
+                **({"early_stopping": self.early_stopping.state_dict()} if self.early_stopping else {})}
 
     def load_state_dict(self, contents: dict, path) -> None:
         """Load the contents of the checkpoint at `path`, as far as present.  UserError where a value is malformed."""
@@ -78,6 +84,7 @@ class TrainingState:
             except UserError as error:
                 self.stream.warn(f"the weights are those of `model`: {error}")
         if contents.get("optimizer") is not None:
+            self.check_optimizer_name(contents, path)
             load_optimizer(self.optimizer, contents["optimizer"], path)
         skipped = dictionary(contents, "skipped", path)
         restore_skip_counts(self.optimizer, {name: whole_number(skipped, name, path) for name in skipped})
@@ -86,6 +93,18 @@ class TrainingState:
             self.stream.load_state_dict(dictionary(contents, "data", path), path)
         if reference.USED_FILES in contents:
             self.stream.load_state_dict(contents[reference.USED_FILES].position(self.stream, path), path)
+        if self.early_stopping:
+            self.early_stopping.load_state_dict(dictionary(contents, "early_stopping", path), path)
+
+    def check_optimizer_name(self, contents: dict, path) -> None:
+        """UserError where the run was begun with another optimizer, whose rate means something else.
+
+        A new phase takes over the moments of either: they mean the same.
+        """
+        saved, own = contents.get(OPTIMIZER_NAME), local_optimizer(self.optimizer).name
+        if saved is not None and saved != own:
+            raise UserError(f"{path}: written with --optimizer {repr(saved)[:50]}, this run has --optimizer {own}; "
+                            f"a run continues with the optimizer that it began with")
 
 
 def with_current_keys(contents: dict, path) -> dict:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint, saved_steps
-from checkpoint.huggingface import fill_up
+from checkpoint.huggingface import fill_up, fresh_parts
 from checkpoint.load import config_of
 from common.download import local_file
 from common.errors import UserError
@@ -71,6 +71,8 @@ def open_trained_model(checkpoint: str, config_file: str | None) -> TrainedModel
         print(f"--checkpoint {checkpoint}: {path.name} is the newest", file=sys.stderr)
     else:
         contents = read_checkpoint(path)
+    if fresh := fresh_parts(contents):
+        say(f"{path}: no {fresh} in it: the weights of these are random")
     config, vocabulary = config_of(contents, path, config_file), vocabulary_in(contents, path)
     if vocabulary:
         check_size(vocabulary.size, config.vocab_size, f"{path}, its vocabulary")

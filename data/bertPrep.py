@@ -79,13 +79,17 @@ def parse(argv):
                             "pip install nupunkt; default: the first of punkt, sentencex and rule that knows the "
                             "language")
     group = parser.add_argument_group("vocabulary")
-    group.add_argument("--vocab_file", help="WordPiece vocabulary, a path or URL; default: the one that "
-                                            "create_vocabulary trained on the data set, else Google's (uncased); if "
+    group.add_argument("--vocab_file", help="WordPiece vocabulary: path, URL or Hugging Face folder; default: the one "
+                                            "that create_vocabulary made for the data set, else Google's (uncased); if "
                                             "that cannot be downloaded for the sample, one is trained on it")
     group.add_argument("--vocab_size", type=cli.positive_int, default=8192,
                        help="number of tokens that create_vocabulary trains")
     group.add_argument("--unused_tokens", type=cli.positive_int, default=0, metavar="N",
                        help="of them, tokens [unused0] … that no text has, to give a meaning to later")
+    group.add_argument("--extend_vocab", metavar="FILE",
+                       help="a domain's words, one a line: create_vocabulary puts them into the [unusedN] places of "
+                            "--vocab_file (default: Google's) and behind it, instead of training one; the training "
+                            "makes rows for them in the model of --init_checkpoint")
     add_sample_flags(parser)
     parser.add_argument("--interactive_json_config_generator", nargs="?", const=True,
                         help="accepted for old command lines; has no effect")

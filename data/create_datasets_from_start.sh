@@ -43,6 +43,18 @@ absolute() {  # absolute PATH: names of files as seen from where the command was
     esac
 }
 
+take_flags() {  # take_flags FLAG…: those for every stage
+    local previous="" word
+    for word in "$@"; do
+        case $previous,$word in
+            --extend[_-]vocab,*) word=$(absolute "$word") ;;
+            *,--extend[_-]vocab=*) word=${word%%=*}=$(absolute "${word#*=}") ;;
+        esac
+        flags+=("$word")
+        previous=$word
+    done
+}
+
 make_samples() {  # the samples of both phases
     local lengths tokens predictions
     for lengths in "128 20" "512 80"; do
@@ -67,7 +79,7 @@ case ${1:-wiki_only} in
                 dataset=wikicorpus_en_sample; sources=(wikicorpus_en_sample) ;;
     wikicorpus_*)
         dataset=$1
-        flags=("${@:2}")
+        take_flags "${@:2}"
         stage download --dataset "$dataset"
         stage text_formatting --dataset "$dataset"
         from_formatted_text
@@ -80,7 +92,7 @@ case ${1:-wiki_only} in
             paths+=("$(absolute "$1")")
             shift
         done
-        flags=("$@")
+        take_flags "$@"
         if [ "${#paths[@]}" = 0 ]; then
             echo "create_datasets_from_start.sh corpus NAME PATH…: a name, and the files or folders of your text" >&2
             exit 2

@@ -1,6 +1,6 @@
 """The endless stream of training batches, and one pass over held-out shards.
 
-Micro-batch k of the endless sequence of rows (row_order.py) goes to rank k mod N.  Rows without masks are masked here,
+Micro-batch k of the endless sequence (micro_batches.py) goes to rank k mod N.  Rows without masks are masked here,
 by a function of seed, epoch, shard and row.  Large shards are read in pieces (Shard.pieces): in the order of the rows,
 and wherever a number stands for a shard here, a piece is a shard of its own.
 
@@ -14,14 +14,16 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 import torch
 
 from common.errors import UserError, dictionary, whole_number
 from data.masking import masked, row_keys
-from data.row_order import locate, row_order, row_ranges, rows_of_epoch
+from data.micro_batches import MicroBatchOrder
+from data.mixture import Mixture
+from data.row_order import row_order
 from data.shard_reader import ShardReader
 from data.shards import ROWS, SUFFIX, Shard, count_sequences, metadata_path, read_checked_rows
 from data.token_counts import read_checked_counts
@@ -45,12 +47,15 @@ class BatchStream:
     _: KW_ONLY
     ranks: object
     reader: ShardReader
+    mixture: Mixture = field(default_factory=Mixture)  # of the sources, in the order in which `shards` names them
     skip_bad_shards: bool = False
     warn: Callable[[str], None] = print
 
     def __post_init__(self):
         self.pieces = in_pieces(self.shards)
-        self.stride = self.batch_size * self.ranks.world_size  # rows of a round: one micro-batch for each rank
+        self.order = MicroBatchOrder(self.seed, self.batch_size, self.ranks.rank, self.ranks.world_size,
+                                     self.skip_bad_shards, self.mixture)  # with skipping, all ranks look at all shards
+        self.order.set_pieces(self.pieces)
         self.next_row = 0  # of the next round
         self.skipped_shards: dict[int, tuple[int, int]] = {}  # see rows_of_epoch
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-reader")
@@ -58,34 +63,28 @@ class BatchStream:
         self.readable: set[tuple[int, int]] = set()  # (epoch, shard) that every rank can read
         self.searched: set[int] = set()  # shards whose rows without a token are counted
 
-    @property
-    def rows_per_shard(self) -> list[int]:
-        return [piece.rows for piece in self.pieces]
-
     def __iter__(self):
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
         if self.skip_bad_shards:
             self.skip_unreadable()
-        parts = [self.read_range(*rows) for rows in self.own_ranges(self.next_row)]
+        parts = [self.read_range(*rows) for rows in self.order.own_ranges(self.next_row, self.skipped_shards)]
         self.read_ahead()
-        self.next_row += self.stride
+        self.next_row += self.order.stride
         return as_batch({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
 
-    def ranges(self, first: int, count: int) -> list[tuple[int, int, int, int]]:
-        return row_ranges(self.seed, self.rows_per_shard, first, count, self.skipped_shards)
-
-    def own_ranges(self, row: int) -> list[tuple[int, int, int, int]]:
-        """The rows of this rank in the round that begins at `row`."""
-        return self.ranges(row + self.ranks.rank * self.batch_size, self.batch_size)
-
     def ranges_read(self, row: int) -> list[tuple[int, int, int, int]]:
-        """The rows whose shards this rank reads for that round: all where the ranks must agree on what to skip."""
-        return self.ranges(row, self.stride) if self.skip_bad_shards else self.own_ranges(row)
+        return self.order.ranges_read(row, self.skipped_shards)
 
-    def epoch(self, row: int) -> int:
-        return locate(self.rows_per_shard, self.skipped_shards, row)[0]
+    @property
+    def next_source(self) -> int:
+        """The number of the source that gives the next micro-batch."""
+        return self.order.source_of(self.next_row)
+
+    def epochs(self, row: int) -> dict[str, int]:
+        """The epoch of each source, by name, where a round begins."""
+        return self.order.epochs(row, self.skipped_shards)
 
     def read_range(self, epoch: int, shard: int, start: int, stop: int) -> dict[str, np.ndarray]:
         rows, order = self.open(epoch, shard).result()
@@ -120,7 +119,7 @@ class BatchStream:
         All ranks see the same shards in the same order, so that each gather is about the same shard.
         """
         while True:
-            unknown = [rows for rows in self.ranges(self.next_row, self.stride) if rows[:2] not in self.readable]
+            unknown = [rows for rows in self.ranges_read(self.next_row) if rows[:2] not in self.readable]
             if not unknown:
                 return
             epoch, shard, start, _ = unknown[0]
@@ -140,21 +139,17 @@ class BatchStream:
     def skip_shard(self, epoch: int, shard: int, start: int, fault: str) -> None:
         """Continue without a shard, of which `start` rows were used in this epoch."""
         self.skipped_shards[shard] = (epoch, start)
-        if not any(rows_of_epoch(self.rows_per_shard, self.skipped_shards, epoch + 1)):
-            raise UserError(f"no readable shard is left; the last one: {fault}")
         piece = self.pieces[shard]
+        if all(number in self.skipped_shards for number, other in enumerate(self.pieces)
+               if other.source == piece.source and other.rows):
+            raise UserError(f"no readable shard is left{f' of {piece.source}' if piece.source else ''}; the last one: "
+                            f"{fault}")
         self.warn(f"skipped from row {self.next_row} of the run on: {'' if piece.whole else f'{piece.name}: '}{fault}")
 
     def read_ahead(self) -> None:
-        """Forget the shards that are used up, and start reading the next ones.
-
-        These are the shards of the next round, and of the first round that reaches beyond the shard in use: with many
-        ranks or small shards, this rank may not read the shard that follows.
-        """
-        epoch, shard, _, stop = self.ranges_read(self.next_row)[-1]
-        rest = rows_of_epoch(self.rows_per_shard, self.skipped_shards, epoch)[shard] - stop
-        rounds = (self.next_row + self.stride, self.next_row + self.stride + rest // self.stride * self.stride)
-        wanted = [(epoch, shard), *(rows[:2] for row in rounds for rows in self.ranges_read(row))]
+        """Forget the shards that are used up, and start reading the next ones."""
+        rounds = self.order.rounds_ahead(self.next_row, self.skipped_shards)
+        wanted = [rows[:2] for row in rounds for rows in self.ranges_read(row)]
         self.open_shards = {key: future for key, future in self.open_shards.items() if key in wanted}
         self.readable.intersection_update(wanted)
         for key in wanted:
@@ -165,17 +160,21 @@ class BatchStream:
         wait(self.open_shards.values())
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of the rows that are read now, and of those that two of the largest pieces have: the most at a time."""
-        return sum(self.pieces[shard].nbytes for _, shard in self.open_shards), \
-            2 * max(piece.nbytes for piece in self.pieces)
+        """Bytes of the rows that are read now, and at most: of two of the largest pieces of each source."""
+        largest = {}
+        for piece in self.pieces:
+            largest[piece.source] = max(piece.nbytes, largest.get(piece.source, 0))
+        return sum(self.pieces[shard].nbytes for _, shard in self.open_shards), 2 * sum(largest.values())
 
     def rows_used(self, batches_ahead: int) -> int:
         """Rows of the endless sequence that were used, where each rank holds this many unused micro-batches."""
-        return self.next_row - batches_ahead * self.stride
+        return self.next_row - batches_ahead * self.order.stride
 
     def state_dict(self, batches_ahead: int) -> dict:
         """The position in the endless sequence, and what its order depends on besides the seed."""
-        return {"rows": self.rows_used(batches_ahead), "shards": {piece.name: piece.rows for piece in self.pieces},
+        order = {"order": self.order.state_dict()} if len(self.order.sources) > 1 else {}
+        return {"rows": self.rows_used(batches_ahead), **order,
+                "shards": {piece.name: piece.rows for piece in self.pieces},
                 "skipped_shards": {self.pieces[shard].name: list(position)
                                    for shard, position in self.skipped_shards.items()}}
 
@@ -187,6 +186,7 @@ class BatchStream:
         """
         what = f"{source}: data"
         self.next_row = whole_number(state, "rows", what)
+        self.order.load_state_dict(dictionary(state, "order", what), self.next_row, what)
         rows_then, skipped = (dictionary(state, key, what) for key in ("shards", "skipped_shards"))
         rows_then = {str(name): whole_number(rows_then, name, what) for name in rows_then}
         skipped = {name: position_of(skipped[name], f"{what}: {name}") for name in rows_then if name in skipped}
@@ -195,7 +195,7 @@ class BatchStream:
         rows_of_files = Counter()
         for name, rows in rows_then.items():
             rows_of_files[file_of(name)] += rows
-        if any(rows_of_files[shard.path.name] != shard.rows for shard in self.shards):
+        if any(rows_of_files[shard.file_name] != shard.rows for shard in self.shards):
             self.warn("the shards are not those that the run began with: "
                       "rows of this epoch may be used twice, or not at all")
             return
@@ -206,6 +206,7 @@ class BatchStream:
             raise UserError(f"{gone[0]}: the run began with this shard, and now it is gone ({len(gone)} are); "
                             f"put it back, or continue without it by --skip_bad_shards")
         self.pieces = pieces
+        self.order.set_pieces(pieces)
         self.skipped_shards = {list(rows_then).index(name): position for name, position in skipped.items()}
 
     def close(self) -> None:
@@ -218,14 +219,21 @@ def in_pieces(shards: list[Shard]) -> list[Shard]:
 
 def pieces_named(rows_of_pieces: dict[str, int], rows_of_files: dict[str, int], shards: list[Shard]) -> list[Shard]:
     """The pieces of a state_dict, by their names, in order; also those of files that are not among the shards."""
-    by_file = {shard.path.name: shard for shard in shards}
+    by_file = {shard.file_name: shard for shard in shards}
     first_rows, pieces = Counter(), []
     for name, rows in rows_of_pieces.items():
         file = file_of(name)
-        shard = by_file.get(file) or replace(shards[0], path=shards[0].path.parent / file, rows=rows_of_files[file])
+        shard = by_file.get(file) or missing_shard(file, rows_of_files[file], shards)
         pieces.append(shard.piece(first_rows[file], rows))
         first_rows[file] += rows
     return pieces
+
+
+def missing_shard(file: str, rows: int, shards: list[Shard]) -> Shard:
+    """A shard that a state_dict names and that is gone."""
+    source, _, name = file.rpartition("/")
+    like = next((shard for shard in shards if shard.source == source), shards[0])
+    return replace(like, path=like.path.parent / name, rows=rows, source=source)
 
 
 def file_of(piece_name: str) -> str:

@@ -79,6 +79,7 @@ class Shard:
     origin: Origin = UNKNOWN  # without the tokens: read_origin has them
     first_row: int = 0  # in the file
     whole: bool = True  # its rows are all of the file
+    source: str = ""  # the name of its set in a mixture
 
     def piece(self, first_row: int, rows: int) -> "Shard":
         """So many rows of this shard from one of them on."""
@@ -98,9 +99,14 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """The name of the file, and for a piece the numbers of its first and last row."""
+        """That of the file, and for a piece the numbers of its first and last row."""
         last_row = self.first_row + self.rows - 1
-        return self.path.name if self.whole else f"{self.path.name}{ROWS}{self.first_row} to {last_row}"
+        return self.file_name if self.whole else f"{self.file_name}{ROWS}{self.first_row} to {last_row}"
+
+    @property
+    def file_name(self) -> str:
+        """In a mixture after the name of the set."""
+        return f"{self.source}/{self.path.name}" if self.source else self.path.name
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ so the encoder compares it with the reference, on unusual text when it is built 
 and stops using it at the first difference.
 """
 
+import json
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from common.errors import UserError
 from common.files import replacing
 from common.text import lines_of_text, open_text
 
+VOCAB_FILE, TOKENIZER = "vocab.txt", "tokenizer.json"  # in a Hugging Face folder
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 USUAL_ALPHABET = 1000  # characters, as in BERT's own vocabulary; more where fewer would leave much of the text out
 COVERED = 0.9995  # of the text's characters, by those of the alphabet: Chinese needs thousands
@@ -34,13 +36,16 @@ PROBE = (
 def load_vocabulary(path) -> list[str]:
     """The tokens of a vocabulary file, one a line, in the order of their ids.  UserError for a file that is not one.
 
-    A blank line holds its place, under a name that no text has.
+    A blank line holds its place, under a name that no text has.  A Hugging Face folder, and the tokenizer.json of one,
+    are taken too.
     """
+    path = vocabulary_path(path)
     try:
         with open_text(path) as file:
-            tokens = lines_of_text(file.read())
+            text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--vocab_file {path}: cannot be read ({error})") from None
+    tokens = numbered_tokens(text, path) if path.suffix == ".json" else lines_of_text(text)
     tokens = [token if token.strip() else f"[blank line {number}]" for number, token in enumerate(tokens, start=1)]
     missing = [token for token in SPECIAL_TOKENS if token not in tokens]
     if missing:
@@ -50,6 +55,26 @@ def load_vocabulary(path) -> list[str]:
     repeated = [token for token, count in Counter(tokens).items() if count > 1]
     if repeated:
         raise UserError(f"--vocab_file {path}: {len(repeated)} tokens are in it twice, the first is {repeated[0]!r}")
+    return tokens
+
+
+def vocabulary_path(path) -> Path:
+    """The file of a vocabulary: of a folder vocab.txt or, as transformers 5 writes it alone, tokenizer.json."""
+    path = Path(path)
+    names = [path / name for name in (VOCAB_FILE, TOKENIZER)] if path.is_dir() else [path]
+    return next((name for name in names if name.is_file()), names[0])
+
+
+def numbered_tokens(text: str, path) -> list[str]:
+    """The tokens of a tokenizer.json, in the order of their ids."""
+    try:
+        ids = json.loads(text)["model"]["vocab"]
+        tokens = sorted(ids, key=ids.get)
+        numbers = [ids[token] for token in tokens]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"--vocab_file {path}: not the tokenizer.json of a BERT") from None
+    if numbers != list(range(len(tokens))):
+        raise UserError(f"--vocab_file {path}: its {len(tokens)} tokens are not numbered from 0")
     return tokens
 
 

@@ -1,6 +1,7 @@
 """The choice of a run's optimizer, and its groups of parameters."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -8,31 +9,64 @@ import torch
 from common.errors import UserError
 from lamb import NVLAMB
 from ops import cpu_kernels
+from optim.adamw import AdamW, CompiledAdamW, FusedAdamW
 from optim.fused_lamb import CompiledNVLAMB, CpuFusedNVLAMB, MultiTensorNVLAMB, SlicedNVLAMB, zeroed_non_finite
 
 SKIP_COUNTS = ("skipped_steps", "skipped_in_a_row", "most_skipped_in_a_row")
+USUAL_RATES = {"lamb": (5e-4, 3e-2), "adamw": (1e-5, 3e-3)}  # peak rates of BERTs of all sizes, with a wide margin
 
 
-def build_optimizer(model: torch.nn.Module, device, learning_rate: float, use_fused_lamb: bool, compiled: bool = False,
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """What a command asks of the optimizer."""
+
+    name: str = "lamb"
+    learning_rate: float
+    weight_decay: float = 0.01
+    use_fused_lamb: bool = False
+
+    @property
+    def rate_warning(self) -> str | None:
+        """A sentence where the rate is far from those that this optimizer trains BERTs with."""
+        low, high = USUAL_RATES[self.name]
+        if low <= self.learning_rate <= high:
+            return None
+        side = "above" if self.learning_rate > high else "below"
+        return (f"--learning_rate {self.learning_rate:g} is far {side} what --optimizer {self.name} trains BERT with, "
+                f"{low:g} to {high:g} (docs/training.md#optimizer)")
+
+
+def build_optimizer(model: torch.nn.Module, device, options: OptimizerOptions, compiled: bool = False,
                     shards: int = 1) -> tuple[torch.optim.Optimizer, str]:
     """The optimizer, and a description that gives the reason for the choice.
 
-    `compiled`: compile NVLAMB where it is not fused; `shards`: ranks that the state is sharded over.
+    `compiled`: compile it where it is not fused; `shards`: ranks that the state is sharded over.
     """
-    groups = parameter_groups(model)
+    groups = parameter_groups(model, options.weight_decay)
     counts = " + ".join(f"{len(group['params'])} tensors with weight decay {group['weight_decay']}" for group in groups)
-    optimizer_class, description = choose_lamb(device, use_fused_lamb, compiled)
+    optimizer_class, description = (choose_adamw(device, compiled) if options.name == "adamw" else
+                                    choose_lamb(device, options.use_fused_lamb, compiled))
     description = f"optimizer: {description} over {counts}"
-    options = {"lr": learning_rate, "betas": (0.9, 0.999), "eps": 1e-6, "max_grad_norm": 1.0}
+    settings = {"lr": options.learning_rate, "betas": (0.9, 0.999), "eps": 1e-6, "max_grad_norm": 1.0}
     if shards == 1:
-        return optimizer_class(groups, **options), description
+        return optimizer_class(groups, **settings), description
     if shards > len(groups[0]["params"]):
         raise UserError(f"--use_zero_optimizer: each rank takes whole weights, and {len(groups[0]['params'])} of them "
                         f"(without biases and LayerNorms) are not enough for {shards} ranks")
     from optim.zero import ShardedOptimizer  # what it builds on takes seconds to import
 
-    optimizer = ShardedOptimizer(groups, optimizer_class, foreach=device.has_foreach_kernels, **options)
+    optimizer = ShardedOptimizer(groups, optimizer_class, foreach=device.has_foreach_kernels, **settings)
     return optimizer, f"{description}, its state sharded over {shards} ranks"
+
+
+def choose_adamw(device, compiled: bool) -> tuple[Callable, str]:
+    """The class of a device's AdamW, or a partial of it, and its description."""
+    if device.has_foreach_kernels:
+        return FusedAdamW, "AdamW in PyTorch's fused kernel"
+    if compiled:
+        adamw = partial(CompiledAdamW, backend=device.compiler, in_parts=device.compiles_in_parts)
+        return partial(adamw, foreach=False), f"AdamW, compiled by {device.compiler}"
+    return partial(AdamW, foreach=False), "AdamW"
 
 
 def choose_lamb(device, use_fused_lamb: bool, compiled: bool) -> tuple[Callable, str]:

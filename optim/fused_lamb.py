@@ -111,6 +111,8 @@ class ZeroedNonFinite(SkipCounts):
     what the moments hold.  The norm is tested on the device; nothing waits for it.
     """
 
+    name = "lamb"
+
     def __init__(self, params, **settings):
         super().__init__(params, **settings)
         self.start_counts(self.param_groups[0]["params"][0].device)

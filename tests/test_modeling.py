@@ -1,5 +1,7 @@
 """The model against transformers' BertForPreTraining, and packed rows against the same sequences alone."""
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -9,6 +11,7 @@ from common.errors import UserError
 from modeling import BertConfig, BertForPreTraining, losses
 from ops.attention import ATTENTIONS
 from tests.support import samples
+from tests.support.preparation import ROOT
 
 RENAMED = {"intermediate.dense_act": "intermediate.dense", "pooler.dense_act": "pooler.dense",
            "transform.dense_act": "transform.dense"}
@@ -185,7 +188,7 @@ def test_vocabulary_is_padded_to_a_multiple_of_eight_and_the_decoder_tied():
     ({"hidden_size": 25}, "hidden_size 25 is not divisible by num_attention_heads 3"),
     ({"num_hidden_layers": 0}, "num_hidden_layers is 0"), ({"hidden_size": "24"}, "hidden_size is '24'"),
     ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5"), ({"hidden_act": "step"}, "hidden_act is 'step'"),
-    ({"initializer_range": -1}, "initializer_range is -1"), ({"unknown": 1}, "unknown key 'unknown'"),
+    ({"initializer_range": -1}, "initializer_range is -1"), ({"rotary_dim": 32}, "unknown key 'rotary_dim': 32"),
     ({"vocab_size": True}, "vocab_size is True"), ({"type_vocab_size": 1}, "type_vocab_size is 1"),
 ])
 def test_impossible_configs_are_named(tmp_path, changes, said):
@@ -197,11 +200,17 @@ def test_impossible_configs_are_named(tmp_path, changes, said):
 
 GOOGLE = {"directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12, "pooler_num_fc_layers": 3,
           "pooler_size_per_head": 128, "pooler_type": "first_token_transform"}
+SENTENCES = {  # as of a sentence encoder that transformers 2 wrote
+    "_num_labels": 2, "architectures": None, "finetuning_task": None, "num_beams": 1, "pruned_heads": {}, "top_k": 50,
+    "is_decoder": False, "output_past": True, "use_bfloat16": False, "torchscript": False, "attend_backwards": False}
 TRANSFORMERS = {"architectures": ["BertForPreTraining"], "model_type": "bert", "layer_norm_eps": 1e-12,
-                "pad_token_id": 0, "position_embedding_type": "absolute", "transformers_version": "4.5.0"}
+                "pad_token_id": 0, "position_embedding_type": "absolute", "transformers_version": "4.5.0",
+                "torch_dtype": "float32", "use_cache": True, "classifier_dropout": None}
+DEFAULTS = {key: value for key, value in transformers.BertConfig().to_dict().items() if key not in samples.TINY}
 
 
-@pytest.mark.parametrize("further", [GOOGLE, TRANSFORMERS])
+@pytest.mark.parametrize("further", [GOOGLE, SENTENCES, TRANSFORMERS, DEFAULTS],
+                         ids=["google", "sentences", "transformers", "defaults"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_published_configs_are_taken(tmp_path, further, mark):
     own = samples.write_config(tmp_path / "own.json")
@@ -211,16 +220,25 @@ def test_published_configs_are_taken(tmp_path, further, mark):
 
 
 @pytest.mark.parametrize("key, value", [("layer_norm_eps", 1e-5), ("position_embedding_type", "relative_key"),
-                                        ("is_decoder", True), ("directionality", "left"), ("model_type", "roberta")])
+                                        ("is_decoder", True), ("directionality", "left"), ("model_type", "roberta"),
+                                        ("pruned_heads", {"1": [0]})])
 def test_a_published_config_of_another_architecture_is_refused(tmp_path, key, value):
     path = samples.write_config(tmp_path / "config.json", **{key: value})
-    with pytest.raises(UserError, match=f"{key} is {value!r}, but only"):
+    with pytest.raises(UserError, match=re.escape(f"{key} is {value!r}, but only")):
         BertConfig.from_json_file(path)
 
 
-def test_shipped_configs_are_those_of_the_papers():
-    large = BertConfig.from_json_file("bert_config.json")
-    assert (large.hidden_size, large.num_hidden_layers, large.num_attention_heads) == (1024, 24, 16)
+SHIPPED = {  # layers, width, heads, millions of parameters
+    "": (24, 1024, 16, 336.2), "_1.2B": (40, 1536, 16, 1185.7),  # Devlin et al. 2018; the reference's large one
+    "_base": (12, 768, 12, 110.1), "_small": (4, 512, 8, 29.1), "_mini": (4, 256, 4, 11.3)}  # Turc et al. 2019
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("bert_config*.json")), ids=lambda path: path.name)
+def test_shipped_configs_are_those_of_the_papers(path):
+    config = BertConfig.from_json_file(path)
+    layers, width, heads, millions = SHIPPED[path.stem.removeprefix("bert_config")]
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (layers, width, heads)
+    assert config.intermediate_size == 4 * width and config.vocab_size == 30522 and config.hidden_act == "gelu"
     with torch.device("meta"):
-        model = BertForPreTraining(BertConfig.from_json_file("bert_config_1.2B.json"))
-    assert 1.15e9 < sum(parameter.numel() for parameter in model.parameters()) < 1.25e9
+        model = BertForPreTraining(config)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == millions

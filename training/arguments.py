@@ -4,7 +4,10 @@ import argparse
 import os
 
 from common.cli import BOOLEAN, ArgumentParser, options_from, positive_float, positive_int, proportion, whole
+from common.errors import UserError
+from data.mixture import is_part, parse_sources
 from devices.options import DeviceOptions, PrecisionOptions
+from optim.lr_schedule import SCHEDULES
 
 DESCRIPTION = """BERT pre-training (masked LM + next sentence prediction) with LAMB, on Gaudi, CUDA and CPU.
 
@@ -15,6 +18,7 @@ DESCRIPTION = """BERT pre-training (masked LM + next sentence prediction) with L
 
 Batch sizes are per card and optimizer step; steps are optimizer steps."""
 
+DEFAULT_STEPS = 1000
 FIRST_WORKER = "worker_0"  # the folder of rank 0's TensorBoard figures, where the reference scripts look for them
 
 
@@ -30,14 +34,26 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def with_implied_flags(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with those that others imply."""
-    implied = {}
+    implied = {"input_dir": args.input_dir[0] if len(args.input_dir) == 1 else args.input_dir}
     if args.allreduce_post_accumulation_fp16:
         implied["allreduce_post_accumulation"] = True
     if args.phase2 and not args.init_checkpoint:
         implied["resume_from_checkpoint"] = True
+    if args.max_steps is None and args.num_train_epochs is None:
+        implied["max_steps"] = DEFAULT_STEPS
     if args.enable_tensorboard_logging and not args.tensorboard_logdir:
         implied["tensorboard_logdir"] = os.path.join(args.output_dir, FIRST_WORKER)
     return argparse.Namespace(**{**vars(args), **implied})
+
+
+class DataSets(argparse.Action):
+    """The data sets of --input_dir.  Given again, a folder replaces what was named before, as with other flags; a part
+    of a mixture is added to other parts."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest) or []
+        both = [*before, *values]
+        setattr(namespace, self.dest, both if all(map(is_part, both)) else values)
 
 
 def build_parser() -> ArgumentParser:
@@ -62,6 +78,9 @@ def command_flags(values: dict) -> list[str] | None:
         value = values.get(action.dest)
         if value is None and action.required:
             return None
+        if action.nargs == "+" and isinstance(value, list):
+            words += [action.option_strings[0], *value]
+            continue
         text = ":".join(map(str, value)) if isinstance(value, list) else str(value)
         if value is None or action.dest in ("help", "local_rank") or action.default in (value, text):
             continue
@@ -75,12 +94,15 @@ def add_files(parser) -> None:
     add("--do_train", action="store_true", help="train; required unless --dry_run is given")
     add("--dry_run", action="store_true", help="instead of training, check everything and report what the run will "
         "take: steps, memory, disk, and time from two timed steps; writes nothing")
-    add("--input_dir", required=True, help="folder (or s3:// prefix) of HDF5 shards, packed or not")
+    add("--input_dir", required=True, nargs="+", action=DataSets, metavar="DIR", help="folder (or s3:// prefix) of "
+        "HDF5 shards, packed or not; or a mixture of several, each as NAME=DIR:WEIGHT, which is its share of the "
+        "micro-batches")
     add("--config_file", help="model config, JSON (default: that of the checkpoint which the run starts from)")
     add("--output_dir", required=True, help="folder of the checkpoints")
     add("--bert_model", default="bert-large-uncased", help="name in the log and the model card")
-    add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL) or Hugging Face "
-        "model folder; with --resume_from_checkpoint also its optimizer moments")
+    add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL; with "
+        "--resume_from_checkpoint also its optimizer moments) or Hugging Face folder of a BertForPreTraining, "
+        "BertForMaskedLM or BertModel, whose missing parts start fresh")
     add("--seed", type=whole, default=42, help="random seed for weights, row order and dropout")
 
 
@@ -101,10 +123,19 @@ def add_batches(parser) -> None:
 
 
 def add_schedule(parser) -> None:
-    add = parser.add_argument_group("schedule").add_argument
+    add = parser.add_argument_group("optimizer and schedule").add_argument
+    add("--optimizer", choices=("lamb", "adamw"), default="lamb", help="lamb: for large batches, rates of 1e-3 to 1e-2 "
+        "(default, the published recipe); adamw: PyTorch's fused AdamW, for batches of some hundred sequences, rates "
+        "of 1e-4 to 1e-3.  Both with betas 0.9 and 0.999, and gradients clipped at a norm of 1")
+    add("--weight_decay", type=float, default=0.01, help="of all weights but biases and LayerNorms (default: 0.01)")
     add("--learning_rate", type=float, default=5e-5, help="peak learning rate")
-    add("--max_steps", type=positive_int, default=1000,
-        help="optimizer steps of this phase: the length of its learning rate schedule")
+    add("--lr_schedule", choices=SCHEDULES, default="poly", help="how the rate falls after the warm-up: poly, with the "
+        "square root of what is left (default, the published recipe); linear; cosine; constant, not at all; wsd, only "
+        "in the last fifth (drawn in docs/training.md)")
+    add("--max_steps", type=positive_int, help="optimizer steps of this phase: the length of its learning rate "
+        f"schedule (default: what --num_train_epochs takes, else {DEFAULT_STEPS})")
+    add("--num_train_epochs", type=positive_float, metavar="EPOCHS", help="length of this phase in passes over "
+        "--input_dir, where --max_steps is not given")
     add("--steps_this_run", type=whole, default=-1,
         help="end the run at this step of the phase (a step number, not a count); -1 = --max_steps")
     add("--warmup_proportion", type=proportion, default=0.01,
@@ -193,6 +224,8 @@ def add_checkpoints(parser) -> None:
         "impossible values; without this flag it ends the run")
     add("--eval_dir", help="folder of held-out shards (packed, or with 'test' in the name)")
     add("--eval_freq", type=whole, default=0, help="steps between evaluations; 0 = only at the end")
+    add("--early_stopping", type=positive_int, metavar="N", help="end the run after N evaluations without a new lowest "
+        "held-out MLM loss; the checkpoint of the lowest one is kept")
 
 
 def add_log(parser) -> None:
@@ -217,7 +250,6 @@ def add_log(parser) -> None:
 
 def add_accepted(parser) -> None:
     add = parser.add_argument_group("accepted for old command lines").add_argument
-    add("--num_train_epochs", type=float, default=3.0, help="unused: the run ends after --max_steps")
     add("--enable_packed_data_mode", **BOOLEAN,
         help="deprecated: the shards decide; if given, it must agree with them")
     add("--avg_seq_per_pack", type=float, help="deprecated, no effect: the data decides")
@@ -257,8 +289,17 @@ def contradiction(args) -> str | None:
     if args.train_batch_size % args.gradient_accumulation_steps:
         return (f"--train_batch_size {args.train_batch_size} is not divisible by "
                 f"--gradient_accumulation_steps {args.gradient_accumulation_steps}")
-    if args.steps_this_run != -1 and not 1 <= args.steps_this_run <= args.max_steps:
-        return f"--steps_this_run {args.steps_this_run} is neither -1 nor from 1 to --max_steps {args.max_steps}"
+    try:
+        parse_sources(args.input_dir)
+    except UserError as error:
+        return str(error)
+    if args.max_steps is not None and (problem := contradiction_of_steps(args)):
+        return problem
+    if args.optimizer != "lamb" and args.use_fused_lamb:
+        return f"--optimizer {args.optimizer} and --use_fused_lamb exclude each other"
+    if args.optimizer == "lamb" and args.weight_decay == 0.0:
+        return ("--weight_decay 0 makes Adam of LAMB, whose trust ratio is only for weights that decay: give "
+                "--optimizer adamw, with a rate for it")
     if args.fp16 and args.hmp:
         return "--fp16 and --hmp exclude each other"
     if args.use_lazy_mode and args.use_torch_compile:
@@ -274,18 +315,27 @@ def contradiction(args) -> str | None:
     if args.use_hpu_graphs and (args.checkpoint_activations or args.mlm_loss_chunk or args.eval_dir):
         return ("--use_hpu_graphs excludes --checkpoint_activations and --mlm_loss_chunk, which run parts of the model "
                 "twice, and --eval_dir (evaluate.py evaluates checkpoints)")
-    last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
-    if args.profile and args.profile_steps[1] > last_step:
-        return f"--profile_steps {args.profile_steps[0]}:{args.profile_steps[1]}, but the run ends at step {last_step}"
     if args.resume_step != -1 and not args.resume_from_checkpoint:
         return f"--resume_step {args.resume_step} needs --resume_from_checkpoint"
     if args.phase2 and args.phase1_end_step is not None and args.phase1_end_step < 0:
         return f"--phase1_end_step {args.phase1_end_step} is below 0"
     if args.eval_freq and not args.eval_dir:
         return f"--eval_freq {args.eval_freq} needs --eval_dir"
+    if args.early_stopping and (not args.eval_freq or args.skip_checkpoint):
+        return "--early_stopping needs --eval_dir and --eval_freq, and excludes --skip_checkpoint"
     if not 0.0 < args.learning_rate < float("inf"):
         return f"--learning_rate {args.learning_rate} is not a number above 0"
-    for name in ("seed", "eval_freq", "peak_tflops"):
+    for name in ("seed", "eval_freq", "peak_tflops", "weight_decay"):
         if not 0.0 <= getattr(args, name) < float("inf"):
             return f"--{name} {getattr(args, name)} is not a number of at least 0"
+    return None
+
+
+def contradiction_of_steps(args) -> str | None:
+    """What is wrong with the flags that name steps of a phase of --max_steps, or None."""
+    if args.steps_this_run != -1 and not 1 <= args.steps_this_run <= args.max_steps:
+        return f"--steps_this_run {args.steps_this_run} is neither -1 nor from 1 to --max_steps {args.max_steps}"
+    last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
+    if args.profile and args.profile_steps[1] > last_step:
+        return f"--profile_steps {args.profile_steps[0]}:{args.profile_steps[1]}, but the run ends at step {last_step}"
     return None

@@ -44,11 +44,14 @@ FIGURES = (
            "loss/total", "Training loss"),
     Figure("average_mlm_loss", "nats", "MLM part of `average_loss`", "mlm {:.4f}"),
     Figure("average_nsp_loss", "nats", "NSP part of `average_loss`", "nsp {:.4f}"),
-    Figure("final_loss", "nats", "`average_loss` again, in the line of the run's last step only"),
+    Figure("final_loss", "nats", "`average_loss` again, in the line of the run's last step only, and not where "
+           "`--early_stopping` ended it"),
     Figure("step_loss", "nats", "MLM + NSP loss of the step's last micro-batch, mean of all cards"),
     Figure("step_mean_loss", "nats", "MLM + NSP loss, mean of the step's micro-batches and of all cards"),
     Figure("mlm_loss", "nats", "MLM part of `step_mean_loss`", "", "loss/mlm", "MLM loss"),
     Figure("nsp_loss", "nats", "NSP part of `step_mean_loss`", "", "loss/nsp", "NSP loss"),
+    Figure("sources", "", f"of each data set of a mixture, by name: its epoch, and its MLM loss, mean {SINCE} and of "
+           "all cards"),
     Figure("learning_rate", "rate", "of the step", "rate {:.3e}", "optimizer/learning_rate", "Learning rate"),
     Figure("gradient_norm", "", "norm of all gradients of the step, before it is clipped to 1", "",
            "optimizer/gradient_norm"),
@@ -184,7 +187,8 @@ class TrainingLog:
                                  refresh=False)
         shown = [figure.console.format(data[figure.name]) for figure in FIGURES
                  if figure.console and figure.name in data]
-        self.print("  ".join([f"epoch {epoch} step {step}", *shown]))
+        of_sources = [f"{name} {loss:.4f}" for name, loss in losses_of_sources(data).items()]
+        self.print("  ".join([f"epoch {epoch} step {step}", *shown, *of_sources]))
 
     def advance(self) -> None:
         self.bar.update()
@@ -196,6 +200,10 @@ class TrainingLog:
             self.tensorboard.close()
         if self.file is not None:
             self.file.close()
+
+
+def losses_of_sources(data: dict) -> dict[str, float]:
+    return {name: figures["mlm_loss"] for name, figures in data.get("sources", {}).items() if "mlm_loss" in figures}
 
 
 def dllogger_line(time_of_day: datetime, step: str | list[int], data: dict) -> str:
@@ -275,6 +283,8 @@ class TensorBoardLog:
         for figure in FIGURES:
             if figure.tag and data.get(figure.name) is not None:
                 self.writer.add_scalar(figure.tag, data[figure.name], self.offset + step)
+        for name, loss in losses_of_sources(data).items():
+            self.writer.add_scalar(f"loss/mlm_{name}", loss, self.offset + step)
         self.writer.flush()
 
     def close(self) -> None:

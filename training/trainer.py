@@ -30,6 +30,7 @@ from training.log import TrainingLog
 from training.loss_weights import build_loss_weights
 from training.metrics import Throughput, batch_flops, measured_peak
 from training.profiling import StepProfiler
+from training.source_losses import SourceLosses
 
 LOSSES = ("loss", "mlm_loss", "nsp_loss")  # outputs of the model
 STEP_LOSSES = ("step_mean_loss", "mlm_loss", "nsp_loss")  # their names in the log: the means of the logged step, …
@@ -56,6 +57,10 @@ class BatchPlan:
     @property
     def rows(self) -> int:
         return self.micro_batch_size * self.accumulation_steps
+
+    def steps(self, epochs: float, rows: int, world_size: int) -> int:
+        """The optimizer steps in which `world_size` cards use `rows` rows `epochs` times, at least one."""
+        return max(1, math.ceil(epochs * rows / (self.rows * world_size)))
 
     def describe(self) -> str:
         sequences = self.rows * self.sequences_per_row
@@ -84,6 +89,8 @@ class Trainer:
         self.model, self.optimizer = self.state.model, self.state.optimizer
         self.stream, self.precision = self.state.stream, self.state.precision
         self.last_step = args.max_steps if args.steps_this_run == -1 else args.steps_this_run
+        if self.state.early_stopping and self.state.early_stopping.is_over:
+            self.last_step = self.first_step
         self.throughput = Throughput(args.peak_tflops * 1e12 or measured_peak(device, self.precision.dtype),
                                      self.ranks.world_size)
         self.graph_watch = GraphWatch(device)
@@ -91,11 +98,13 @@ class Trainer:
         self.signals = StopSignals()
         self.stop_vote = StopVote(self.ranks)
         self.loss_weights = build_loss_weights(args.normalize_loss, self.plan.accumulation_steps, self.ranks, device)
-        self.batches = deque()  # the next micro-batches, on the device, and what Throughput counts of them
+        self.batches = deque()  # the next micro-batches, on the device, their sources, and what Throughput counts
+        names = [source.name for source in self.stream.order.sources]
+        self.source_losses = SourceLosses(names, device, self.ranks) if len(names) > 1 else None
         self.final_loss = None
         self.began, self.seconds = time.perf_counter(), 0.0  # of the loop, until the last log line
         self.loss_sums = self.zeros(len(AVERAGES) + 1)  # over the steps since the last log line, see with_count
-        self.checkpoints = CheckpointWriter(args.output_dir, device, self.log.print, self.log.warn, self.phase.first)
+        self.checkpoints = CheckpointWriter(args.output_dir, device, self.log.print, self.log.warn)
 
     def train(self) -> dict:
         """Run all steps; returns the figures of the summary."""
@@ -119,13 +128,14 @@ class Trainer:
                 announce_end()
             if self.is_due(step, self.args.log_freq):
                 self.log_step(step, losses)
-            if self.is_due(step, self.args.num_steps_per_checkpoint) and not self.args.skip_checkpoint:
-                self.save(step)
+            is_best = False
             if self.evaluator and self.is_due(step, self.args.eval_freq) and not stopping:
-                self.evaluate(step)
+                is_best = self.evaluate(step, losses)
+            if (is_best or self.is_due(step, self.args.num_steps_per_checkpoint)) and not self.args.skip_checkpoint:
+                self.save(step)
             self.checkpoints.report_when_written()
             self.log.advance()
-            if stopping:
+            if step == self.last_step:
                 return
 
     def train_step(self, step: int) -> torch.Tensor:
@@ -136,9 +146,10 @@ class Trainer:
         before mark_step, because a pending op would change the next graph.
         """
         self.device.seed(step_seed(self.args.seed, self.phase, step, self.ranks.rank))
-        rate = learning_rate(step, self.args.learning_rate, self.args.warmup_proportion, self.args.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * (1.0 if group["weight_decay"] else self.args.undecayed_rate)
+        rate = learning_rate(step, self.args.learning_rate, self.args.warmup_proportion, self.args.max_steps,
+                             self.args.lr_schedule)
+        for group, factor in zip(self.optimizer.param_groups, (1.0, self.args.undecayed_rate), strict=True):
+            group["lr"] = rate * factor
         losses = self.zeros(len(LOSSES))
         self.first_batch()
         self.loss_weights.start_step()
@@ -147,7 +158,7 @@ class Trainer:
             if last:  # late, to include signals of a long step, but early enough to overlap with the device's work
                 self.stop_vote.start(stop=self.signals.received)
             self.device.start_micro_step(micro_step - 1)
-            batch, counted = self.batches.popleft()
+            batch, source, counted = self.batches.popleft()
             self.throughput.add_micro_batch(*counted)
             with self.reduction.micro_step(last):
                 with self.precision.autocast():
@@ -156,6 +167,8 @@ class Trainer:
                     weighted = self.loss_weights.weighted(outputs)
                 self.precision.backward(nan_grads_if_loss_not_finite(weighted["loss"]) / self.plan.accumulation_steps)
             losses += torch.stack([weighted[name].detach() for name in LOSSES])
+            if self.source_losses:
+                self.source_losses.add(source, outputs["mlm_loss"].detach())
             self.device.mark_step()
             self.fetch()  # while the device works
         losses /= self.plan.accumulation_steps
@@ -180,11 +193,11 @@ class Trainer:
     def fetch(self) -> None:
         """Take a micro-batch from the stream, and send it on its way to the device."""
         began = time.perf_counter()
-        batch = next(self.stream)
+        source, batch = self.stream.next_source, next(self.stream)
         waiting = time.perf_counter() - began
         counted = (sequences_in(batch), waiting, batch_flops(self.model.config, batch))
         self.loss_weights.count(batch)
-        self.batches.append((self.device.put(batch), counted))
+        self.batches.append((self.device.put(batch), source, counted))
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether something done every `every` steps (0 = only at the end) is due after this one."""
@@ -192,7 +205,13 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        return self.stream.epoch(self.stream.rows_used(len(self.batches)))
+        """In a mixture, that of the source that is least far."""
+        return min(self.epochs.values())
+
+    @property
+    def epochs(self) -> dict[str, int]:
+        """The epoch of each source."""
+        return self.stream.epochs(self.stream.rows_used(len(self.batches)))
 
     def log_step(self, step: int, losses: torch.Tensor) -> None:
         """Log the steps since the last log line: the only place in the loop where values reach the host.
@@ -213,13 +232,21 @@ class Trainer:
         self.loss_sums = self.zeros(len(AVERAGES) + 1)
         new_graphs = self.graph_watch.new_graphs(step - self.first_step)
         self.log.step(self.epoch, step, {
-            **figures, "learning_rate": self.optimizer.param_groups[0]["lr"], **metrics,
+            **figures, **self.source_figures(), "learning_rate": self.optimizer.param_groups[0]["lr"], **metrics,
             "skipped_shards": len(self.stream.skipped_shards),
             **self.throughput.read(), **self.device.memory(), **self.device.graphs()})
         self.check_skipped(step, metrics)
         if new_graphs:
             self.log.print(f"warning: {new_graphs} graphs compiled since the last line, though the warm-up is over: "
                            f"a shape or value changes from step to step (docs/graphs.md)")
+
+    def source_figures(self) -> dict[str, dict]:
+        """The figures of each source of a mixture."""
+        if self.source_losses is None:
+            return {}
+        losses = self.source_losses.read()
+        return {"sources": {name: {"epoch": epoch, **({"mlm_loss": losses[name]} if name in losses else {})}
+                            for name, epoch in self.epochs.items()}}
 
     @contextmanager
     def paused(self):
@@ -244,9 +271,15 @@ class Trainer:
                 self.log.warn(f"{path.name} could not be written ({error}), and the training continues")
                 return
             if self.ranks.first:
-                self.checkpoints.save(number, {**contents, "step": step, "phase": self.phase.number,
-                                               PHASE_STEPS: self.args.max_steps})
+                contents |= {"step": step, "phase": self.phase.number, PHASE_STEPS: self.args.max_steps}
+                self.checkpoints.save(number, self.protected_checkpoints, contents)
             self.log.write("PARAMETER", {"checkpoint_step": step})
+
+    @property
+    def protected_checkpoints(self) -> set[int]:
+        """Those that are kept however old they are: phase 1's last one, and the best one of --early_stopping."""
+        best = {self.state.early_stopping.best_checkpoint} if self.state.early_stopping else set()
+        return {self.phase.first, *best}
 
     def check_skipped(self, step: int, metrics: dict[str, float]) -> None:
         """UserError where more steps in a row were skipped than --max_skipped_steps allows."""
@@ -260,11 +293,23 @@ class Trainer:
         return UserError(f"step {step}: {reason}; the last good checkpoint is {newest}: "
                          f"check the data, or continue from there with a lower --learning_rate")
 
-    def evaluate(self, step: int) -> None:
+    def evaluate(self, step: int, losses: torch.Tensor) -> bool:
+        """Evaluate after a step; whether --early_stopping is to keep its checkpoint as the best one."""
         with self.paused():
             figures = self.evaluator.evaluate(self.model)
         self.log.write([self.epoch, step], {f"eval_{name}": value for name, value in figures.items()})
         self.log.print(f"held out after step {step}: {describe_figures(figures)}")
+        early_stopping = self.state.early_stopping
+        if early_stopping is None or step % self.args.eval_freq:  # as the end of a part of the phase may be
+            return False
+        is_best = early_stopping.record(figures["mlm_loss"], self.phase.first + step)
+        if early_stopping.is_over and step < self.last_step:
+            self.log.print(f"stopping after step {step}: {early_stopping.evaluations_since} evaluations without a new "
+                           f"lowest loss (--early_stopping)")
+            self.last_step = step
+            if step % self.args.log_freq:
+                self.log_step(step, losses)
+        return is_best
 
     def summary(self) -> dict:
         """The figures of the whole run, logged with an empty step."""
@@ -273,6 +318,8 @@ class Trainer:
                 "final_loss": self.final_loss, "raw_train_time": self.seconds,
                 "steady_sequences_per_second": self.throughput.average}
         self.log.write([], data)
+        if self.state.early_stopping and self.state.early_stopping.best_checkpoint >= 0:
+            self.log.print(self.state.early_stopping.describe())
         return data
 
 

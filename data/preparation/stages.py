@@ -28,13 +28,15 @@ from data.preparation import (
 from data.preparation.datasets import GOOGLE_VOCABULARY, NAMES, Dataset
 from data.preparation.document_filters import DocumentFilters
 from data.preparation.downloads import DownloadOptions, mirror_pairs
+from data.preparation.extended_vocabulary import describe_extension, extend, read_words
 from data.preparation.formatting import describe_counts
 from data.preparation.samples import SampleOptions, counts_of_words, create_shard
 from data.preparation.text_counts import TextCounts
-from data.tokenizer import load_vocabulary, sample_lines, save_vocabulary, train_vocabulary
+from data.tokenizer import load_vocabulary, sample_lines, save_vocabulary, train_vocabulary, vocabulary_path
 from data.vocabulary import check_case
 from data.workers import open_pool, ordered_map
 
+WORDS = "words"  # in the record of a vocabulary: the file of --extend_vocab
 COUNTED_BYTES = 1 << 20  # of text, for what create_vocabulary says of its words
 
 
@@ -57,6 +59,7 @@ class StageOptions:
     vocab_file: str | None
     vocab_size: int
     unused_tokens: int
+    extend_vocab: str | None
     skip_wikiextractor: bool
 
     def shard_numbers(self, untyped: tuple[int, int]) -> tuple[int, int]:
@@ -169,6 +172,36 @@ def shard_text(options: StageOptions) -> None:
 
 
 def create_vocabulary(options: StageOptions) -> Path:
+    """Train a vocabulary on the training shards, or extend one where --extend_vocab names words; returns its file."""
+    return extend_vocabulary(options) if options.extend_vocab else learn_vocabulary(options)
+
+
+def extend_vocabulary(options: StageOptions) -> Path:
+    """Put the words of --extend_vocab into the vocabulary of --vocab_file, or Google's."""
+    path, lower_case = options.trained_vocabulary(), options.samples.do_lower_case
+    folder, name = path.parent.parent, f"{path.parent.name}/{path.name}"
+    words = local_file(options.extend_vocab)
+    lines = read_words(words)
+    if not options.vocab_file:
+        check_google_fits(options)
+    base = vocabulary_path(local_file(options.vocab_file)) if options.vocab_file else google_vocabulary(options, TRIES)
+    tokens = load_vocabulary(base)
+    check_case(tokens, lower_case, f"--vocab_file {base}")
+    made_from = {"vocabulary": records.file_fingerprint(base), WORDS: records.file_fingerprint(words)}
+    recorded_options = {"do_lower_case": lower_case}
+    record = records.finished_record(folder, name, made_from, recorded_options)
+    if not record:
+        with sole_run(folder, path.parent.name):
+            extended = extend(tokens, lines, lower_case)
+            save_vocabulary(path, extended.tokens)
+            record = records.write_record(folder, name, made_from, recorded_options, {name: {}}, extended.counts,
+                                          extended.no_tokens)
+    print(f"create_vocabulary: {record['counts']['tokens']:,} tokens in {path}, those of {base} with the words of "
+          f"{words}: {describe_extension(record['counts'], record['skipped'])}", flush=True)
+    return path
+
+
+def learn_vocabulary(options: StageOptions) -> Path:
     """Train a vocabulary on the training shards; returns its file."""
     path, lower_case = options.trained_vocabulary(), options.samples.do_lower_case
     folder, name = path.parent.parent, f"{path.parent.name}/{path.name}"
@@ -233,12 +266,32 @@ def create_hdf5_files(options: StageOptions) -> None:
 
 
 def find_vocabulary(options: StageOptions) -> Path:
-    """--vocab_file, else one that create_vocabulary trained, else Google's, else one trained here where allowed."""
-    trained, may_train = options.trained_vocabulary(), options.dataset.may_train_vocabulary
+    """With --extend_vocab the extended vocabulary; else --vocab_file, else one that create_vocabulary made, else
+    Google's, else one trained here where allowed."""
+    made, may_train = options.trained_vocabulary(), options.dataset.may_train_vocabulary
+    if options.extend_vocab:
+        return extend_vocabulary(options)
     if options.vocab_file:
-        return local_file(options.vocab_file)
-    if trained.is_file():  # where the stage trained it by itself, it follows changes of the text
-        return create_vocabulary(options) if may_train else trained
+        return vocabulary_path(local_file(options.vocab_file))
+    if made.is_file():  # where the stage trained it by itself, it follows changes of the text
+        return learn_vocabulary(options) if may_train and not was_extended(made) else made
+    check_google_fits(options)
+    try:
+        return google_vocabulary(options, 1 if may_train else TRIES)
+    except UserError as error:
+        if not may_train:
+            raise
+        print(f"Google's vocabulary cannot be downloaded ({error}); training one on the data set", flush=True)
+        return learn_vocabulary(options)
+
+
+def was_extended(vocabulary: Path) -> bool:
+    record = records.read_record(vocabulary.parent.parent, f"{vocabulary.parent.name}/{vocabulary.name}")
+    return bool(record) and WORDS in record["inputs"]
+
+
+def check_google_fits(options: StageOptions) -> None:
+    """UserError where Google's vocabulary is of another language or case than the text."""
     language = options.language or options.dataset.language
     if language not in ("en", "simple"):
         raise UserError(f"--dataset {options.dataset.name}: Google's vocabulary is English, the text's language is "
@@ -246,15 +299,13 @@ def find_vocabulary(options: StageOptions) -> Path:
     if not options.samples.do_lower_case:
         raise UserError("--do_lower_case 0: Google's vocabulary is of lower case; give --vocab_file, or train one with "
                         "--action create_vocabulary --do_lower_case 0")
-    download_options = DownloadOptions(mirrors=mirror_pairs(options.mirror), tries=1 if may_train else TRIES)
-    try:
-        found, _ = GOOGLE_VOCABULARY.download(layout.download_folder() / GOOGLE_VOCABULARY.name, download_options)
-        return found[0]
-    except UserError as error:
-        if not may_train:
-            raise
-        print(f"Google's vocabulary cannot be downloaded ({error}); training one on the data set", flush=True)
-        return create_vocabulary(options)
+
+
+def google_vocabulary(options: StageOptions, tries: int) -> Path:
+    """Google's vocabulary, which is downloaded."""
+    download_options = DownloadOptions(mirrors=mirror_pairs(options.mirror), tries=tries)
+    found, _ = GOOGLE_VOCABULARY.download(layout.download_folder() / GOOGLE_VOCABULARY.name, download_options)
+    return found[0]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def rows(found) -> int:
 
 def test_newest_three_are_kept_and_the_protected_one(tmp_path):
     for step in (3, 6, 9, 12, 15, 100):
-        write_checkpoint(tmp_path, step, STATE, protected=6)
+        write_checkpoint(tmp_path, step, STATE, protected={6})
     assert saved_steps(tmp_path) == [6, 12, 15, 100]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt_100.pt", "ckpt_12.pt", "ckpt_15.pt", "ckpt_6.pt"]
 

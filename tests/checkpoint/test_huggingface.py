@@ -9,12 +9,12 @@ from torch.testing import assert_close
 
 import run_pretraining
 from checkpoint import huggingface
-from checkpoint.folder import read_checkpoint
+from checkpoint.folder import read_checkpoint, write_checkpoint
 from checkpoint.load import load_model
 from common.errors import UserError
 from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
 from modeling import BertConfig, BertForPreTraining
-from tests.support import samples, saved_model, synthetic
+from tests.support import samples, saved_model
 from tests.support.saved_model import LOADED, VOCAB_SIZE, WORDS, export, loaded, varied_model
 from tests.support.small_run import flags
 
@@ -93,18 +93,6 @@ def test_their_model_starts_our_training_and_predicts_no_padding(workspace):
         assert_close(model(batch)["loss"], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_init_checkpoint_takes_a_folder(workspace):
-    samples.write_config(workspace / "large.json")  # the vocabulary that the synthetic shards use
-    samples.write_dataset(workspace / "data")
-    transformers.BertForPreTraining(transformers.BertConfig(**samples.TINY)).save_pretrained("theirs")
-    run_pretraining.main(flags(config_file="large.json", init_checkpoint="theirs", max_steps=1))
-    own = torch.load("out/ckpt_1.pt", weights_only=True)
-    assert own["config"]["vocab_size"] == synthetic.VOCAB_SIZE
-    name = "bert.embeddings.position_embeddings.weight"
-    theirs = huggingface.read_folder("theirs")["model"][name]
-    assert torch.nn.functional.cosine_similarity(own["model"][name], theirs).min() > 0.99
-
-
 def test_old_files_of_theirs_are_read(workspace):
     """pytorch_model.bin, gamma and beta, as the first checkpoints had them; and weights spread over files."""
     export()
@@ -154,6 +142,10 @@ def test_the_card_tells_the_facts_of_the_training(workspace):
     (workspace / "log.json").write_text(continued)
     export(log="log.json", output_dir="other")
     assert "starting from the weights of base.pt" in (workspace / "other/README.md").read_text()
+    contents = read_checkpoint("ckpt_7.pt")
+    write_checkpoint(workspace, 8, {**contents, "init_checkpoint": "bert-base-uncased"})
+    export(checkpoint="ckpt_8.pt", output_dir="third")
+    assert "starting from the weights of bert-base-uncased" in (workspace / "third/README.md").read_text()
 
 
 @pytest.mark.parametrize("changes, said", [

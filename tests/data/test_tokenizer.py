@@ -164,6 +164,19 @@ def test_a_vocabulary_of_other_line_ends_or_missing_is_read_or_named(tmp_path):
         load_vocabulary(tmp_path / "nowhere.txt")
 
 
+def test_a_hugging_face_folder_and_its_tokenizer_file_are_a_vocabulary(tmp_path, tokens):
+    BertTokenizer(vocab={token: number for number, token in enumerate(tokens)}).save_pretrained(tmp_path)
+    assert not (tmp_path / "vocab.txt").exists(), "transformers 5"
+    assert load_vocabulary(tmp_path) == load_vocabulary(tmp_path / "tokenizer.json") == tokens
+    for content, said in (("{", "not the tokenizer.json of a BERT"), ('{"model": {"vocab": ["a"]}}', "not the tok"),
+                          ('{"model": {"vocab": {"a": 0, "b": 2}}}', "its 2 tokens are not numbered from 0")):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match=f"tokenizer.json: {said}"):
+            load_vocabulary(tmp_path)
+    write_vocabulary(tmp_path / "vocab.txt")
+    assert load_vocabulary(tmp_path)[:5] == list(SPECIAL_TOKENS)
+
+
 def test_a_vocabulary_with_a_past_keeps_every_id(tmp_path):
     """A byte order mark, blank lines that hold their places, and a line separator within a token."""
     words = ["sea", "", "deep", " ", "blue\u2028sky", "salt"]

@@ -12,11 +12,12 @@ from devices.device import select_device
 from devices.hpu import HpuDevice
 from devices.options import DeviceOptions
 from lamb import NVLAMB
-from optim.build import build_optimizer
+from optim.build import OptimizerOptions, build_optimizer
 from tests.support import gaudi
 
 FLAGS = ["run_pretraining.py", "--do_train", "--input_dir=nowhere", "--output_dir=nowhere", "--config_file=nowhere",
          "--use_habana"]
+FUSED = OptimizerOptions(learning_rate=0.1, use_fused_lamb=True)
 
 
 @pytest.mark.parametrize("changes, complaint", [
@@ -67,7 +68,7 @@ def test_releases_without_metrics_or_their_names_count_nothing():
 
 
 def test_a_release_without_fused_lamb_gets_nvlamb_and_the_reason():
-    optimizer, description = build_optimizer(torch.nn.Linear(3, 2), hpu(), 0.1, use_fused_lamb=True)
+    optimizer, description = build_optimizer(torch.nn.Linear(3, 2), hpu(), FUSED)
     assert isinstance(optimizer, NVLAMB) and "hpu has no FusedLamb" in description
 
 
@@ -84,8 +85,9 @@ def test_fused_lamb_is_made_as_its_signature_says(monkeypatch):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
     model = torch.nn.Linear(3, 2)
     for asked, expected in ((True, FusedLamb), (False, NVLAMB)):
-        assert isinstance(build_optimizer(model, hpu(), 0.1, asked)[0], expected)
-    made_with = build_optimizer(model, hpu(), 0.1, use_fused_lamb=True)[0].made_with
+        options = OptimizerOptions(learning_rate=0.1, use_fused_lamb=asked)
+        assert isinstance(build_optimizer(model, hpu(), options)[0], expected)
+    made_with = build_optimizer(model, hpu(), FUSED)[0].made_with
     assert [group["weight_decay"] for group in made_with["params"]] == [0.01, 0.0]
     assert (made_with["lr"], made_with["eps"], made_with["max_grad_norm"]) == (0.1, 1e-6, 1.0)
     assert made_with["use_lamb"] is False

@@ -15,7 +15,7 @@ from devices.options import PrecisionOptions
 from devices.precision import Precision
 from lamb import NVLAMB
 from modeling import BertForPreTraining
-from optim.build import build_optimizer
+from optim.build import OptimizerOptions, build_optimizer
 from tests.support import samples
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -89,7 +89,7 @@ def test_weights_gradients_and_optimizer_state_stay_fp32_and_so_does_the_optimiz
 
     precision = Precision(options(), Device())
     model = small_model(precision)
-    optimizer, _ = build_optimizer(model, Device(), 0.1, use_fused_lamb=False)
+    optimizer, _ = build_optimizer(model, Device(), OptimizerOptions(learning_rate=0.1))
     with precision.autocast():
         loss = model(small_batch())["loss"]
     precision.backward(loss)

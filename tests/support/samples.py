@@ -66,10 +66,10 @@ def write_dataset(folder, rows_per_shard=(7, 13, 5), split="training", seed=0, s
 
 
 def batch_stream(found, size: int, seed: int = 1, rank: int = 0, world_size: int = 1, first_row: int = 0,
-                 reader: ShardReader | None = None, vocab_size: int = synthetic.VOCAB_SIZE) -> BatchStream:
+                 reader: ShardReader | None = None, vocab_size: int = synthetic.VOCAB_SIZE, **settings) -> BatchStream:
     """The micro-batches of one of several ranks, without the others, from some row of the endless sequence on."""
     stream = BatchStream(found, size, seed, vocab_size, ranks=SingleRank(RankInfo(rank, world_size)),
-                         reader=reader or ShardReader())
+                         reader=reader or ShardReader(), **settings)
     stream.next_row = first_row
     return stream
 

@@ -1,5 +1,7 @@
 """The flags of the reference scripts, of software 1.6.1 and of 1.23, one by one: accepted, and with what meaning."""
 
+import json
+
 import pytest
 
 import export_to_huggingface
@@ -9,7 +11,7 @@ import run_pretraining
 from common.cli import ArgumentParser
 from data.preparation.samples import add_sample_flags
 from tests.support import small_run
-from training.arguments import build_parser, parse_arguments
+from training.arguments import build_parser, command_flags, parse_arguments
 
 REQUIRED = ["--do_train", "--input_dir=data", "--config_file=c.json", "--output_dir=out"]
 NAMES = """input_dir config_file bert_model output_dir init_checkpoint max_seq_length max_predictions_per_seq
@@ -112,3 +114,14 @@ def test_tensorboard_figures_and_traces_lie_where_the_reference_script_puts_them
     names = [path.name for path in (tmp_path / "out/worker_0").iterdir()]
     assert sorted(name.split(".")[0] for name in names) == ["events", "trace_rank0_steps2-2"]
     assert "trace_rank0_steps2-2.pt.trace.json" in names
+
+
+def test_a_folder_replaces_what_was_named_before_and_parts_of_a_mixture_add_up():
+    assert values("--input_dir", "other")["input_dir"] == "other"
+    assert values("--input_dir", "a=x:1", "--input_dir", "b=y:2")["input_dir"] == ["a=x:1", "b=y:2"]
+    assert values("--input_dir", "a=x:1", "b=y:2")["input_dir"] == ["a=x:1", "b=y:2"]
+    assert values("--input_dir", "a=x:1", "b=y:2", "--input_dir=z")["input_dir"] == "z"
+    flags = command_flags(json.loads(json.dumps(values("--input_dir", "a=x:1", "b=y:2"))))
+    assert values(*flags)["input_dir"] == ["a=x:1", "b=y:2"]
+    with pytest.raises(SystemExit):
+        values("--input_dir", "x", "y")

@@ -120,5 +120,6 @@ def test_a_run_writes_exactly_the_keys_that_are_listed(run):
         written[kind] |= set(line["data"])
     flags = set(vars(parse_arguments(small_run.flags())))
     assert written["PARAMETER"] == flags | {figure.name for figure in PARAMETERS}
-    assert written["step"] - ONLY_ON_CARDS == {figure.name for figure in FIGURES} - ONLY_ON_CARDS - {"warning"}
+    others = ONLY_ON_CARDS | {"warning", "sources"}
+    assert written["step"] - others == {figure.name for figure in FIGURES} - others
     assert written["summary"] == {figure.name for figure in SUMMARY}

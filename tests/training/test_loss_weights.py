@@ -12,7 +12,7 @@ from data.shard_reader import ShardReader
 from data.shards import find_shards
 from devices.device import Device
 from modeling import BertConfig, BertForPreTraining
-from optim.build import build_optimizer
+from optim.build import OptimizerOptions, build_optimizer
 from optim.lr_schedule import learning_rate
 from pack_pretraining_data_pytorch import main as pack
 from parallel.ranks import SingleRank
@@ -106,7 +106,7 @@ def test_by_default_the_loss_is_the_mean_of_the_micro_batches_means(inside):
     losses, weights = trained("plain", use_cpu_kernels="no", attention="plain", **flags("unpacked", 8, 4))
     torch.manual_seed(42)
     model = BertForPreTraining(BertConfig.from_json_file("config.json"), "plain")
-    optimizer, _ = build_optimizer(model, Device(), 0.01, False, False)
+    optimizer, _ = build_optimizer(model, Device(), OptimizerOptions(learning_rate=0.01))
     with ShardReader() as reader, closing(batch_stream(find_shards("unpacked"), 2, 42, reader=reader)) as stream:
         for step in range(1, STEPS + 1):
             for group in optimizer.param_groups:

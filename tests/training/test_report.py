@@ -277,7 +277,8 @@ def test_the_log_records_batch_cards_and_software(report, folder):
     product = 4 * plan["accumulation_steps"] * plan["sequences_per_row"]
     assert text.startswith(f"Batch4 rows a micro-batch × {plan['accumulation_steps']} accumulation step")
     assert f"{plan['sequences_per_row']:.4g} sequences a row × 1 card = {product:.0f} sequences Steps6 of 6" in text
-    assert "Learning rate0.01 at its peak Warm-up2 steps (30.0 %)" in text and torch.__version__ in text
+    assert "Learning rate0.01 at its peak, --lr_schedule poly, --optimizer lamb Warm-up2 steps (30.0 %)" in text
+    assert torch.__version__ in text
 
 
 def test_only_what_was_asked_for_is_written(report, folder, tmp_path):

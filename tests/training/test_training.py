@@ -163,7 +163,8 @@ def test_packed_rows_count_for_their_sequences(workspace, capsys):
 
 def test_evaluation_command_gives_the_figures_of_the_log(workspace, capsys):
     train(eval_dir="held_out")
-    logged = samples.log_lines(workspace / "out/log.json")[-2]["data"]
+    logged = next(line["data"] for line in samples.log_lines(workspace / "out/log.json")
+                  if "eval_mlm_loss" in line["data"])
     capsys.readouterr()
     evaluate.main(["--checkpoint", "out/ckpt_6.pt", "--config_file", "config.json", "--eval_dir", "held_out", "--json",
                    "--batch_size", "5", "--no_cuda"])
@@ -320,3 +321,27 @@ def test_both_spellings_of_a_flag_are_one(workspace):
               for word in flags(max_steps=1)]
     run_pretraining.main(["--" + word[2:] for word in dashed])
     assert set(samples.losses(workspace / "out/log.json")) == {1}
+
+
+def test_epochs_give_the_steps_where_no_number_of_steps_is_given(workspace, capsys):
+    train(max_steps=None, num_train_epochs=1.5, skip_checkpoint=True)  # 25 rows, 8 a step
+    steps = samples.losses(workspace / "out/log.json")
+    assert max(steps) == 5  # 1.5 · 25 / 8 = 4.7
+    with pytest.raises(UserError, match=r"--steps_this_run 6 is neither -1 nor from 1 to --max_steps 5 .*epochs 1.5"):
+        train(max_steps=None, num_train_epochs=1.5, steps_this_run=6, skip_checkpoint=True)
+    train(max_steps=2, num_train_epochs=1.5, skip_checkpoint=True, json_summary="both.json")
+    assert max(samples.losses(workspace / "both.json")) == 2
+    assert "--num_train_epochs 1.5 has no effect beside --max_steps" in capsys.readouterr().err
+
+
+def test_adamw_trains_and_goes_on_only_as_adamw(workspace):
+    changes = {"optimizer": "adamw", "weight_decay": 0.1, "learning_rate": 0.002, "lr_schedule": "cosine"}
+    train(**changes, max_steps=20)
+    found = samples.losses(workspace / "out/log.json")
+    assert found[20] < found[1] - 0.3
+    parameters = samples.log_lines(workspace / "out/log.json")[0]["data"]
+    assert parameters["descriptions"]["optimizer"].startswith("optimizer: AdamW in PyTorch's fused kernel")
+    assert "with weight decay 0.1" in parameters["descriptions"]["optimizer"]
+    with pytest.raises(UserError, match=r"ckpt_20.pt: written with --optimizer 'adamw', this run has --optimizer lamb"):
+        train(max_steps=30, resume_from_checkpoint=True)
+    train(phase2=True, phase1_end_step=20, max_steps=1)  # a new phase may take another optimizer

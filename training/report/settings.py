@@ -131,7 +131,8 @@ def schedule_rows(phase: LoggedPhase) -> dict[str, str]:
     if phase.end > phase.start:
         rows["Steps"] = count(phase.end - phase.start) + (f" of {count(steps)}" if steps else "")
     if rate is not None:
-        rows["Learning rate"] = f"{rate:g} at its peak"
+        rows["Learning rate"] = f"{rate:g} at its peak" + "".join(
+            f", --{flag} {phase.parameters[flag]}" for flag in ("lr_schedule", "optimizer") if flag in phase.parameters)
     if warmup is not None and steps:
         rows["Warm-up"] = f"{count(warmup * steps, 'step')} ({percent(warmup)})"
     return rows
