@@ -207,6 +207,21 @@ def test_malformed_attributes_of_a_shard_are_named(workspace, name, value, said)
         train(output_dir="new")
 
 
+def test_what_a_published_folder_leaves_open_follows_from_its_vocabulary(workspace):
+    """Old folders have no tokenizer_config.json; and a vocabulary can be another model's."""
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        (workspace / "exported" / name).unlink()
+    assert read_checkpoint("exported")["vocabulary"].get("lower_case") is None
+    shutil.copy("cased.txt", "exported/vocab.txt")
+    assert read_checkpoint("exported")["vocabulary"]["lower_case"] is False
+    with pytest.raises(UserError, match="--do_lower_case 1: the data of exported was cased"):
+        fill_mask.main(["--checkpoint=exported", "--do_lower_case=1", SENTENCE])
+    without_origin(workspace / "data")
+    (workspace / "exported/vocab.txt").write_text("\n".join(TOKENS[:-5]))
+    with pytest.raises(UserError, match="exported, its vocabulary: 69 tokens, but vocab_size in the config is 74"):
+        train(init_checkpoint="exported", output_dir="new")
+
+
 def test_a_domain_may_use_the_unused_places_of_a_published_vocabulary(workspace):
     train(input_dir="extended", init_checkpoint="exported", output_dir="new", json_summary="new/log.json", max_steps=1)
     saved = torch.load("new/ckpt_1.pt", weights_only=True)["vocabulary"]["lines"].splitlines()
