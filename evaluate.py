@@ -54,7 +54,7 @@ def print_figures(args) -> int:
 
 def checked_shards(args, config, trained) -> tuple[list | None, list]:
     """The shards of --input_dir, None without it, and of --eval_dir; UserError where they do not fit the model."""
-    from data.origin import SOURCES, check_vocabulary, held_from_training, sources_of
+    from data.origin import TEXTS, check_vocabulary, held_from_training, texts_of
     from data.shards import find_shards
     from data.vocabulary import check_same_vocabulary
 
@@ -65,9 +65,9 @@ def checked_shards(args, config, trained) -> tuple[list | None, list]:
         vocabulary = check_vocabulary(found or [], config.vocab_size)
         check_same_vocabulary(vocabulary, f"{flag} {folder}", known, what)
         known, what = (vocabulary, f"{flag} {folder}") if known is None else (known, what)
-    named = trained.contents.get(SOURCES) if trained else None
-    sources = sources_of(training) if training else set(map(str, named)) if isinstance(named, list) else set()
-    of_training = held_from_training(held_out, sources) if sources else None
+    named = trained.contents.get(TEXTS) if trained else None
+    texts = texts_of(training) if training else set(map(str, named)) if isinstance(named, list) else set()
+    of_training = held_from_training(held_out, texts) if texts else None
     if of_training:
         print(f"warning: --eval_dir {args.eval_dir}: {of_training.name} is, or was made from, what the model was "
               "trained on: its figures are not those of held-out text", file=sys.stderr)

@@ -62,7 +62,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
     from checkpoint.resume import PHASE1_STEPS, Phase, find_resume_point, last_step_of_phase1
     from checkpoint.state import TrainingState
     from data.dataloader import BatchStream
-    from data.origin import known_sources
+    from data.origin import known_texts
     from data.vocabulary import check_size
     from devices.device import select_device
     from devices.precision import Precision
@@ -132,7 +132,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
                          mixture=training_set.mixture, skip_bad_shards=args.skip_bad_shards, warn=ranks.warn)
     state = TrainingState(model=model, optimizer=optimizer, stream=stream, precision=precision,
                           token_counts=torch.from_numpy(token_counts), vocabulary=vocabulary,
-                          sources=known_sources(shards), init_checkpoint=resume_point.init_checkpoint,
+                          texts=known_texts(shards), init_checkpoint=resume_point.init_checkpoint,
                           early_stopping=EarlyStopping(args.early_stopping) if args.early_stopping else None)
     resume_point.restore(state)
     device.synchronize()  # keeps copying the weights out of the first step's graph

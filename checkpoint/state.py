@@ -8,7 +8,7 @@ from checkpoint import optimizer_shards, reference
 from checkpoint.load import load_master_weights, load_model, load_optimizer
 from common.errors import UserError, dictionary, whole_number
 from data.dataloader import BatchStream
-from data.origin import SOURCES
+from data.origin import TEXTS
 from data.token_counts import TOKEN_COUNTS
 from data.vocabulary import VOCABULARY, Vocabulary
 from modeling import BertForPreTraining
@@ -35,7 +35,7 @@ class TrainingState:
                     predicted without context
         early_stopping   the lowest held-out loss so far, where --early_stopping is given
         vocabulary  that of the training set, with its tokens where the shards carry them: data.vocabulary.Vocabulary
-        sources     what the training shards were made from, as far as they say it (data/origin.py)
+        texts       what the training shards were made from, as far as they say it (data/origin.py)
         init_checkpoint   --init_checkpoint of the run's first start, or None
         step, phase the step of the phase, and 1 or 2
         phase_steps the steps that the phase is to have, --max_steps
@@ -55,7 +55,7 @@ class TrainingState:
     precision: object  # devices.precision.Precision
     token_counts: torch.Tensor  # (vocab_size,) int64, on the host
     vocabulary: Vocabulary | None = None
-    sources: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     init_checkpoint: str | None = None
     early_stopping: object = None  # training.early_stopping.EarlyStopping, or None
 
@@ -72,7 +72,7 @@ class TrainingState:
                 "skipped": skip_counts(self.optimizer), "scaler": self.precision.state_dict(),
                 "data": self.stream.state_dict(batches_ahead), TOKEN_COUNTS: self.token_counts,
                 VOCABULARY: self.vocabulary.to_dict() if self.vocabulary else {},
-                SOURCES: self.sources, INIT_CHECKPOINT: self.init_checkpoint,
+                TEXTS: self.texts, INIT_CHECKPOINT: self.init_checkpoint,
                 **({"early_stopping": self.early_stopping.state_dict()} if self.early_stopping else {})}
 
     def load_state_dict(self, contents: dict, path) -> None:

@@ -4,7 +4,7 @@ It stands in attributes of every shard's file, packed or not, so that it goes wh
 
     vocabulary_sha256, vocabulary_size, vocabulary_lower_case   the identity of the vocabulary
     vocabulary_lines   its tokens, each with a line feed behind it, in UTF-8, compressed by zlib
-    sources            names of what the samples were made from, separated by blanks: see source_of_text, source_of
+    texts              names of what the samples were made from, separated by blanks: see text_name, content_name
 
 Shards of other programs, and of earlier versions, do not have it.
 """
@@ -24,8 +24,8 @@ from data.vocabulary import VOCABULARY, Vocabulary, check_size
 
 PREFIX = f"{VOCABULARY}_"
 LINES = f"{PREFIX}lines"
-SOURCES = "sources"
-SOURCE_DIGITS = 16
+TEXTS = "texts"
+NAME_DIGITS = 16
 HASHED_BYTES = 1 << 16  # of each end of a file
 READ_BYTES = 1 << 20  # of a text, at a time
 MOST_IN_ATTRIBUTE = 60_000  # bytes: HDF5 allows 64 KiB with what describes them
@@ -34,14 +34,14 @@ MOST_BYTES = 1 << 26  # of the tokens: a few bytes can decompress to any number
 
 @dataclass(frozen=True)
 class Origin:
-    """The vocabulary and the sources of a shard or, merged, of a set."""
+    """The vocabulary and the texts of a shard or, merged, of a set."""
 
     vocabulary: Vocabulary | None = None
-    sources: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
     @classmethod
     def of_texts(cls, vocabulary: Vocabulary, texts) -> "Origin":
-        return cls(vocabulary, tuple(filter(None, map(source_of_text, texts))))
+        return cls(vocabulary, tuple(filter(None, map(text_name, texts))))
 
     def write(self, attributes: h5py.AttributeManager) -> None:
         if self.vocabulary:
@@ -51,20 +51,20 @@ class Origin:
                                for key, value in values.items()})
             if lines is not None:
                 write_bytes(attributes, LINES, zlib.compress(lines.encode()))
-        if self.sources:
-            write_bytes(attributes, SOURCES, " ".join(self.sources).encode())
+        if self.texts:
+            write_bytes(attributes, TEXTS, " ".join(self.texts).encode())
 
     @classmethod
     def read(cls, attributes: h5py.AttributeManager, what, with_lines: bool = False) -> "Origin":
         """UserError, with `what`, where an attribute is malformed, and what h5py raises."""
-        sources = tuple(read_bytes(attributes, SOURCES).decode("ascii", "replace").split())
+        texts = tuple(read_bytes(attributes, TEXTS).decode("ascii", "replace").split())
         values = {key: plain(attributes[f"{PREFIX}{key}"]) for key in ("sha256", "size", "lower_case")
                   if f"{PREFIX}{key}" in attributes}
         if "sha256" not in values:
-            return cls(None, sources)
+            return cls(None, texts)
         if with_lines and LINES in attributes:
             values["lines"] = read_lines(read_bytes(attributes, LINES), f"{what}: {LINES}")
-        return cls(Vocabulary.from_dict(values, f"{what}: {VOCABULARY}"), sources)
+        return cls(Vocabulary.from_dict(values, f"{what}: {VOCABULARY}"), texts)
 
 
 UNKNOWN = Origin()
@@ -99,7 +99,7 @@ def read_lines(packed: bytes, what: str) -> str:
         raise UserError(f"{what}: not the tokens of a vocabulary ({error})") from None
 
 
-def source_of_text(path) -> str | None:
+def text_name(path) -> str | None:
     """A name for a text, whatever its path and encoding; None where there is none, or it can be read only once."""
     digest, empty = hashlib.sha256(), hashlib.sha256().digest()
     if not Path(path).is_file():
@@ -110,10 +110,10 @@ def source_of_text(path) -> str | None:
                 digest.update("".join(f"{line}\n" for line in map(str.strip, lines) if line).encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return None if digest.digest() == empty else digest.hexdigest()[:SOURCE_DIGITS]
+    return None if digest.digest() == empty else digest.hexdigest()[:NAME_DIGITS]
 
 
-def source_of(path) -> str:
+def content_name(path) -> str:
     """A name for a file, whatever its path: from its size and both its ends."""
     try:
         with open(path, "rb") as file:
@@ -123,22 +123,22 @@ def source_of(path) -> str:
             digest.update(file.read())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()[:SOURCE_DIGITS]
+    return digest.hexdigest()[:NAME_DIGITS]
 
 
-def known_sources(shards) -> list[str]:
+def known_texts(shards) -> list[str]:
     """What the shards say that they were made from."""
-    return sorted({source for shard in shards for source in shard.origin.sources})
+    return sorted({text for shard in shards for text in shard.origin.texts})
 
 
-def sources_of(shards) -> set[str]:
+def texts_of(shards) -> set[str]:
     """What a set was made from; a shard that does not say it stands for itself."""
-    return {source for shard in shards for source in shard.origin.sources or (source_of(shard.path),)}
+    return {text for shard in shards for text in shard.origin.texts or (content_name(shard.path),)}
 
 
 def held_from_training(held_out, trained: set[str]) -> Path | None:
-    """The first held-out shard that is, or was made from, one of the sources that were trained on; None without one."""
-    return next((shard.path for shard in held_out if not trained.isdisjoint(sources_of([shard]))), None)
+    """The first held-out shard that is, or was made from, one of the texts that were trained on; None without one."""
+    return next((shard.path for shard in held_out if not trained.isdisjoint(texts_of([shard]))), None)
 
 
 def vocabulary_of(shards):

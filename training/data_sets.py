@@ -8,7 +8,7 @@ import numpy as np
 from common.errors import UserError
 from data.dataloader import average_sequences_per_row, check_first_rows
 from data.mixture import Mixture, Source, parse_sources
-from data.origin import check_vocabulary, held_from_training, sources_of, vocabulary_of
+from data.origin import check_vocabulary, held_from_training, texts_of, vocabulary_of
 from data.packed_totals import difference_from_metadata
 from data.shards import Shard, find_readable_shards, find_shards, read_origin
 from data.token_counts import stored_counts
@@ -158,7 +158,7 @@ def held_out_shards(args, config: BertConfig, training: list[Shard], vocabulary:
     check_length(f"{found[0].path}: the row length", found[0].sequence_length, config)
     check_same_vocabulary(check_vocabulary(found, config.vocab_size), f"--eval_dir {args.eval_dir}", vocabulary,
                           f"--input_dir {args.input_dir}")
-    trained = held_from_training(found, sources_of(training))
+    trained = held_from_training(found, texts_of(training))
     if trained:
         raise UserError(f"--eval_dir {args.eval_dir}: {trained.name} is, or was made from, what --input_dir "
                         f"{args.input_dir} trains on: hold out other text (evaluate.py gives the loss on this)")

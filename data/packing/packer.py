@@ -13,7 +13,7 @@ import numpy as np
 from common.errors import UserError
 from common.locks import folder_lock
 from data.masking import MOST_SEQUENCES
-from data.origin import Origin, sources_of, vocabulary_of
+from data.origin import Origin, texts_of, vocabulary_of
 from data.packing import plot
 from data.packing.assignment import RowAssignment
 from data.packing.blocks import Block, blocks_of, with_progress
@@ -103,9 +103,9 @@ def find_unpacked(options: PackingOptions) -> list[Shard]:
 
 
 def merged_origin(shards: list[Shard]) -> Origin:
-    """The vocabulary and the sources of all shards together."""
+    """The vocabulary and the texts of all shards together."""
     _, shard = vocabulary_of(shards)
-    return Origin(shard and read_origin(shard.path).vocabulary, tuple(sorted(sources_of(shards))))
+    return Origin(shard and read_origin(shard.path).vocabulary, tuple(sorted(texts_of(shards))))
 
 
 def check_predictions_fit(options: PackingOptions, surveys: list[Survey]) -> None:

@@ -54,7 +54,7 @@ def without_origin(folder) -> None:
     """Make the shards of a folder those of an earlier version, or of another program."""
     for path in folder.glob("*.hdf5"):
         with h5py.File(path, "a") as file:
-            for key in [key for key in file.attrs if key.startswith("vocabulary_")] + ["sources"]:
+            for key in [key for key in file.attrs if key.startswith("vocabulary_")] + ["texts"]:
                 del file.attrs[key]
 
 
@@ -241,7 +241,7 @@ def test_test_shards_are_packed_for_evaluation_alone(workspace, capsys):
     pack("held_out", "packed_test", "--split=test")
     origins = [read_origin(next((workspace / folder).glob("*.hdf5"))) for folder in ("packed", "packed_test")]
     assert [origin.vocabulary.tokens for origin in origins] == [TOKENS, TOKENS]
-    assert [len(origin.sources) for origin in origins] == [2, 2] and not {*origins[0].sources} & {*origins[1].sources}
+    assert [len(origin.texts) for origin in origins] == [2, 2] and not {*origins[0].texts} & {*origins[1].texts}
     assert pytorch_packed_data_checker.main(["--input_dir=packed_test", "--unpacked_dir=held_out",
                                              "--n_processes=1"]) == 0
     train(input_dir="packed", eval_dir="packed_test", output_dir="new", json_summary="new/log.json", max_steps=1)
