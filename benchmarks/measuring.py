@@ -3,8 +3,10 @@
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +24,18 @@ def alternate(functions: dict, repeats: int, warm_up: int = 1) -> dict[str, list
             if repeat >= warm_up:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+@contextmanager
+def busy_processes(count: int):
+    """A block beside which so many processes each want a whole core."""
+    children = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

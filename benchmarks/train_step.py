@@ -5,12 +5,12 @@ matrix-product peak that ours reaches, counting only the FLOPs that the task nee
 attention implementations, as it is and compiled; where rows hold several sequences, it takes each row for one, which
 is less work than to keep them apart.
 
-    python benchmarks/train_step.py [--model mini|base|base_packed] [--rivals …] [--profile] [--json]
+With --beside N all are timed again beside N busy processes: how much slower does each get?
+
+    python benchmarks/train_step.py [--model mini|base|base_packed] [--rivals …] [--beside N] [--profile] [--json]
 """
 
-
-
-from measuring import alternate, machine, report, spread  # puts the repository's root on the path
+from measuring import alternate, busy_processes, machine, report, spread  # puts the repository's root on the path
 
 # isort: split
 from common import cli
@@ -32,6 +32,7 @@ def main(argv=None) -> None:
                         help="transformers' attention implementations, as they are or through torch.compile")
     parser.add_argument("--repeats", type=cli.positive_int, default=7, help="timed repeats of each")
     parser.add_argument("--threads", type=cli.positive_int, default=2, help="CPU threads")
+    parser.add_argument("--beside", type=cli.positive_int, metavar="N", help="time all again beside N busy processes")
     parser.add_argument("--profile", action="store_true", help="only say where the time of our step goes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
@@ -54,6 +55,10 @@ def main(argv=None) -> None:
     steps = {"ours": ours_step(ours, batch), **rival_steps(ours, batch, args.rivals)}
     seconds = {name: spread(values) for name, values in alternate(steps, args.repeats).items()}
     figures |= compare(ours.config, batch, seconds)
+    if args.beside:
+        with busy_processes(args.beside):
+            busy = {name: spread(values) for name, values in alternate(steps, args.repeats).items()}
+        figures["beside"] = compare_slowdowns(args.beside, figures["best_rival"], seconds, busy)
     report(figures, args.json, lines(args, figures))
 
 
@@ -68,13 +73,26 @@ def compare(config, batch: dict, seconds: dict) -> dict:
             "fraction_of_peak": flops / ours / peak}
 
 
+def compare_slowdowns(count: int, rival: str, quiet: dict, busy: dict) -> dict:
+    """How much longer a step takes beside busy processes, and ours against that of the best of transformers."""
+    slowdowns = {name: busy[name]["median"] / quiet[name]["median"] for name in quiet}
+    return {"processes": count, "seconds": busy, "slowdowns": slowdowns,
+            "slowdown_ratio": slowdowns["ours"] / slowdowns[rival]}
+
+
 def lines(args, figures: dict) -> list[str]:
+    beside = figures.get("beside")
+    busy = [] if beside is None else [
+        f"beside {beside['processes']} busy processes",
+        *(f"  {name:28s}{found['median']:.3f} s ({found['min']:.3f} to {found['max']:.3f}), "
+          f"{beside['slowdowns'][name]:.2f} times as long" for name, found in beside["seconds"].items()),
+        f"  our slowdown is {beside['slowdown_ratio']:.2f} of that of {figures['best_rival']}"]
     return [f"BERT-{args.model}, {figures['batch']} tokens, forward + backward, fp32, {args.threads} threads",
             *(f"  {name:28s}{found['median']:.3f} s ({found['min']:.3f} to {found['max']:.3f})"
               for name, found in figures["seconds"].items()),
             f"  {figures['ratio_vs_transformers']:.2f} times as fast as {figures['best_rival']}, "
             f"{figures['fraction_of_peak']:.0%} of the peak of {figures['peak_gflops']:.0f} GFLOP/s, "
-            f"{figures['sequences_per_second']:.1f} sequences/s"]
+            f"{figures['sequences_per_second']:.1f} sequences/s", *busy]
 
 
 def our_model(layers: int, hidden: int, heads: int):
