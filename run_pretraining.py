@@ -84,7 +84,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
 
     config = BertConfig.from_json_file(args.config_file)
     shards, token_counts = training_shards(args, config, reader, ranks.warn)
-    held_out = held_out_shards(args, config, reader)
+    held_out = held_out_shards(args, config, reader, shards[0].objective)
     plan = BatchPlan.from_flags(args, average_sequences_per_row(shards, reader, args.skip_bad_shards))
     if args.phase1_end_step is None:
         args.phase1_end_step = last_step_of_phase1(args.output_dir, ranks.warn) if args.phase2 else PHASE1_STEPS
@@ -102,6 +102,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
     attention_name, layers_description = ranks.gather(attention.choose(device, config, request))[0]
     model = BertForPreTraining(config, attention_name, args.checkpoint_activations, precision.autocast,
                                precision.casts_off, args.mlm_loss_chunk)
+    model = model if shards[0].objective.nsp else model.without_nsp()
     model.to_device(device.torch_device).train()
     compiled, compile_description = (
         compile_training(device, model, cuda_graphs=args.cuda_graphs, compiled_autograd=not args.no_compiled_autograd)
@@ -177,6 +178,8 @@ def training_shards(args, config, reader, warn) -> tuple:
             warn(f"skipped from the start: {fault}")
     else:
         found = find_shards(args.input_dir, reader=reader)
+    if args.whole_word_mask:
+        found = [shard.with_whole_words_masked() for shard in found]
     first = found[0]
     if first.sequence_length != args.max_seq_length:
         raise UserError(f"{first.path}: its rows have {first.sequence_length} tokens, "
@@ -206,12 +209,16 @@ def training_shards(args, config, reader, warn) -> tuple:
     return found, counts
 
 
-def held_out_shards(args, config, reader) -> list | None:
+def held_out_shards(args, config, reader, objective) -> list | None:
     from data.shards import find_shards
 
     if not args.eval_dir:
         return None
     found = find_shards(args.eval_dir, "test", "--eval_dir", reader)
+    if found[0].objective.nsp != objective.nsp:
+        without = ("--eval_dir", "--input_dir") if objective.nsp else ("--input_dir", "--eval_dir")
+        raise UserError(f"the shards of {without[0]} {getattr(args, without[0][2:])} were made with --no_nsp, those of "
+                        f"{without[1]} {getattr(args, without[1][2:])} were not")
     check_length(f"{found[0].path}: the row length", found[0].sequence_length, config)
     return found
 
@@ -224,12 +231,13 @@ def check_length(what: str, length: int, config) -> None:
 def header_lines(args, device, precision, pieces, model, plan, resume_point) -> list[str]:
     """Lines for the console: model, data, batch and first step."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    form = "packed" if pieces[0].packed else "unpacked"
+    form, objective = "packed" if pieces[0].packed else "unpacked", pieces[0].objective.description
     shards = len({piece.path for piece in pieces})
     return [
         f"{args.bert_model}: {parameters / 1e6:.1f} million parameters on {device.describe()}, {precision.describe()}",
         f"data: {sum(piece.rows for piece in pieces)} {form} rows of {args.max_seq_length} tokens in "
-        f"{shards} shards of {args.input_dir}" + (f", read in {len(pieces)} pieces" if len(pieces) > shards else ""),
+        f"{shards} shards of {args.input_dir}" + (f", read in {len(pieces)} pieces" if len(pieces) > shards else "")
+        + objective,
         plan.describe(),
         f"phase {2 if args.phase2 else 1}, from step {resume_point.step} of {args.max_steps}"
         + (f", from {resume_point.path}" if resume_point.path else ""),

@@ -9,14 +9,25 @@ from common.download import local_file
 from common.errors import UserError, whole_number
 from optim.build import local_optimizer
 
+NSP_PARTS = ("bert.pooler.", "cls.seq_relationship.")
 FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # of training only
 
 
 def load_weights(model, path) -> dict:
-    """Load the weights of a checkpoint (path, URL or Hugging Face model folder); returns its contents."""
+    """Load the weights of a checkpoint (path, URL or Hugging Face model folder); returns its contents.
+
+    Where it has no next-sentence head, the model loses its own.
+    """
     contents = read_checkpoint(local_file(path))
+    if not holds_nsp(contents):
+        model.without_nsp()
     load_model(model, contents, path)
     return contents
+
+
+def holds_nsp(contents: dict) -> bool:
+    """Whether a checkpoint has weights of the next-sentence head or its pooler: those of --no_nsp have neither."""
+    return any(part in str(name) for name in contents["model"] for part in NSP_PARTS)
 
 
 def load_model(model, contents: dict, path) -> None:

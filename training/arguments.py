@@ -81,6 +81,8 @@ def add_files(parser) -> None:
     add("--bert_model", default="bert-large-uncased", help="name in the log and the model card")
     add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL) or Hugging Face "
         "model folder; with --resume_from_checkpoint also its optimizer moments")
+    add("--whole_word_mask", action="store_true", help="for rows without masks (--dynamic_masking): mask whole words, "
+        "a token and the ## pieces that follow it; needless where the rows were made with the flag of that name")
     add("--seed", type=whole, default=42, help="random seed for weights, row order and dropout")
 
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -35,7 +35,7 @@ class PackingOptions:
     input_dir: str
     output_dir: str
     max_sequence_length: int
-    max_predictions_per_sequence: int
+    max_predictions_per_sequence: int | None  # becomes that of the input
     max_sequences_per_pack: int
     packing_method: str
     seed: int
@@ -61,6 +61,8 @@ def pack(options: PackingOptions) -> dict:
 def pack_into(output_dir: Path, options: PackingOptions) -> dict:
     check_contents(output_dir, options.overwrite)
     shards = find_unpacked(options)
+    if options.max_predictions_per_sequence is None:
+        options = replace(options, max_predictions_per_sequence=shards[0].prediction_slots)
     blocks = blocks_of(shards)
     with open_pool(options.n_processes) as pool:
         run = partial(with_progress, pool, not options.disable_progress_bar)
@@ -77,7 +79,7 @@ def pack_into(output_dir: Path, options: PackingOptions) -> dict:
         with staged(output_dir) as folder:
             layout = Layout(row_count=recipe.row_count, row_length=options.max_sequence_length,
                             max_sequences=options.max_sequences_per_pack, prediction_slots=options.prediction_slots,
-                            folder=folder, rule=shards[0].rule)
+                            folder=folder, rule=shards[0].rule, objective=shards[0].objective)
             counts = write_rows(run, blocks, surveys, RowAssignment(recipe, histogram, options.seed), layout)
             publish(folder, output_dir, metadata | {TOKEN_COUNTS: as_text(counts)})
     if options.plot:

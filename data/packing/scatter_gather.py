@@ -17,7 +17,7 @@ from common.errors import UserError
 from data.masking import MaskingRule, ranges
 from data.packing.assignment import RowAssignment, ranks_within
 from data.packing.blocks import Block
-from data.shards import MASK_KEYS, write_shard
+from data.shards import LABELS, MASK_KEYS, Objective, write_shard
 from data.token_counts import count_tokens
 
 TOKENS_PER_PART = 2**23  # padding included: 16,384 rows of 512
@@ -87,6 +87,7 @@ class Layout:
     prediction_slots: int  # in a row
     folder: Path
     rule: MaskingRule | None  # of shards without masks
+    objective: Objective
 
     @property
     def rows_per_part(self) -> int:
@@ -151,7 +152,7 @@ def records_of(rows: dict, lengths, output_rows, slots) -> tuple[np.ndarray, np.
     sequences["slot"] = slots
     sequences["length"] = lengths
     sequences["predictions"] = np.count_nonzero(is_prediction, axis=1)
-    sequences["label"] = rows["next_sentence_labels"]
+    sequences["label"] = rows.get(LABELS, 0)
     return sequences, tokens, predictions
 
 
@@ -162,7 +163,7 @@ def gather(part: int, block_count: int, layout: Layout, path: Path) -> tuple[int
     pieces = [read_piece(block_number, part, layout) for block_number in range(block_count)]
     sequences, tokens, predictions = (np.concatenate(records) for records in zip(*pieces, strict=True))
     rows = packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part))
-    write_shard(path, rows, layout.rule, layout.prediction_slots)
+    write_shard(path, rows, layout.rule, layout.prediction_slots, layout.objective)
     return len(sequences), count_tokens(rows)
 
 
