@@ -1,12 +1,14 @@
 """Make an HDF5 shard of training samples from a text shard (one sentence a line, a blank line between documents).
 
     python3 create_pretraining_data.py --input_file shard.txt --output_file shard.hdf5 --vocab_file vocab.txt \\
-        --max_seq_length 128 --max_predictions_per_seq 20
+        --max_seq_length 128
 
 The procedure is that of Devlin et al. 2018.  A document is cut into pairs of segments; half the pairs get a random
 second segment from another document (next_sentence_label 1).  15 % of the tokens are to be predicted: 80 % of these
 become [MASK], 10 % a random word, and 10 % stay unchanged.  Each of --dupe_factor passes over the text gives different
 pairs and masks.  With --dynamic_masking, samples are stored without masks, and training draws new ones in every epoch.
+With --whole_word_mask all pieces of a word are predicted or none; with --no_nsp there is no second segment: a sample
+holds full sentences.
 data/bertPrep.py --action create_hdf5_files does this for all shards of a data set.
 """
 
@@ -38,6 +40,8 @@ def main(argv=None) -> None:
     options = cli.options_from(args, SampleOptions)
     for line in other_defaults(sys.argv[1:] if argv is None else argv, options):
         print(line)
+    if limit := options.limit_warning():
+        print(f"warning: {limit}")
     first, *others = named_files(args.input_file, "*.txt", "--input_file")
     tokens = load_vocabulary(local_file(args.vocab_file))
     check_case(tokens, options.do_lower_case, f"--vocab_file {args.vocab_file}")

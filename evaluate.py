@@ -24,7 +24,6 @@ def print_figures(args) -> int:
     """Evaluate and print; returns the exit code."""
     import torch
 
-    from checkpoint.load import load_model
     from checkpoint.trained_model import open_trained_model
     from devices.device import select_device
     from modeling import BertConfig, BertForPreTraining
@@ -39,7 +38,7 @@ def print_figures(args) -> int:
     torch.manual_seed(args.seed)
     model = BertForPreTraining(config, device.attentions[-1])
     if trained:
-        load_model(model, trained.contents, trained.path)
+        trained.load_into(model)
     model.to_device(device.torch_device)
     evaluator = Evaluator(shards=held_out, batch_size=args.batch_size, device=device, ranks=SingleRank(RankInfo()),
                           token_counts=training_counts(training, trained, config.vocab_size))

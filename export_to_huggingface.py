@@ -3,8 +3,9 @@
     python3 export_to_huggingface.py --checkpoint results/checkpoints --output_dir exported \\
         --log results/phase1.json results/phase2.json
 
-Then, in Python: transformers.BertForPreTraining.from_pretrained("exported").  run_pretraining.py takes
-such a folder as its --init_checkpoint.  The export itself does not need transformers.
+Then, in Python: transformers.BertForPreTraining.from_pretrained("exported"), or BertForMaskedLM where the training
+data was made with --no_nsp.  run_pretraining.py takes such a folder as its --init_checkpoint.  The export itself does
+not need transformers.
 """
 
 from pathlib import Path
@@ -34,7 +35,6 @@ def main(argv=None) -> None:
 def export(args) -> None:
     gaudi_environment.load_software(use_habana=False)
     from checkpoint import huggingface
-    from checkpoint.load import load_model
     from checkpoint.trained_model import open_trained_model
     from modeling import BertForPreTraining
 
@@ -42,13 +42,13 @@ def export(args) -> None:
     config, vocabulary = trained.config, trained.full_vocabulary(args.vocab_file, args.do_lower_case)
     phases = [phase for log in args.log for phase in logged_phases(log)]
     model = BertForPreTraining(config)
-    load_model(model, trained.contents, trained.path)
+    trained.load_into(model)
     name = args.model_name or f"BERT with {config.num_hidden_layers} layers of {config.hidden_size}"
     card = model_card(trained, name, model, vocabulary, phases)
     huggingface.write_folder(args.output_dir, model, vocabulary.tokens, vocabulary.lower_case, card,
                              not args.skip_variants)
     print(f"{args.output_dir}: {name} from {trained.path}; "
-          f"load it with transformers.BertForPreTraining.from_pretrained({args.output_dir!r})")
+          f"load it with transformers.{huggingface.class_name(model)}.from_pretrained({args.output_dir!r})")
 
 
 def parse_arguments(argv):
@@ -110,7 +110,8 @@ def model_card(trained, name: str, model, vocabulary, phases: list[dict]) -> str
     named = (trained.contents.get(INIT_CHECKPOINT), *(phase.get("init_checkpoint") for phase in phases))
     initial = next((name for name in named if name and isinstance(name, str)), None)
     added = config.padded_vocab_size - config.vocab_size
-    return CARD.format(name=name, architecture=markdown_table(architecture), training="\n\n".join(tables),
+    return CARD.format(name=name, architecture=markdown_table(architecture),
+                       **(WITH_NSP if model.has_nsp else WITHOUT_NSP), training="\n\n".join(tables),
                        initial=f", starting from the weights of {initial}" if initial else "",
                        padding=PADDING.format(added=added, padded=config.padded_vocab_size) if added else "")
 
@@ -124,12 +125,12 @@ def markdown_table(values: dict) -> str:
 CARD = """---
 library_name: transformers
 pipeline_tag: fill-mask
-tags: [bert, masked-lm, next-sentence-prediction]
+tags: [{tags}]
 ---
 
 # {name}
 
-BERT (Devlin et al., 2018), pre-trained on masked language modelling and next sentence prediction{initial}.
+BERT (Devlin et al., 2018), pre-trained on {tasks}{initial}.{without}
 
 {architecture}
 
@@ -138,17 +139,31 @@ BERT (Devlin et al., 2018), pre-trained on masked language modelling and next se
 ## Loading
 
 ```python
-from transformers import AutoTokenizer, BertForMaskedLM, BertForPreTraining, BertModel
-
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = BertForPreTraining.from_pretrained(folder)                    # all weights
-model = BertForMaskedLM.from_pretrained(folder, variant="masked_lm")  # without the next-sentence head
-model = BertModel.from_pretrained(folder, variant="encoder")          # without heads
+{loading}
 ```
 
 The variants hold the weights of model.safetensors that the class uses; without `variant` transformers 5 lists the
 unused ones.  For any other class (`AutoModelForSequenceClassification`, …) name the folder alone.
 {padding}"""
+
+WITH_NSP = {
+    "tags": "bert, masked-lm, next-sentence-prediction",
+    "tasks": "masked language modelling and next sentence prediction", "without": "",
+    "loading": """from transformers import AutoTokenizer, BertForMaskedLM, BertForPreTraining, BertModel
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = BertForPreTraining.from_pretrained(folder)                    # all weights
+model = BertForMaskedLM.from_pretrained(folder, variant="masked_lm")  # without the next-sentence head
+model = BertModel.from_pretrained(folder, variant="encoder")          # without heads"""}
+
+WITHOUT_NSP = {
+    "tags": "bert, masked-lm",
+    "tasks": "masked language modelling alone", "without": "  It has no next-sentence head and no pooler.",
+    "loading": """from transformers import AutoTokenizer, BertForMaskedLM, BertModel
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = BertForMaskedLM.from_pretrained(folder)                                        # all weights
+model = BertModel.from_pretrained(folder, variant="encoder", add_pooling_layer=False)  # without the head"""}
 
 PADDING = """
 In training the vocabulary was padded to {padded} entries.  The {added} added entries stand for no token and are not in

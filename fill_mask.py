@@ -27,14 +27,13 @@ def main(argv=None) -> None:
     args = parse_arguments(argv)
     gaudi_environment.load_software(use_habana=False)
     from checkpoint.huggingface import tokenizer_of
-    from checkpoint.load import load_model
     from checkpoint.trained_model import open_trained_model
     from modeling import BertForPreTraining
 
     trained = open_trained_model(args.checkpoint, args.config_file)
     vocabulary = trained.full_vocabulary(args.vocab_file, args.do_lower_case)
     model = BertForPreTraining(trained.config).eval()
-    load_model(model, trained.contents, trained.path)
+    trained.load_into(model)
     counts = usable_counts(trained.contents.get(TOKEN_COUNTS), trained.config.vocab_size)
     predictor = MaskPredictor(model, tokenizer_of(vocabulary.tokens, vocabulary.lower_case), args.top, counts)
     examples = []

@@ -298,10 +298,13 @@ class BertModel(nn.Module):
         self.pooler = DenseActivation(config.hidden_size, config.hidden_size, nn.Tanh)
 
     def forward(self, input_ids, input_mask, segment_ids, positions, next_sentence_positions):
-        """All inputs (B, S), next_sentence_positions (B, C) → hidden states (B, S, D), pooled [CLS] (B, C, D)."""
+        """All inputs (B, S), next_sentence_positions (B, C) → hidden states (B, S, D), pooled [CLS] (B, C, D) or, where
+        there is no pooler, None.
+        """
         hidden = self.embeddings(input_ids, segment_ids, positions)
         hidden = self.encoder(hidden, self.attention.mask(input_mask, slots=next_sentence_positions.shape[1]))
-        return hidden, self.pooler(gather_positions(hidden, next_sentence_positions))
+        pooled = None if self.pooler is None else self.pooler(gather_positions(hidden, next_sentence_positions))
+        return hidden, pooled
 
 
 class MaskedLMHead(nn.Module):
@@ -333,7 +336,7 @@ class PreTrainingHeads(nn.Module):
 
 
 class BertForPreTraining(nn.Module):
-    """BERT with the masked-LM and the next-sentence head.
+    """BERT with the masked-LM and the next-sentence head; after without_nsp(), with the former alone.
 
     `attention_name` is one of ops.attention.ATTENTIONS.  `checkpoint_activations` recomputes each layer in the backward
     pass, under `autocast()`, which takes less memory and more time.  The losses are computed under `casts_off()`, the
@@ -366,24 +369,39 @@ class BertForPreTraining(nn.Module):
         self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
         return self
 
-    def logits(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def without_nsp(self) -> "BertForPreTraining":
+        """Take away the next-sentence head, and the pooler that only it trains: for data made with --no_nsp."""
+        self.bert.pooler = self.cls.seq_relationship = None
+        return self
+
+    @property
+    def has_nsp(self) -> bool:
+        return self.cls.seq_relationship is not None
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses that forward() returns."""
+        return ("loss", "mlm_loss", "nsp_loss") if self.has_nsp else ("loss", "mlm_loss")
+
+    def logits(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A batch in the packed form of shards.SCHEMA → logits of the masked slots (B, P, V) and of NSP (B, C, 2)."""
         masked, nsp_logits = self.encode(batch)
         return self.cls.predictions(masked), nsp_logits
 
-    def encode(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch → hidden states of the masked slots (B, P, D), NSP logits (B, C, 2)."""
+    def encode(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A batch → hidden states of the masked slots (B, P, D), NSP logits (B, C, 2), or None without that head."""
         hidden, pooled = self.bert(batch["input_ids"], batch["input_mask"], batch["segment_ids"], batch["positions"],
                                    batch["next_sentence_positions"])
-        return gather_positions(hidden, batch["masked_lm_positions"]), self.cls.seq_relationship(pooled)
+        nsp_logits = self.cls.seq_relationship(pooled) if self.has_nsp else None
+        return gather_positions(hidden, batch["masked_lm_positions"]), nsp_logits
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
-        """The losses of a batch as fp32 scalars: loss = mlm_loss + nsp_loss."""
+        """The losses of a batch as fp32 scalars: loss = mlm_loss + nsp_loss, or mlm_loss alone without that head."""
         masked, nsp_logits = self.encode(batch)
         if self.use_kernels or self.loss_chunk:
             mlm_loss = self.mlm_loss_without_logits(masked, mlm_labels(batch))
             with self.casts_off():
-                return summed(mlm_loss, mean_cross_entropy(nsp_logits, nsp_labels(batch)))
+                return with_nsp_loss(mlm_loss, nsp_logits, batch)
         mlm_logits = self.cls.predictions(masked)
         with self.casts_off():
             return losses(mlm_logits, nsp_logits, batch)
@@ -423,7 +441,14 @@ def nsp_labels(batch: dict) -> torch.Tensor:
 
 def losses(mlm_logits, nsp_logits, batch: dict) -> dict[str, torch.Tensor]:
     """Mean cross entropy over the masked tokens, and over the sequences, and their sum, in fp32."""
-    return summed(mean_cross_entropy(mlm_logits, mlm_labels(batch)), mean_cross_entropy(nsp_logits, nsp_labels(batch)))
+    return with_nsp_loss(mean_cross_entropy(mlm_logits, mlm_labels(batch)), nsp_logits, batch)
+
+
+def with_nsp_loss(mlm_loss, nsp_logits, batch: dict) -> dict[str, torch.Tensor]:
+    """The losses of a batch; without NSP logits, that of the masked tokens alone."""
+    if nsp_logits is None:
+        return {"loss": mlm_loss, "mlm_loss": mlm_loss}
+    return summed(mlm_loss, mean_cross_entropy(nsp_logits, nsp_labels(batch)))
 
 
 def summed(mlm_loss, nsp_loss) -> dict[str, torch.Tensor]:

@@ -26,9 +26,9 @@ def parse_options(argv) -> PackingOptions:
                         help="folder for the packed shards; NAME_metadata.json is written beside it")
     parser.add_argument("--max_sequence_length", type=cli.positive_int, required=True,
                         help="tokens in a row, packed or not")
-    parser.add_argument("--max_predictions_per_sequence", type=cli.positive_int, required=True,
+    parser.add_argument("--max_predictions_per_sequence", type=cli.positive_int,
                         help="a packed row has room for this many masked tokens plus "
-                             "--max_sequences_per_pack")
+                             "--max_sequences_per_pack (default: as many as a row of the input has)")
     parser.add_argument("--max_sequences_per_pack", type=cli.positive_int, default=3,
                         help="maximum number of sequences in a row")
     parser.add_argument("--packing_method", choices=METHODS, default=next(iter(METHODS)),

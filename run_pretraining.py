@@ -99,7 +99,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
     training_set = find_training_set(args, reader, ranks.warn)
     shards = training_set.shards
     vocabulary = training_vocabulary(args.input_dir, shards, resume_point, reader)
-    resume_point = resume_point.with_words_of(vocabulary, ranks.warn)
+    resume_point = resume_point.with_words_of(vocabulary, ranks.warn).for_objective(shards[0].objective.nsp)
     config = model_config(args.config_file, resume_point, vocabulary)
     token_counts = training_token_counts(args, config, training_set, reader, ranks.warn)
     if vocabulary:  # where the shards do not say it, the checkpoint's
@@ -117,6 +117,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
     attention_name, layers_description = ranks.gather(attention.choose(device, config, request))[0]
     model = BertForPreTraining(config, attention_name, args.checkpoint_activations, precision.autocast,
                                precision.casts_off, args.mlm_loss_chunk)
+    model = model if shards[0].objective.nsp else model.without_nsp()
     model.to_device(device.torch_device).train()
     compiled, compile_description = (
         compile_training(device, model, cuda_graphs=args.cuda_graphs, compiled_autograd=not args.no_compiled_autograd)
@@ -207,13 +208,14 @@ def model_config(config_file: str | None, resume_point, vocabulary):
 def header_lines(args, device, precision, pieces, model, plan, resume_point) -> list[str]:
     """Lines for the console: model, data, batch and first step."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    form = "packed" if pieces[0].packed else "unpacked"
+    form, objective = "packed" if pieces[0].packed else "unpacked", pieces[0].objective.description
     shards = len({piece.path for piece in pieces})
     input_dir = args.input_dir if isinstance(args.input_dir, str) else ", ".join(args.input_dir)
     return [
         f"{args.bert_model}: {parameters / 1e6:.1f} million parameters on {device.describe()}, {precision.describe()}",
         f"data: {sum(piece.rows for piece in pieces)} {form} rows of {args.max_seq_length} tokens in "
-        f"{shards} shards of {input_dir}" + (f", read in {len(pieces)} pieces" if len(pieces) > shards else ""),
+        f"{shards} shards of {input_dir}" + (f", read in {len(pieces)} pieces" if len(pieces) > shards else "")
+        + objective,
         plan.describe(),
         f"phase {2 if args.phase2 else 1}, from step {resume_point.step} of {args.max_steps}"
         + resume_point.origin,

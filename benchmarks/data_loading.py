@@ -1,5 +1,5 @@
 """Rows a second that one process reads from shards into ready batches: unpacked at 128 tokens, with masks and without
-(which then are made here), packed at 512.
+(which then are made here, also of whole words, of which 15 % of the tokens are further pieces), packed at 512.
 
 Shards of random words in the schema, gzip-compressed as the data preparation writes them, are made in a temporary
 folder; then whole epochs are read, each by a fresh stream, waiting for every batch as a device of no cost would.
@@ -9,6 +9,7 @@ folder; then whole epochs are read, each by a fresh stream, waiting for every ba
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from measuring import machine, report, spread  # puts the repository's root on the path
@@ -18,6 +19,7 @@ from common import cli
 from data.shard_reader import ShardReader
 
 VOCABULARY = 30522
+PIECES = 0.15  # of its tokens continue a word
 
 
 def main(argv=None) -> None:
@@ -34,27 +36,37 @@ def main(argv=None) -> None:
         write_unpacked(Path(folder) / "dynamic", args.shards, args.rows, dynamic=True)
         write_packed(Path(folder) / "packed", args.shards, args.rows // 4)
         with ShardReader() as reader:
-            rates = {form: [epoch_rate(Path(folder) / form, args.batch_size, reader) for _ in range(args.repeats)]
-                     for form in ("unpacked", "dynamic", "packed")}
-    unpacked, dynamic, packed = map(spread, rates.values())
+            rounds = [[epoch_rate(Path(folder) / form, args.batch_size, reader, whole_words)
+                       for form, whole_words in (("unpacked", False), ("dynamic", False), ("dynamic", True),
+                                                 ("packed", False))] for _ in range(args.repeats)]
+    unpacked, dynamic, whole_words, packed = map(spread, zip(*rounds, strict=True))
+    ratio = spread([plain / whole for _, plain, whole, _ in rounds])
     figures = {"rows_per_second": unpacked["median"], "unpacked_128": unpacked, "dynamic_masking_128": dynamic,
+               "whole_word_masking_128": whole_words, "time_of_whole_words_over_plain": ratio,
                "packed_512": packed, "batch_size": args.batch_size, "machine": machine("h5py", "numpy")}
     report(figures, args.json, [
         f"rows into batches of {args.batch_size}, one process, gzip-compressed shards",
         *(f"  {name}  {rate['median']:,.0f} rows/s ({rate['min']:,.0f} to {rate['max']:,.0f})"
           for name, rate in (("unpacked, 128 tokens       ", unpacked), ("the same, dynamic masking  ", dynamic),
-                             ("packed, 512 tokens         ", packed)))])
+                             ("the same, of whole words   ", whole_words), ("packed, 512 tokens         ", packed))),
+        f"  whole words take {ratio['median']:.2f} times as long as plain dynamic masking ({ratio['min']:.2f} to "
+        f"{ratio['max']:.2f})"])
 
 
 def write_unpacked(folder: Path, count: int, rows: int, dynamic: bool = False) -> None:
     import numpy as np
 
+    from data.masking import packed_bits
+    from data.shards import write_shard
     from tests.support import synthetic
 
+    pieces = packed_bits(np.random.default_rng(0).random(VOCABULARY) < PIECES)
+    rule = replace(synthetic.rule(), continuing=pieces) if dynamic else None
     for number in range(count):
-        lengths = np.random.default_rng(number).integers(20, 129, rows)
-        write = synthetic.write_shard_without_masks if dynamic else synthetic.write_unpacked_shard
-        write(folder / f"part_training_{number}.hdf5", lengths, number)
+        rng = np.random.default_rng(number)
+        values = synthetic.unpacked_rows(rng.integers(20, 129, rows), rng)
+        write_shard(folder / f"part_training_{number}.hdf5", synthetic.without_masks(values) if dynamic else values,
+                    rule, 20)
 
 
 def write_packed(folder: Path, count: int, rows: int) -> None:
@@ -79,7 +91,7 @@ def write_packed(folder: Path, count: int, rows: int) -> None:
             "next_sentence_weights": np.ones((rows, 2), np.int32)})
 
 
-def epoch_rate(folder: Path, batch_size: int, reader) -> float:
+def epoch_rate(folder: Path, batch_size: int, reader, whole_words: bool) -> float:
     """Rows a second of one epoch read by a new stream."""
     from data.dataloader import BatchStream
     from data.shards import find_shards
@@ -87,6 +99,7 @@ def epoch_rate(folder: Path, batch_size: int, reader) -> float:
     from parallel.rendezvous import RankInfo
 
     found = find_shards(folder, reader=reader)
+    found = [shard.with_whole_words_masked() for shard in found] if whole_words else found
     batches = sum(shard.rows for shard in found) // batch_size
     stream = BatchStream(found, batch_size, 1, VOCABULARY, ranks=SingleRank(RankInfo()), reader=reader)
     began = time.perf_counter()

@@ -1,7 +1,8 @@
 """Hugging Face model folders: writes the weights of this code's BERT to one, and reads them from one.
 
     config.json               the architecture
-    model.safetensors         all weights, without the padding of the vocabulary: BertForPreTraining
+    model.safetensors         all weights, without the padding of the vocabulary: BertForPreTraining, and after a
+                              training with --no_nsp BertForMaskedLM
     model.VARIANT.safetensors the weights that one other class uses (VARIANTS)
     vocabulary_padding.safetensors   the rows of the padded vocabulary, which only this code reads
     vocab.txt, tokenizer.json, tokenizer_config.json, special_tokens_map.json   the tokenizer
@@ -70,7 +71,7 @@ def write_folder(folder, model, tokens: list[str], lower_case: bool, card: str, 
     """Write the folder.  All its files get their names at the end, or none does."""
     from safetensors.torch import save_file
 
-    config = {"architectures": ["BertForPreTraining"], "model_type": "bert", **vars(model.config),
+    config = {"architectures": [class_name(model)], "model_type": "bert", **vars(model.config),
               "layer_norm_eps": LAYER_NORM_EPS, "pad_token_id": tokens.index("[PAD]"), "tie_word_embeddings": True,
               "dtype": "float32"}
     tokenizer_config = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower_case, "strip_accents": None,
@@ -93,6 +94,11 @@ def write_folder(folder, model, tokens: list[str], lower_case: bool, card: str, 
             shutil.copymode(paths[-1], path)  # save_file makes files that nobody else may read
 
 
+def class_name(model) -> str:
+    """The class of transformers that has the weights of this model, all of them and no others."""
+    return "BertForPreTraining" if model.has_nsp else "BertForMaskedLM"
+
+
 def weight_files(model, variants: bool) -> dict[str, dict[str, torch.Tensor]]:
     """File name → tensors by the names in transformers."""
     weights = {name.replace(".dense_act.", ".dense."): value.detach().cpu().contiguous()
@@ -103,8 +109,9 @@ def weight_files(model, variants: bool) -> dict[str, dict[str, torch.Tensor]]:
     weights |= {name: weights[name][:words].clone() for name in (WORDS, BIAS)}
     files = {WEIGHTS: weights}
     for variant, prefixes in VARIANTS.items() if variants else ():
-        files[f"model.{variant}.safetensors"] = {name: value for name, value in weights.items()
-                                                 if name.startswith(prefixes)}
+        chosen = {name: value for name, value in weights.items() if name.startswith(prefixes)}
+        if len(chosen) < len(weights):  # without NSP, "masked_lm" would be the same file again
+            files[f"model.{variant}.safetensors"] = chosen
     if len(padding[BIAS]):
         files[PADDING] = padding
     return files

@@ -11,7 +11,22 @@ from common.errors import UserError, whole_number
 from modeling import BertConfig
 from optim.build import local_optimizer
 
+NSP_PARTS = ("bert.pooler.", "cls.seq_relationship.")
 FREE_TO_DIFFER = ("attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range")  # of training only
+
+
+def holds_nsp(contents: dict) -> bool:
+    """Whether a checkpoint has weights of the next-sentence head or its pooler: those of --no_nsp have neither."""
+    return any(part in str(name) for name in contents["model"] for part in NSP_PARTS)
+
+
+def without_nsp(contents: dict) -> dict:
+    """The contents for a model without next sentence prediction."""
+    kept = {name: value for name, value in contents["model"].items()
+            if not any(part in str(name) for part in NSP_PARTS)}
+    fresh = {huggingface.FRESH: tuple(part for part in contents[huggingface.FRESH] if part not in NSP_PARTS)} \
+        if huggingface.FRESH in contents else {}
+    return {**contents, "model": kept, **fresh}
 
 
 def load_model(model, contents: dict, path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from checkpoint import huggingface, reference
 from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint, read_complete, saved_steps
-from checkpoint.load import groups_of
+from checkpoint.load import groups_of, without_nsp
 from checkpoint.new_words import added_words
 from checkpoint.state import INIT_CHECKPOINT, OWN_KEYS, PHASE_STEPS, TrainingState, with_current_keys
 from common.download import local_file
@@ -64,6 +64,12 @@ class ResumePoint:
         if words and "optimizer" in self.contents:
             warn(f"{self.path}: the optimizer's moments in it are left out, since its vocabulary gets new words")
         return replace(self, contents=contents, new_words=words)
+
+    def for_objective(self, nsp: bool) -> "ResumePoint":
+        """A start from weights alone, without those of next sentence prediction where the data has none."""
+        if nsp or self.contents is None or "optimizer" in self.contents:
+            return self
+        return replace(self, contents=without_nsp(self.contents))
 
     def restore(self, state: TrainingState) -> None:
         """Load the checkpoint, if there is one."""

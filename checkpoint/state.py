@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from checkpoint import optimizer_shards, reference
-from checkpoint.load import load_master_weights, load_model, load_optimizer
+from checkpoint.load import holds_nsp, load_master_weights, load_model, load_optimizer
 from common.errors import UserError, dictionary, whole_number
 from data.dataloader import BatchStream
 from data.origin import TEXTS
@@ -24,7 +24,7 @@ OPTIMIZER_NAME = "optimizer_name"
 class TrainingState:
     """The parts of a run that its next step depends on.  Keys in the file:
 
-        model       weights, by the names of modeling.py
+        model       weights, by the names of modeling.py; with --no_nsp without pooler and next-sentence head
         config      the architecture (BertConfig)
         optimizer   moments and steps, or the folder that holds them (optimizer_shards.py)
         optimizer_name   --optimizer; lamb where there is none
@@ -77,6 +77,11 @@ class TrainingState:
 
     def load_state_dict(self, contents: dict, path) -> None:
         """Load the contents of the checkpoint at `path`, as far as present.  UserError where a value is malformed."""
+        if contents.get("optimizer") is not None and holds_nsp(contents) != self.model.has_nsp:
+            with_, without = ("the checkpoint", "the training data") if holds_nsp(contents) else (
+                "the training data", "the checkpoint")
+            raise UserError(f"{path}: {with_} has next sentence prediction, {without} was made without (--no_nsp), so "
+                            f"the training cannot go on; --init_checkpoint with another --output_dir takes the weights")
         load_model(self.model, contents, path)
         if contents.get(reference.MASTER_WEIGHTS) is not None:
             try:

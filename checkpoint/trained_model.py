@@ -6,7 +6,7 @@ from pathlib import Path
 
 from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint, saved_steps
 from checkpoint.huggingface import fill_up, fresh_parts
-from checkpoint.load import config_of
+from checkpoint.load import config_of, holds_nsp, load_model, without_nsp
 from common.download import local_file
 from common.errors import UserError
 from data.tokenizer import load_vocabulary
@@ -30,6 +30,12 @@ class TrainedModel:
     contents: dict
     config: BertConfig
     vocabulary: Vocabulary | None  # None: not known
+
+    def load_into(self, model) -> None:
+        """Load the weights; where they have no next-sentence head, the model loses its own."""
+        if not holds_nsp(self.contents):
+            model.without_nsp()
+        load_model(model, self.contents, self.path)
 
     def full_vocabulary(self, vocab_file: str | None, lower_case: bool | None) -> Vocabulary:
         """The vocabulary with its tokens, vocab_size of them, and its case.
@@ -71,6 +77,8 @@ def open_trained_model(checkpoint: str, config_file: str | None) -> TrainedModel
         print(f"--checkpoint {checkpoint}: {path.name} is the newest", file=sys.stderr)
     else:
         contents = read_checkpoint(path)
+    if not holds_nsp(contents):
+        contents = without_nsp(contents)
     if fresh := fresh_parts(contents):
         say(f"{path}: no {fresh} in it: the weights of these are random")
     config, vocabulary = config_of(contents, path, config_file), vocabulary_in(contents, path)

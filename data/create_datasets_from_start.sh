@@ -4,11 +4,11 @@
 #     bash create_datasets_from_start.sh              English Wikipedia (wiki_only)
 #     bash create_datasets_from_start.sh wiki_books   English Wikipedia and books
 #     bash create_datasets_from_start.sh sample       106 articles, in a minute
-#     bash create_datasets_from_start.sh wikicorpus_de [FLAG…]        Wikipedia in another language
-#     bash create_datasets_from_start.sh corpus NAME PATH… [FLAG…]    your own text: files, folders, patterns, s3://, https://
+#     bash create_datasets_from_start.sh wikicorpus_de           Wikipedia in another language
+#     bash create_datasets_from_start.sh corpus NAME PATH…       your own text: files, folders, patterns, s3://, https://
 #
-# The last two train a vocabulary on the text, unless VOCAB_FILE names one.  The flags are those of bertPrep.py, for all
-# stages: --language de --text_field content --vocab_size 30000 …
+# The last two train a vocabulary on the text, unless VOCAB_FILE names one.  Flags of bertPrep.py may follow each of these,
+# and go to all stages: --language de --vocab_size 30000 --masked_lm_prob 0.4 --whole_word_mask --no_nsp …
 #
 # After an interruption, the same command continues.  Environment variables:
 #
@@ -29,7 +29,7 @@ processes=${N_PROCESSES:-$(getconf _NPROCESSORS_ONLN)}
 if [ -n "${VOCAB_FILE:-}" ] && [ -e "$here/$VOCAB_FILE" ]; then
     VOCAB_FILE=$here/$VOCAB_FILE
 fi
-flags=()
+flags=("${@:2}")
 
 stage() {
     echo "== $*" ${flags[@]+"${flags[@]}"}
@@ -56,12 +56,10 @@ take_flags() {  # take_flags FLAG…: those for every stage
 }
 
 make_samples() {  # the samples of both phases
-    local lengths tokens predictions
-    for lengths in "128 20" "512 80"; do
-        read -r tokens predictions <<< "$lengths"
+    local tokens
+    for tokens in 128 512; do  # with as many predictions as --masked_lm_prob asks for: by default 20 and 80
         stage create_hdf5_files --dataset "$dataset" --max_seq_length "$tokens" \
-            --max_predictions_per_seq "$predictions" ${VOCAB_FILE:+--vocab_file "$VOCAB_FILE"} \
-            ${DYNAMIC_MASKING:+--dynamic_masking}
+            ${VOCAB_FILE:+--vocab_file "$VOCAB_FILE"} ${DYNAMIC_MASKING:+--dynamic_masking}
     done
 }
 

@@ -6,7 +6,8 @@ and wherever a number stands for a shard here, a piece is a shard of its own.
 
 Batches are in the packed form of shards.SCHEMA (an unpacked row is a packed row of one sequence), int32 host tensors:
 input_ids, input_mask, segment_ids, positions (B, S), masked_lm_positions, masked_lm_ids (B, P),
-next_sentence_positions, next_sentence_labels, next_sentence_weights (B, C).
+next_sentence_positions, next_sentence_labels, next_sentence_weights (B, C).  Rows made with --no_nsp have no
+next_sentence_labels.
 """
 
 import json
@@ -25,10 +26,11 @@ from data.micro_batches import MicroBatchOrder
 from data.mixture import Mixture
 from data.row_order import row_order
 from data.shard_reader import ShardReader
-from data.shards import ROWS, SUFFIX, Shard, count_sequences, metadata_path, read_checked_rows
+from data.shards import LABELS, ROWS, SUFFIX, Shard, count_sequences, metadata_path, read_checked_rows
 from data.token_counts import read_checked_counts
 
 HELD_OUT_SEED = 0  # for masking held-out rows without masks: the same masks at every evaluation
+MASKED_TOGETHER = 512  # rows
 ROWS_CHECKED_FIRST = 50_000  # read and checked before the model is built; the others when they are needed
 
 
@@ -62,6 +64,7 @@ class BatchStream:
         self.open_shards: dict[tuple[int, int], Future] = {}
         self.readable: set[tuple[int, int]] = set()  # (epoch, shard) that every rank can read
         self.searched: set[int] = set()  # shards whose rows without a token are counted
+        self.ready: dict[tuple, dict[str, np.ndarray]] = {}  # rows that are masked already, see read_ranges
 
     def __iter__(self):
         return self
@@ -87,11 +90,26 @@ class BatchStream:
         return self.order.epochs(row, self.skipped_shards)
 
     def read_range(self, epoch: int, shard: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        if (epoch, shard, start, stop) not in self.ready:
+            rows, _ = self.open(epoch, shard).result()
+            self.count_empty(shard, rows["input_mask"])
+            self.ready = self.read_ranges(epoch, shard, start, stop)
+        return self.ready.pop((epoch, shard, start, stop))
+
+    def read_ranges(self, epoch: int, shard: int, start: int, stop: int) -> dict[tuple, dict[str, np.ndarray]]:
+        """A range, and where its rows are to be masked, those that this rank uses next too, by (epoch, shard, start,
+        stop): numpy takes a third less time for a row where they are masked together.
+        """
         rows, order = self.open(epoch, shard).result()
-        self.count_empty(shard, rows["input_mask"])
-        chosen = order[start:stop]
-        rows = {key: values[chosen] for key, values in rows.items()}
-        return with_masks(rows, self.pieces[shard], row_keys(self.seed, epoch, shard, chosen))
+        size, piece = stop - start, self.pieces[shard]
+        together = max(1, MASKED_TOGETHER // size) if piece.rule and size == self.batch_size else 1
+        starts = range(start, len(order) - size + 1, self.stride)[:together]
+        chosen = np.concatenate([order[first:first + size] for first in starts])
+        rows = with_masks({key: values[chosen] for key, values in rows.items()}, piece,
+                          row_keys(self.seed, epoch, shard, chosen))
+        return {(epoch, shard, first, first + size): {key: values[number * size:(number + 1) * size]
+                                                      for key, values in rows.items()}
+                for number, first in enumerate(starts)}
 
     def count_empty(self, shard: int, input_mask: np.ndarray) -> None:
         """Say once how many rows of a shard hold no token: they take part in batches, and change nothing."""
@@ -277,8 +295,9 @@ def as_batch(rows: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         rows = {**rows,
                 "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (count, length)),
                 "next_sentence_positions": np.zeros((count, 1), np.int32),
-                "next_sentence_labels": rows["next_sentence_labels"].reshape(count, 1),
                 "next_sentence_weights": rows["input_mask"].any(axis=1, keepdims=True)}
+        if LABELS in rows:
+            rows[LABELS] = rows[LABELS].reshape(count, 1)
     return {key: torch.from_numpy(values.astype(np.int32)) for key, values in rows.items()}
 
 

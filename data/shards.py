@@ -7,6 +7,9 @@ Rows of either form can come without masks (--dynamic_masking): every token is s
 file's attributes hold the MaskingRule and prediction_slots, the width that MASK_KEYS would have.  origin.py has what
 says which vocabulary and text a shard was made of.
 
+Rows of either form can come without a second segment (--no_nsp): next_sentence_labels is absent, and the attribute
+no_nsp says so.
+
 Training and evaluation read a shard of more than PIECE_BYTES of rows in pieces, so that its size does not decide how
 much memory they take.
 """
@@ -56,12 +59,29 @@ SCHEMA = (
     Column("next_sentence_weights", None,         ("i4", "N"),    "1 = a sequence, 0 = empty slot"),
 )
 MASK_KEYS = ("masked_lm_positions", "masked_lm_ids")
+LABELS = "next_sentence_labels"
 SLOTS = "prediction_slots"  # the attribute beside those of the rule
+NO_NSP, WHOLE_WORD_MASK, CONTINUING = "no_nsp", "whole_word_mask", "continuing"  # attributes that not every shard has
 SUFFIX = ".hdf5"  # of the names of shards
 ROWS = " rows "  # in the name of a piece, after that of its file
 PACKED_TEST = "mixed_strategies_test_part_"  # how the names of packed test shards begin, which nobody trains on
 METADATA_SUFFIX = "_metadata.json"  # of the packer's metadata, after the name of the set's folder
+LARGEST_ATTRIBUTE = 60_000  # bytes; HDF5 takes less than 64 KiB
 MOST_EMPTY = 0.5  # of the rows of a shard may hold no token
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the rows of a set are made for; all shards of it have the same."""
+
+    nsp: bool = True  # next sentence prediction: rows have two segments and a label
+    whole_word_mask: bool = False  # the masks never cut a word
+
+    @property
+    def description(self) -> str:
+        """What differs from the published BERT, in words."""
+        return (", without next sentence prediction" * (not self.nsp)
+                + ", whole words masked" * self.whole_word_mask)
 
 
 @dataclass(frozen=True)
@@ -76,6 +96,7 @@ class Shard:
     prediction_slots: int  # P where unpacked, P + N where packed
     max_sequences: int  # N, 1 where unpacked
     rule: MaskingRule | None = None  # where the rows come without masks
+    objective: Objective = Objective()
     origin: Origin = UNKNOWN  # without the tokens: read_origin has them
     first_row: int = 0  # in the file
     whole: bool = True  # its rows are all of the file
@@ -110,20 +131,35 @@ class Shard:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return tuple(columns(self.packed, self.rule))
+        return tuple(columns(self.packed, self.rule, self.objective.nsp))
 
     @property
     def description(self) -> str:
         """Its form in words: the same for all shards of a set."""
         packed = f"packed to {self.max_sequences} sequences a row" if self.packed else "unpacked"
         rule = f", {self.rule.description}" if self.rule else ""
-        return f"{packed}, {self.sequence_length} tokens and {self.prediction_slots} prediction slots a row{rule}"
+        return (f"{packed}, {self.sequence_length} tokens and {self.prediction_slots} prediction slots a row{rule}"
+                f"{self.objective.description}")
+
+    def with_whole_words_masked(self) -> "Shard":
+        """The shard, to be masked by words (--whole_word_mask of the training).  UserError where it cannot be."""
+        if self.objective.whole_word_mask:
+            return self
+        if self.rule is None:
+            raise UserError(f"{self.path}: its rows are masked already, token by token; --whole_word_mask is for rows "
+                            f"without masks, or give it to create_hdf5_files, which made these")
+        if not self.rule.continuing:
+            raise UserError(f"{self.path}: does not say which tokens continue a word, as shards of earlier versions do "
+                            f"not; make them anew (create_hdf5_files --dynamic_masking) for --whole_word_mask")
+        return replace(self, rule=replace(self.rule, whole_word_mask=True),
+                       objective=replace(self.objective, whole_word_mask=True))
 
 
-def columns(packed: bool, rule: MaskingRule | None = None) -> dict[str, tuple[str, str]]:
+def columns(packed: bool, rule: MaskingRule | None = None, nsp: bool = True) -> dict[str, tuple[str, str]]:
     """Dtype and width of each data set of a shard; with a `rule`, of one without masks."""
     forms = {column.key: column.packed if packed else column.unpacked for column in SCHEMA}
-    return {key: form for key, form in forms.items() if form and not (rule and key in MASK_KEYS)}
+    return {key: form for key, form in forms.items()
+            if form and not (rule and key in MASK_KEYS) and (nsp or key != LABELS)}
 
 
 def metadata_path(folder) -> Path:
@@ -138,7 +174,8 @@ def read_header(path) -> Shard:
     with opened(path) as file:
         packed = "next_sentence_positions" in file or "positions" in file
         rule, origin = rule_in(file.attrs), Origin.read(file.attrs, path)
-        keys = columns(packed, rule)
+        objective = Objective(not file.attrs.get(NO_NSP, False), bool(file.attrs.get(WHOLE_WORD_MASK, False)))
+        keys = columns(packed, rule, objective.nsp)
         missing = [key for key in keys if not isinstance(file.get(key), h5py.Dataset)]
         if missing:
             raise UserError(f"{path}: no data set {', '.join(missing)} (a shard holds {', '.join(keys)})")
@@ -154,7 +191,7 @@ def read_header(path) -> Shard:
     shard = Shard(path=path, rows=rows, row_bytes=size // max(rows, 1), packed=packed,
                   sequence_length=second_axis(shapes["input_ids"]), prediction_slots=slots,
                   max_sequences=second_axis(shapes["next_sentence_positions"]) if packed else 1, rule=rule,
-                  origin=origin)
+                  objective=objective, origin=origin)
     if rule and (shard.sequence_length > LONGEST_ROW or shard.max_sequences > MOST_SEQUENCES):
         raise UserError(f"{path}: rows of {shard.sequence_length} tokens and {shard.max_sequences} sequences without "
                         f"masks, but at most {LONGEST_ROW} tokens and {MOST_SEQUENCES} sequences can be masked later")
@@ -175,7 +212,8 @@ def rule_in(attributes) -> MaskingRule | None:
     if SLOTS not in attributes:
         return None
     return MaskingRule(float(attributes["masked_lm_prob"]), int(attributes["max_predictions_per_seq"]),
-                       int(attributes["vocab_size"]), tuple(int(number) for number in attributes["special_ids"]))
+                       int(attributes["vocab_size"]), tuple(int(number) for number in attributes["special_ids"]),
+                       bool(attributes.get(WHOLE_WORD_MASK, False)), bytes(attributes.get(CONTINUING, b"")))
 
 
 def second_axis(shape: tuple) -> int:
@@ -250,28 +288,28 @@ def count_sequences(shard: Shard) -> int:
 
 
 def write_shard(path, rows: dict[str, np.ndarray], rule: MaskingRule | None = None, prediction_slots: int = 0,
-                origin: Origin = UNKNOWN) -> None:
+                objective: Objective = Objective(), origin: Origin = UNKNOWN) -> None:
     """Write a shard of either form; with a `rule`, one without masks."""
     with replacing(path) as temporary, created(temporary) as file:
-        write_rule(file, rule, prediction_slots)
+        write_attributes(file, rule, prediction_slots, objective)
         origin.write(file.attrs)
-        for key, (dtype, _) in columns("positions" in rows, rule).items():
+        for key, (dtype, _) in columns("positions" in rows, rule, objective.nsp).items():
             chunk_rows = min(max(1, len(rows[key])), ROWS_PER_CHUNK)
             add_column(file, key, rows[key].shape, dtype, chunk_rows)[...] = rows[key]
 
 
 @contextmanager
 def writing(path, sequence_length: int, prediction_slots: int, rule: MaskingRule | None = None,
-            origin: Origin = UNKNOWN):
+            objective: Objective = Objective(), origin: Origin = UNKNOWN):
     """Yield a function append(rows) that adds rows to an unpacked shard; with a `rule`, to one without masks.
 
     The shard appears under its name when the block ends without an error.
     """
     widths = {"1": (), "S": (sequence_length,), "P": (prediction_slots,)}
     with replacing(path) as temporary, created(temporary) as file:
-        write_rule(file, rule, prediction_slots)
+        write_attributes(file, rule, prediction_slots, objective)
         origin.write(file.attrs)
-        for key, (dtype, width) in columns(False, rule).items():
+        for key, (dtype, width) in columns(False, rule, objective.nsp).items():
             add_column(file, key, (0, *widths[width]), dtype, ROWS_PER_CHUNK)
 
         def append(rows: dict[str, np.ndarray]) -> None:
@@ -283,9 +321,16 @@ def writing(path, sequence_length: int, prediction_slots: int, rule: MaskingRule
         yield append
 
 
-def write_rule(file, rule: MaskingRule | None, prediction_slots: int) -> None:
+def write_attributes(file, rule: MaskingRule | None, prediction_slots: int, objective: Objective) -> None:
     if rule:
-        file.attrs.update(asdict(rule) | {SLOTS: prediction_slots})
+        file.attrs.update({name: value for name, value in asdict(rule).items()
+                           if name not in (WHOLE_WORD_MASK, CONTINUING)} | {SLOTS: prediction_slots})
+        if rule.continuing and (rule.whole_word_mask or len(rule.continuing) <= LARGEST_ATTRIBUTE):
+            file.attrs[CONTINUING] = np.frombuffer(rule.continuing, np.uint8)
+    if objective.whole_word_mask:
+        file.attrs[WHOLE_WORD_MASK] = True
+    if not objective.nsp:
+        file.attrs[NO_NSP] = True
 
 
 def add_column(file, key: str, shape: tuple, dtype: str, chunk_rows: int):
@@ -344,7 +389,7 @@ def read_checked_rows(shard: Shard, vocab_size: int) -> dict[str, np.ndarray]:
 def first_fault(shard: Shard, rows: dict[str, np.ndarray], vocab_size: int) -> str | None:
     """The first impossible value in the rows of a shard, with key and row; or None."""
     sequence_length = shard.sequence_length
-    limits = {"input_ids": vocab_size, "masked_lm_ids": vocab_size, "segment_ids": 2, "next_sentence_labels": 2,
+    limits = {"input_ids": vocab_size, "masked_lm_ids": vocab_size, "segment_ids": 1 + shard.objective.nsp, LABELS: 2,
               "masked_lm_positions": sequence_length, "positions": sequence_length,
               "next_sentence_positions": sequence_length, "next_sentence_weights": 2,
               "input_mask": shard.max_sequences + 1}

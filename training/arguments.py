@@ -103,6 +103,8 @@ def add_files(parser) -> None:
     add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL; with "
         "--resume_from_checkpoint also its optimizer moments) or Hugging Face folder of a BertForPreTraining, "
         "BertForMaskedLM or BertModel, whose missing parts start fresh")
+    add("--whole_word_mask", action="store_true", help="for rows without masks (--dynamic_masking): mask whole words, "
+        "a token and the ## pieces that follow it; needless where the rows were made with the flag of that name")
     add("--seed", type=whole, default=42, help="random seed for weights, row order and dropout")
 
 

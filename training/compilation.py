@@ -30,7 +30,8 @@ def compile_model(device, model: torch.nn.Module, cuda_graphs=False) -> None:
     """
     parts = [model]
     if device.compiles_in_parts:
-        parts = [*model.bert.encoder.layer, model.bert.embeddings, model.bert.pooler, model.cls.predictions]
+        parts = [*model.bert.encoder.layer, model.bert.embeddings, model.cls.predictions]
+        parts += [model.bert.pooler] if model.has_nsp else []
     for part in parts:
         part.compile(backend=device.compiler, **({"mode": "reduce-overhead"} if cuda_graphs else {}))
     if cuda_graphs:

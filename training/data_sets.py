@@ -75,6 +75,8 @@ def source_shards(args, source: Source, reader, warn) -> list[Shard]:
     difference = difference_from_metadata(found)
     if difference:
         warn(f"{difference}; the training uses those that are there")
+    if args.whole_word_mask:
+        found = [shard.with_whole_words_masked() for shard in found]
     return [replace(shard, source=source.name) for shard in found]
 
 
@@ -155,6 +157,10 @@ def held_out_shards(args, config: BertConfig, training: list[Shard], vocabulary:
     if not args.eval_dir:
         return None
     found = find_shards(args.eval_dir, "test", "--eval_dir", reader)
+    if found[0].objective.nsp != training[0].objective.nsp:
+        without, others = ("--eval_dir", "--input_dir") if training[0].objective.nsp else ("--input_dir", "--eval_dir")
+        raise UserError(f"the shards of {without} {getattr(args, without[2:])} were made with --no_nsp, those of "
+                        f"{others} {getattr(args, others[2:])} were not")
     check_length(f"{found[0].path}: the row length", found[0].sequence_length, config)
     check_same_vocabulary(check_vocabulary(found, config.vocab_size), f"--eval_dir {args.eval_dir}", vocabulary,
                           f"--input_dir {args.input_dir}")

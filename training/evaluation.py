@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.dataloader import batches_once
-from data.shards import Shard
+from data.shards import LABELS, Shard
 from devices.device import Device
 from modeling import IGNORED_LABEL, mlm_labels, nsp_labels
 from parallel.ranks import SingleRank
@@ -20,8 +20,8 @@ from training.context_free import ContextFreeModel
 
 KINDS = ("mask", "kept", "replaced")  # what is shown in place of a predicted token
 KIND_SUMS = ("tokens", "loss", "correct", "context_free_loss", "context_free_correct")
-NSP_SUMS = ("sequences", "nsp_loss", "nsp_correct", "random_segments")
-SUMS = (*(f"{kind}_{name}" for kind in KINDS for name in KIND_SUMS), *NSP_SUMS)
+NSP_SUMS = ("nsp_loss", "nsp_correct", "random_segments")
+SUMS = (*(f"{kind}_{name}" for kind in KINDS for name in KIND_SUMS), "sequences", *NSP_SUMS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ class Evaluator:
                     bar.update(min(self.batch_size * ranks.world_size, rows - bar.n))
         model.train(was_training)
         sums = dict(zip(SUMS, ranks.sum(total).tolist(), strict=True))
-        return figures_of(sums, with_context_free=frequencies is not None)
+        with_nsp = model.has_nsp and self.shards[0].objective.nsp
+        return figures_of(sums, with_context_free=frequencies is not None, with_nsp=with_nsp)
 
     def context_free_model(self) -> ContextFreeModel | None:
         if self.token_counts is None or not self.token_counts.any():
@@ -78,9 +79,12 @@ class Evaluator:
         kinds = (is_mask, (1.0 - is_mask) * is_same, (1.0 - is_mask) * (1.0 - is_same))
         sums = [(value * kind).sum() for kind in kinds for value in values]
 
-        losses, correct, used = per_label(nsp_logits, nsp_labels(batch))
+        sums.append(batch["next_sentence_weights"].sum().float())
+        if nsp_logits is None or LABELS not in batch:
+            return torch.stack([*sums, *[torch.zeros_like(sums[0])] * len(NSP_SUMS)])
+        losses, correct, _ = per_label(nsp_logits, nsp_labels(batch))
         random_segments = (nsp_labels(batch) == 1).float()
-        return torch.stack([*sums, *(value.sum() for value in (used, losses, correct, random_segments))])
+        return torch.stack([*sums, losses.sum(), correct.sum(), random_segments.sum()])
 
 
 def per_label(logits, labels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -104,18 +108,21 @@ def shown_mask_id(batch: dict[str, torch.Tensor]) -> int | None:
     return int(changed.mode().values) if len(changed) else None
 
 
-def figures_of(sums: dict[str, float], with_context_free: bool) -> dict[str, float]:
+def figures_of(sums: dict[str, float], with_context_free: bool, with_nsp: bool) -> dict[str, float]:
     """The figures of an evaluation: losses in nats, accuracies and nsp_larger_class as shares, and counts.
 
     mlm_loss and mlm_accuracy are over all predicted tokens, mask_…, kept_… and replaced_… over those that show [MASK],
     themselves, or another word.  The context_free ones are what a model without context reaches on the same tokens.
+    Those of NSP are left out where the model or the data have none.
     """
     for name in KIND_SUMS:
         sums[f"mlm_{name}"] = sum(sums[f"{kind}_{name}"] for kind in KINDS)
     sequences = max(sums["sequences"], 1)
     random_share = sums["random_segments"] / sequences
-    figures = {"mlm_loss": 0.0, "mlm_accuracy": 0.0, "nsp_loss": sums["nsp_loss"] / sequences,
-               "nsp_accuracy": sums["nsp_correct"] / sequences, "nsp_larger_class": max(random_share, 1 - random_share)}
+    figures = {"mlm_loss": 0.0, "mlm_accuracy": 0.0}
+    if with_nsp:
+        figures |= {"nsp_loss": sums["nsp_loss"] / sequences, "nsp_accuracy": sums["nsp_correct"] / sequences,
+                    "nsp_larger_class": max(random_share, 1 - random_share)}
     for kind in ("mlm", *KINDS):
         tokens = max(sums[f"{kind}_tokens"], 1)
         figures[f"{kind}_loss"] = sums[f"{kind}_loss"] / tokens
@@ -137,8 +144,9 @@ def describe_figures(figures: dict) -> str:
         below = (f" ({abs(margin):.2f} {'below' if margin > 0 else 'above'} the {line:.4f} that is reached without "
                  f"context)")
         accuracy = f" (without context {figures['context_free_mlm_accuracy']:.2%})"
+    nsp = (f"NSP accuracy {figures['nsp_accuracy']:.2%} (the larger class: {figures['nsp_larger_class']:.2%}); "
+           if "nsp_accuracy" in figures else "")
     return (f"MLM loss {figures['mlm_loss']:.4f}{below}, MLM accuracy {figures['mlm_accuracy']:.2%}{accuracy}; "
             f"[MASK] {figures['mask_loss']:.2f}, kept {figures['kept_loss']:.2f}, replaced "
-            f"{figures['replaced_loss']:.2f} nats; NSP accuracy {figures['nsp_accuracy']:.2%} (the larger class: "
-            f"{figures['nsp_larger_class']:.2%}); {figures['masked_tokens']} masked tokens in {figures['sequences']} "
-            f"sequences")
+            f"{figures['replaced_loss']:.2f} nats; {nsp}{figures['masked_tokens']} masked tokens in "
+            f"{figures['sequences']} sequences")

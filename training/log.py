@@ -40,8 +40,8 @@ SINCE = "since the last line"
 REFERENCE_KEYS = ("average_loss", "step_loss", "learning_rate", "average_training_time_step", "average_perf_per_step",
                   "final_loss")
 FIGURES = (
-    Figure("average_loss", "nats", f"MLM + NSP loss, mean of the steps {SINCE} and of all cards", "loss {:.4f}",
-           "loss/total", "Training loss"),
+    Figure("average_loss", "nats", f"MLM + NSP loss (without NSP, MLM alone), mean of the steps {SINCE} and of all "
+           "cards", "loss {:.4f}", "loss/total", "Training loss"),
     Figure("average_mlm_loss", "nats", "MLM part of `average_loss`", "mlm {:.4f}"),
     Figure("average_nsp_loss", "nats", "NSP part of `average_loss`", "nsp {:.4f}"),
     Figure("final_loss", "nats", "`average_loss` again, in the line of the run's last step only, and not where "

@@ -60,7 +60,10 @@ class TokenMean(MicroBatchMean):
 
     def weighted(self, outputs):
         weights = self.weights.popleft()
-        mlm_loss, nsp_loss = outputs["mlm_loss"] * weights[0], outputs["nsp_loss"] * weights[1]
+        mlm_loss = outputs["mlm_loss"] * weights[0]
+        if "nsp_loss" not in outputs:
+            return {"loss": mlm_loss, "mlm_loss": mlm_loss}
+        nsp_loss = outputs["nsp_loss"] * weights[1]
         return {"loss": mlm_loss + nsp_loss, "mlm_loss": mlm_loss, "nsp_loss": nsp_loss}
 
 

@@ -32,9 +32,9 @@ from training.metrics import Throughput, batch_flops, measured_peak
 from training.profiling import StepProfiler
 from training.source_losses import SourceLosses
 
-LOSSES = ("loss", "mlm_loss", "nsp_loss")  # outputs of the model
-STEP_LOSSES = ("step_mean_loss", "mlm_loss", "nsp_loss")  # their names in the log: the means of the logged step, …
-AVERAGES = ("average_loss", "average_mlm_loss", "average_nsp_loss")  # … and the means since the last log line
+# The model's losses by their names in the log: the means of the logged step, and the means since the last log line
+STEP_LOSSES = {"loss": "step_mean_loss", "mlm_loss": "mlm_loss", "nsp_loss": "nsp_loss"}
+AVERAGES = {"loss": "average_loss", "mlm_loss": "average_mlm_loss", "nsp_loss": "average_nsp_loss"}
 LAST_LOSS = "step_loss"  # of the last micro-batch
 
 
@@ -103,7 +103,8 @@ class Trainer:
         self.source_losses = SourceLosses(names, device, self.ranks) if len(names) > 1 else None
         self.final_loss = None
         self.began, self.seconds = time.perf_counter(), 0.0  # of the loop, until the last log line
-        self.loss_sums = self.zeros(len(AVERAGES) + 1)  # over the steps since the last log line, see with_count
+        self.loss_names = self.model.loss_names
+        self.loss_sums = self.zeros(len(self.loss_names) + 1)  # over the steps since the last log line, see with_count
         self.checkpoints = CheckpointWriter(args.output_dir, device, self.log.print, self.log.warn)
 
     def train(self) -> dict:
@@ -139,8 +140,8 @@ class Trainer:
                 return
 
     def train_step(self, step: int) -> torch.Tensor:
-        """One optimizer step; the LOSSES of its micro-batches, averaged as loss_weights says, and LAST_LOSS, on the
-        device.  (4,)
+        """One optimizer step; the losses of its micro-batches, averaged as loss_weights says, and LAST_LOSS, on the
+        device.  (4,), without NSP (3,)
 
         Losses are added in place, because hmp casts ops in the whole process but leaves in-place ones in fp32; and
         before mark_step, because a pending op would change the next graph.
@@ -150,7 +151,7 @@ class Trainer:
                              self.args.lr_schedule)
         for group, factor in zip(self.optimizer.param_groups, (1.0, self.args.undecayed_rate), strict=True):
             group["lr"] = rate * factor
-        losses = self.zeros(len(LOSSES))
+        losses = self.zeros(len(self.loss_names))
         self.first_batch()
         self.loss_weights.start_step()
         for micro_step in range(1, self.plan.accumulation_steps + 1):
@@ -166,7 +167,7 @@ class Trainer:
                 with self.precision.casts_off():
                     weighted = self.loss_weights.weighted(outputs)
                 self.precision.backward(nan_grads_if_loss_not_finite(weighted["loss"]) / self.plan.accumulation_steps)
-            losses += torch.stack([weighted[name].detach() for name in LOSSES])
+            losses += torch.stack([weighted[name].detach() for name in self.loss_names])
             if self.source_losses:
                 self.source_losses.add(source, outputs["mlm_loss"].detach())
             self.device.mark_step()
@@ -220,16 +221,17 @@ class Trainer:
         """
         metrics = optimizer_metrics(self.optimizer)
         values = torch.cat([self.loss_sums, losses, *(value.reshape(1) for value in metrics.values())]).cpu()
-        figures = dict(zip([*AVERAGES, "finite_steps", *STEP_LOSSES, LAST_LOSS, *metrics],
+        averages, step_losses = ([names[name] for name in self.loss_names] for names in (AVERAGES, STEP_LOSSES))
+        figures = dict(zip([*averages, "finite_steps", *step_losses, LAST_LOSS, *metrics],
                            self.ranks.mean(values).tolist(), strict=True))
         metrics = {name: figures.pop(name) for name in metrics}
         finite_steps = figures.pop("finite_steps")
-        for name in AVERAGES:
+        for name in averages:
             figures[name] = figures[name] / finite_steps if finite_steps else math.nan
         self.final_loss, self.seconds = figures["average_loss"], time.perf_counter() - self.began
         if step == self.last_step:
             figures["final_loss"] = self.final_loss
-        self.loss_sums = self.zeros(len(AVERAGES) + 1)
+        self.loss_sums = self.zeros(len(self.loss_names) + 1)
         new_graphs = self.graph_watch.new_graphs(step - self.first_step)
         self.log.step(self.epoch, step, {
             **figures, **self.source_figures(), "learning_rate": self.optimizer.param_groups[0]["lr"], **metrics,
@@ -338,6 +340,6 @@ def nan_grads_if_loss_not_finite(loss: torch.Tensor) -> torch.Tensor:
 
 
 def with_count(losses: torch.Tensor) -> torch.Tensor:
-    """The losses and a 1, or zeros where one of them is not finite.  (3,) → (4,)"""
+    """The losses and a 1, or zeros where one of them is not finite.  (n,) → (n + 1,)"""
     finite = torch.isfinite(losses.sum()).float()
     return torch.cat([losses.masked_fill(finite == 0.0, 0.0), finite.reshape(1)])

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.stats import binom
 
+from data.shards import LABELS
+
 SHOWN_AS_EXPECTED = 0.9  # proportion of the masked tokens that are [MASK] or unchanged; the others are random words
 ACCIDENT = 1e-12  # a sequence with so few of these is faulty if the probability of that is lower
 
@@ -47,14 +49,16 @@ def sequence_faults(rows: dict[str, np.ndarray], cls_token: int) -> Iterator[tup
         rows["positions"] != np.where(padding, 0, offsets - first_offset)).any(axis=1)
     for key in ("input_ids", "segment_ids"):
         yield f"{key} are not 0 in the padding", (padding & (rows[key] != 0)).any(axis=1)
-    yield "segment_ids are neither 0 nor 1", ((segments != 0) & (segments != 1)).any(axis=1)
+    nsp = LABELS in rows
+    yield f"segment_ids are {'neither 0 nor 1' if nsp else 'not 0'}", (
+        (segments != 0) & ((segments != 1) | (not nsp))).any(axis=1)
     yield "a sequence does not begin with [CLS]", (starts & (rows["input_ids"] != cls_token)).any(axis=1)
 
     expected = np.zeros(rows["next_sentence_positions"].shape, np.int64)
     row, offset = np.nonzero(starts)
     expected[row, mask[row, offset] - 1] = offset
     held = np.arange(expected.shape[1]) < mask.max(axis=1, initial=0)[:, None]
-    labels = rows["next_sentence_labels"]
+    labels = rows.get(LABELS, np.zeros_like(held, np.int8))
     yield "next_sentence_positions are not where the sequences begin", (
         rows["next_sentence_positions"] != expected).any(axis=1)
     yield "next_sentence_weights are not 1 for each sequence and 0 beyond", (

@@ -4,6 +4,7 @@ import numpy as np
 
 from data.counter_rng import scrambled
 from data.packing.checks import sequence_starts
+from data.shards import LABELS
 
 BUCKETS = 2**16  # groups of fingerprints whose sums are compared
 
@@ -43,7 +44,9 @@ def sequence_fingerprints(rows: dict[str, np.ndarray]) -> np.ndarray:
         counts = np.count_nonzero(starts, axis=1)
         sequence = (np.cumsum(counts) - counts)[masked_row] + mask[masked_row, offset] - 1
         np.add.at(sums, sequence, hashed(rows["masked_lm_ids"][masked_row, slot], offset - start[sequence], 1))
-    labels = rows["next_sentence_labels"]
+    if LABELS not in rows:
+        return scrambled(sums)
+    labels = rows[LABELS]
     labels = (labels if labels.ndim == 2 else labels[:, None])[row, mask[row, start] - 1]
     return scrambled(sums + labels.astype(np.uint64))
 

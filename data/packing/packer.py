@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -37,7 +37,7 @@ class PackingOptions:
     split: str  # "training" or "test"
     output_dir: str
     max_sequence_length: int
-    max_predictions_per_sequence: int
+    max_predictions_per_sequence: int | None  # becomes that of the input
     max_sequences_per_pack: int
     packing_method: str
     seed: int
@@ -63,6 +63,8 @@ def pack(options: PackingOptions) -> dict:
 def pack_into(output_dir: Path, options: PackingOptions) -> dict:
     check_contents(output_dir, options.split, options.overwrite)
     shards = find_unpacked(options)
+    if options.max_predictions_per_sequence is None:
+        options = replace(options, max_predictions_per_sequence=shards[0].prediction_slots)
     blocks = blocks_of(shards)
     with open_pool(options.n_processes) as pool:
         run = partial(with_progress, pool, not options.disable_progress_bar)
@@ -80,7 +82,7 @@ def pack_into(output_dir: Path, options: PackingOptions) -> dict:
             layout = Layout(row_count=recipe.row_count, row_length=options.max_sequence_length,
                             max_sequences=options.max_sequences_per_pack, prediction_slots=options.prediction_slots,
                             folder=folder, part_name=PART_NAMES[options.split], rule=shards[0].rule,
-                            origin=merged_origin(shards))
+                            objective=shards[0].objective, origin=merged_origin(shards))
             counts = write_rows(run, blocks, surveys, RowAssignment(recipe, histogram, options.seed), layout)
             publish(folder, output_dir, options.split, metadata | {TOKEN_COUNTS: as_text(counts)})
     if options.plot:

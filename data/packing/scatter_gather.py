@@ -18,7 +18,7 @@ from data.masking import MaskingRule, ranges
 from data.origin import Origin
 from data.packing.assignment import RowAssignment, ranks_within
 from data.packing.blocks import Block
-from data.shards import MASK_KEYS, write_shard
+from data.shards import LABELS, MASK_KEYS, Objective, write_shard
 from data.token_counts import count_tokens
 
 TOKENS_PER_PART = 2**23  # padding included: 16,384 rows of 512
@@ -89,6 +89,7 @@ class Layout:
     folder: Path
     part_name: str
     rule: MaskingRule | None  # of shards without masks
+    objective: Objective
     origin: Origin
 
     @property
@@ -157,7 +158,7 @@ def records_of(rows: dict, lengths, output_rows, slots) -> tuple[np.ndarray, np.
     sequences["slot"] = slots
     sequences["length"] = lengths
     sequences["predictions"] = np.count_nonzero(is_prediction, axis=1)
-    sequences["label"] = rows["next_sentence_labels"]
+    sequences["label"] = rows.get(LABELS, 0)
     return sequences, tokens, predictions
 
 
@@ -168,7 +169,7 @@ def gather(part: int, block_count: int, layout: Layout, path: Path) -> tuple[int
     pieces = [read_piece(block_number, part, layout) for block_number in range(block_count)]
     sequences, tokens, predictions = (np.concatenate(records) for records in zip(*pieces, strict=True))
     rows = packed_rows(sequences, tokens, predictions, layout, layout.rows_in(part))
-    write_shard(path, rows, layout.rule, layout.prediction_slots, layout.origin)
+    write_shard(path, rows, layout.rule, layout.prediction_slots, layout.objective, layout.origin)
     return len(sequences), count_tokens(rows)
 
 

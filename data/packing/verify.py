@@ -132,7 +132,7 @@ def compare(run, packed: list[Shard], unpacked: list[Shard], sums: np.ndarray, r
 
     Where possible, that is one that the packed set should not have.
     """
-    if packed[0].rule != unpacked[0].rule:
+    if (packed[0].rule, packed[0].objective) != (unpacked[0].rule, unpacked[0].objective):
         report.add(1, f"{packed[0].path} is {packed[0].description}, {unpacked[0].path} is {unpacked[0].description}")
         return
     original = sum(run("reading unpacked rows", sums_of_block, [(block,) for block in blocks_of(unpacked)]))

@@ -41,7 +41,8 @@ def hdf5_folder(options) -> Path:
         f"hdf5_lower_case_{int(options.do_lower_case)}_seq_len_{options.max_seq_length}"
         f"_max_pred_{options.max_predictions_per_seq}_masked_lm_prob_{options.masked_lm_prob}"
         f"_random_seed_{options.random_seed}_dupe_factor_{options.dupe_factor}"
-        f"{'_dynamic_masking' * options.dynamic_masking}")
+        f"{'_dynamic_masking' * options.dynamic_masking}{'_whole_word_mask' * options.whole_word_mask}"
+        f"{'_no_nsp' * options.no_nsp}")
 
 
 def shard_names(dataset: str, training_shards: int, test_shards: int) -> list[str]:

@@ -1,11 +1,13 @@
 """Training samples from text: a text shard (a sentence a line, a blank line between documents) to an HDF5 shard.
 
-The text is read in blocks of documents, so that memory does not depend on the size of a shard.  The pairs of a block
-are planned as offsets into one array of token ids; then rows are made of them, in random order.
+The text is read in blocks of documents, so that memory does not depend on the size of a shard.  The samples of a block,
+pairs of segments or full sentences (full_sentences.py), are planned as offsets into one array of token ids; then rows
+are made of them, in random order.
 
 Shapes: B rows of a block, S = max_seq_length, P = max_predictions_per_seq.
 """
 
+import math
 import os
 import zlib
 from bisect import bisect_left
@@ -19,9 +21,10 @@ from common import cli
 from common.errors import UserError
 from common.text import open_text
 from data import shards
-from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked
+from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule, masked, packed_bits
 from data.origin import Origin
-from data.preparation.text_counts import WAYS_OUT, TextCounts
+from data.preparation.full_sentences import FullSentences
+from data.preparation.text_counts import WAYS_OUT, TextCounts, covered
 from data.tokenizer import SPECIAL_TOKENS, WordPieceEncoder, continuing_tokens
 from data.vocabulary import Vocabulary
 
@@ -29,6 +32,8 @@ READ_BYTES = 1 << 21  # read at a time; a block of documents is at most twice as
 BLOCK_TOKENS = 1 << 20  # tokens in the rows that are made at a time
 RANDOM_NEXT = 0.5  # share of the pairs that get a random second segment
 PASSES = 5  # over the text, by default; 1 with dynamic masking
+ROUND_PREDICTIONS = 4  # up to a multiple of it: 20 of 128 tokens and 80 of 512, as published
+NEW_OPTIONS = ("whole_word_mask", "no_nsp")  # those of earlier versions' records lack them
 # The plan of a sample: token offsets and lengths of its two segments, and the next sentence label.
 PAIR = np.dtype([("a_start", "i8"), ("a_length", "i8"), ("b_start", "i8"), ("b_length", "i8"), ("is_random", "i8")])
 
@@ -38,15 +43,20 @@ class SampleOptions:
     """The flags that add_sample_flags declares."""
 
     max_seq_length: int = 512
-    max_predictions_per_seq: int = 20
+    max_predictions_per_seq: int | None = None  # becomes what masked_lm_prob asks for
     masked_lm_prob: float = 0.15
     dupe_factor: int | None = None  # becomes PASSES, or 1 with dynamic_masking
     short_seq_prob: float = 0.1
     random_seed: int = 12345
     do_lower_case: bool = True
     dynamic_masking: bool = False
+    whole_word_mask: bool = False
+    no_nsp: bool = False
 
     def __post_init__(self):
+        if self.max_predictions_per_seq is None:
+            object.__setattr__(self, "max_predictions_per_seq", predictions_for(self.max_seq_length,
+                                                                                self.masked_lm_prob))
         if self.dupe_factor is None:
             object.__setattr__(self, "dupe_factor", 1 if self.dynamic_masking else PASSES)
         if self.max_seq_length < SPECIALS_PER_SEQUENCE + 2:
@@ -55,6 +65,34 @@ class SampleOptions:
         if self.random_seed < 0:
             raise UserError(f"--random_seed {self.random_seed} is negative")
 
+    @property
+    def objective(self) -> shards.Objective:
+        return shards.Objective(nsp=not self.no_nsp, whole_word_mask=self.whole_word_mask)
+
+    def recorded(self) -> dict:
+        """What decides the samples besides the text and the vocabulary, for the records."""
+        return {name: value for name, value in asdict(self).items() if value or name not in NEW_OPTIONS}
+
+    def limit_warning(self) -> str | None:
+        """A line where max_predictions_per_seq is below what masked_lm_prob asks for in a full row."""
+        wanted = min(round(self.max_seq_length * self.masked_lm_prob), self.max_seq_length - SPECIALS_PER_SEQUENCE)
+        if wanted <= self.max_predictions_per_seq:
+            return None
+        return (f"--max_predictions_per_seq {self.max_predictions_per_seq} is below the {wanted} that --masked_lm_prob "
+                f"{self.masked_lm_prob} asks for in {self.max_seq_length} tokens: of these "
+                f"{self.max_predictions_per_seq / self.max_seq_length:.1%} will be predicted (without the flag, up to "
+                f"{predictions_for(self.max_seq_length, self.masked_lm_prob)} tokens a sample are)")
+
+
+def predictions_for(length: int, masked_lm_prob: float) -> int:
+    """The most predictions that a sample of this many tokens has room for, where no flag says it.
+
+    >>> [predictions_for(length, prob) for length, prob in ((128, 0.15), (512, 0.15), (128, 0.4), (7, 0.15))]
+    [20, 80, 52, 4]
+    """
+    wanted = math.ceil(round(length * masked_lm_prob, 6) / ROUND_PREDICTIONS) * ROUND_PREDICTIONS
+    return max(1, min(wanted, length - SPECIALS_PER_SEQUENCE))
+
 
 def add_sample_flags(parser) -> None:
     """Declare a flag for each field of SampleOptions."""
@@ -62,15 +100,21 @@ def add_sample_flags(parser) -> None:
     group.add_argument("--max_seq_length", type=cli.positive_int,
                        help="length of a sample in tokens: 128 for phase 1, 512 for phase 2")
     group.add_argument("--max_predictions_per_seq", type=cli.positive_int,
-                       help="maximum number of tokens to predict in a sample: 20 for 128 tokens, 80 for 512")
+                       help="maximum number of tokens to predict in a sample (default: what --masked_lm_prob asks for "
+                            f"in a full sample, as a multiple of {ROUND_PREDICTIONS}: 20 for 128 tokens, 80 for 512)")
     group.add_argument("--masked_lm_prob", type=cli.proportion, help="proportion of the tokens to predict")
+    group.add_argument("--whole_word_mask", action="store_true",
+                       help="mask whole words: a token and all ## pieces that follow it, or none of them")
+    group.add_argument("--no_nsp", action="store_true",
+                       help="samples without a second segment and without next sentence prediction: full sentences "
+                            "up to --max_seq_length, across the ends of documents; every token is in one")
     group.add_argument("--dynamic_masking", action="store_true",
                        help="store the samples without masks; training draws new masks in every epoch")
     group.add_argument("--dupe_factor", type=cli.positive_int,
                        help=f"passes over the text, each with different pairs and masks (default: {PASSES}, or 1 with "
                             "--dynamic_masking)")
     group.add_argument("--short_seq_prob", type=cli.proportion,
-                       help="proportion of the documents that are cut into shorter samples")
+                       help="proportion of the documents that are cut into shorter samples; none with --no_nsp")
     group.add_argument("--random_seed", type=cli.whole,
                        help="seed for pairs and masks; the same seed gives the same files")
     group.add_argument("--do_lower_case", **cli.BOOLEAN,
@@ -96,22 +140,34 @@ def create_shard(input_file, output_file, tokens: list[str], options: SampleOpti
     seed = [options.random_seed, zlib.crc32(os.fsencode(",".join(Path(path).stem for path in input_files)))]
     random, rng = Random(repr(seed)), np.random.default_rng(seed)
     encoder = WordPieceEncoder(tokens, options.do_lower_case)
+    continuing = continuing_tokens(tokens)
     rule = MaskingRule(options.masked_lm_prob, options.max_predictions_per_seq, len(tokens),
-                       tuple(tokens.index(token) for token in SPECIAL_TOKENS))
-    counts, continuing = TextCounts(), continuing_tokens(tokens)
+                       tuple(tokens.index(token) for token in SPECIAL_TOKENS), options.whole_word_mask,
+                       packed_bits(continuing))
+    counts = TextCounts(random_next=None if options.no_nsp else 0)
     origin = Origin.of_texts(Vocabulary.of(tokens, options.do_lower_case), input_files)
     with shards.writing(output_file, options.max_seq_length, options.max_predictions_per_seq,
-                        rule if options.dynamic_masking else None, origin) as append:
+                        rule if options.dynamic_masking else None, options.objective, origin) as append:
         for lines in document_blocks(*input_files):
             documents = tokenize(lines, encoder)
-            pairs = truncate(plan_pairs(documents, options, random), options, rng)
-            for rows in sample_rows(documents.ids, pairs, rule, options, rng):
+            counts.add_text(documents, rule, continuing)
+            samples = (FullSentences(documents, options, rule.special_ids) if options.no_nsp else
+                       SegmentPairs(documents, truncate(plan_pairs(documents, options, random), options, rng), rule))
+            counts.add_samples(samples, rule)
+            for rows in sample_rows(samples, rule, options, rng):
+                counts.predicted_tokens += predictions_in(rows, rule)
                 append(rows)
-            counts.add(documents, pairs, rule, continuing)
         if counts.only_unknown:
             raise UserError(f"{', '.join(map(str, input_files))}: each of its {counts.tokens:,} tokens is [UNK], so "
                             f"its samples would teach nothing. {WAYS_OUT}")
     return asdict(counts)
+
+
+def predictions_in(rows: dict[str, np.ndarray], rule: MaskingRule) -> int:
+    """How many tokens of the rows are predicted, or, where they come without masks, will be at most."""
+    if shards.MASK_KEYS[0] in rows:
+        return int(np.count_nonzero(rows[shards.MASK_KEYS[0]]))
+    return int(rule.predictions(np.count_nonzero(rows["input_mask"], axis=1)).sum())
 
 
 def counts_of_words(lines: list[str], tokens: list[str], lower_case: bool) -> dict[str, int]:
@@ -228,16 +284,35 @@ def truncate(pairs: np.recarray, options: SampleOptions, rng: np.random.Generato
     return cut
 
 
-def sample_rows(tokens: np.ndarray, pairs: np.recarray, rule: MaskingRule, options: SampleOptions, rng):
-    """Yield the rows of all pairs, in random order, in blocks."""
-    order = rng.permutation(len(pairs))
+def sample_rows(samples, rule: MaskingRule, options: SampleOptions, rng):
+    """Yield the rows of all samples (SegmentPairs or FullSentences), in random order, in blocks."""
+    order = rng.permutation(len(samples.lengths))
     block = max(1, BLOCK_TOKENS // options.max_seq_length)
-    for start in range(0, len(pairs), block):
-        rows = token_rows(tokens, pairs[order[start:start + block]], options.max_seq_length, rule.special_ids)
+    for start in range(0, len(order), block):
+        rows = samples.rows(order[start:start + block], options.max_seq_length)
         if not options.dynamic_masking:
             keys = rng.integers(2**64, size=len(rows["input_ids"]), dtype=np.uint64)
             rows |= masked(rows, rule, options.max_predictions_per_seq, keys)
         yield rows
+
+
+class SegmentPairs:
+    """The samples of a block of text with next sentence prediction: [CLS] A [SEP] B [SEP].
+
+    lengths: their tokens, special ones included, (n,); used_tokens: how many tokens of the text are in one;
+    random_next: how many have a random second segment.
+    """
+
+    def __init__(self, documents: Documents, pairs: np.recarray, rule: MaskingRule):
+        self.ids, self.pairs, self.special_ids = documents.ids, pairs, rule.special_ids
+        self.lengths = pairs.a_length + pairs.b_length + SPECIALS_PER_SEQUENCE
+        self.used_tokens = covered(np.concatenate([pairs.a_start, pairs.b_start]),
+                                   np.concatenate([pairs.a_length, pairs.b_length]), len(documents.ids))
+        self.random_next = int(pairs.is_random.sum())
+
+    def rows(self, numbers: np.ndarray, sequence_length: int) -> dict[str, np.ndarray]:
+        """The rows of some samples, without masks."""
+        return token_rows(self.ids, self.pairs[numbers], sequence_length, self.special_ids)
 
 
 def token_rows(tokens: np.ndarray, pairs: np.recarray, sequence_length: int, special_ids) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ download → text_formatting → sharding → (create_vocabulary) → create_hdf
 
 import glob
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -234,10 +234,12 @@ def training_texts(texts: list[Path]) -> list[Path]:
 
 def create_hdf5_files(options: StageOptions) -> None:
     folder, dataset = layout.hdf5_folder(options.samples), options.dataset.name
-    texts, recorded_options = options.text_shards(), asdict(options.samples)
+    texts, recorded_options = options.text_shards(), options.samples.recorded()
     vocab_file = find_vocabulary(options)
     tokens = load_vocabulary(vocab_file)
     check_case(tokens, options.samples.do_lower_case, f"--vocab_file {vocab_file}")
+    if limit := options.samples.limit_warning():
+        print(f"warning: {limit}", flush=True)
     vocabulary = {"vocabulary": records.file_fingerprint(vocab_file)}
     made_from = {text: records.file_fingerprints([text]) | vocabulary for text in texts}
     names = {text: f"{dataset}/{text.stem}.hdf5" for text in texts}

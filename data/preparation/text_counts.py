@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from data.masking import SPECIALS_PER_SEQUENCE, MaskingRule
+from data.masking import MaskingRule
 
 MOST_UNKNOWN = 0.05  # of the tokens; a vocabulary that fits its text leaves less than 1 %
 ONE_SIDED = 0.05  # pairs of one kind, random or true; half of each kind is meant
@@ -22,9 +22,10 @@ WAYS_OUT = ("Give a vocabulary of this language (--vocab_file, or train one) and
 
 @dataclass(kw_only=True)
 class TextCounts:
-    """Counts of one text or of several.  None: an older record, which lacks the figure, is among those summed.
+    """Counts of one text or of several.
 
-    A further figure is a field here, counted in `add`, and said in `description` or in `warnings`.
+    None: an older record, which lacks the figure, is among those summed, or (random_next) there is no such thing.
+    A further figure is a field here, counted in an `add_` method, and said in `description` or in `warnings`.
     """
 
     documents: int | None = 0
@@ -40,22 +41,23 @@ class TextCounts:
     predicted_tokens: int | None = 0  # of sample_tokens
     wanted_predictions: int | None = 0  # that masked_lm_prob asks for
 
-    def add(self, documents, pairs: np.recarray, rule: MaskingRule, continuing: np.ndarray) -> None:
-        """Count the Documents of a block and the pairs planned for them (samples.py).
+    def add_text(self, documents, rule: MaskingRule, continuing: np.ndarray) -> None:
+        """Count the Documents of a block (samples.py).
 
         continuing: for each token of the vocabulary, whether it continues a word.
         """
         self.documents += len(documents.first) - 1
         self.sentences += len(documents.bounds) - 1
         self.add_tokens(documents.ids, rule.special_ids[1], continuing)
-        self.used_tokens += covered(np.concatenate([pairs.a_start, pairs.b_start]),
-                                    np.concatenate([pairs.a_length, pairs.b_length]), len(documents.ids))
-        self.samples += len(pairs)
-        self.random_next += int(pairs.is_random.sum())
-        lengths = pairs.a_length + pairs.b_length + SPECIALS_PER_SEQUENCE
-        self.sample_tokens += int(lengths.sum())
-        self.predicted_tokens += int(rule.predictions(lengths).sum())
-        self.wanted_predictions += round(float(lengths.sum()) * rule.masked_lm_prob)
+
+    def add_samples(self, samples, rule: MaskingRule) -> None:
+        """Count the samples of a block (SegmentPairs or FullSentences)."""
+        self.used_tokens += samples.used_tokens
+        self.samples += len(samples.lengths)
+        if self.random_next is not None:
+            self.random_next += samples.random_next
+        self.sample_tokens += int(samples.lengths.sum())
+        self.wanted_predictions += round(float(samples.lengths.sum()) * rule.masked_lm_prob)
 
     def add_tokens(self, ids: np.ndarray, unknown_id: int, continuing: np.ndarray) -> None:
         """Count tokens and the words that they are the pieces of."""
@@ -68,7 +70,7 @@ class TextCounts:
     @classmethod
     def total(cls, records: list[dict]) -> "TextCounts":
         """The sum of the counts in records of finished shards."""
-        return cls(**{name: None if any(name not in counts for counts in records)
+        return cls(**{name: None if any(counts.get(name) is None for counts in records)
                       else sum(counts[name] for counts in records) for name in (field.name for field in fields(cls))})
 
     def totals(self) -> dict[str, int]:
@@ -120,7 +122,7 @@ class TextCounts:
             return None
         share = self.share("predicted_tokens", "sample_tokens")
         return (f"{share:.1%} of a sample is predicted, {reached:.0%} of what --masked_lm_prob asks for: "
-                "--max_predictions_per_seq is too small for --max_seq_length")
+                "--max_predictions_per_seq is too small for --max_seq_length (left out, it follows from them)")
 
     def pairs_warning(self) -> str | None:
         share = self.share("random_next", "samples")

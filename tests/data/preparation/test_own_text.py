@@ -16,7 +16,7 @@ import pytest
 from common.errors import UserError
 from data import bertPrep
 from data.preparation import corpus, formatting, near_duplicates, shard_numbers
-from data.shards import find_shards
+from data.shards import Objective, find_shards
 from tests.support.bad_servers import file_server, serving
 from tests.support.preparation import ROOT, files_below, formatted, sentences
 
@@ -310,9 +310,12 @@ def test_the_script_makes_samples_of_both_lengths_from_a_folder(tmp_path):
         (" ".join(sentences(30, seed)) for seed in range(40)), "body")))
     outcome = subprocess.run(
         ["bash", str(ROOT / "data/create_datasets_from_start.sh"), "corpus", "mine", "texts", "--text_field", "body",
-         "--vocab_size", "90"], cwd=tmp_path, capture_output=True, text=True, check=False,
+         "--vocab_size", "90", "--masked_lm_prob", "0.4", "--whole_word_mask", "--no_nsp"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
         env=os.environ | {"BERT_PREP_WORKING_DIR": str(tmp_path / "work"), "N_PROCESSES": "2", "DYNAMIC_MASKING": "1",
                           "PYTHON": sys.executable})
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     found = sorted(tmp_path.glob("work/hdf5_*/mine"))
     assert len(found) == 2 and all(sum(shard.rows for shard in find_shards(folder)) > 9 for folder in found)
+    assert [find_shards(folder)[0].prediction_slots for folder in found] == [52, 208]
+    assert {find_shards(folder)[0].objective for folder in found} == {Objective(nsp=False, whole_word_mask=True)}
