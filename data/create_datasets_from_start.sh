@@ -29,7 +29,7 @@ processes=${N_PROCESSES:-$(getconf _NPROCESSORS_ONLN)}
 if [ -n "${VOCAB_FILE:-}" ] && [ -e "$here/$VOCAB_FILE" ]; then
     VOCAB_FILE=$here/$VOCAB_FILE
 fi
-flags=("${@:2}")
+flags=()
 
 stage() {
     echo "== $*" ${flags[@]+"${flags[@]}"}
@@ -69,6 +69,7 @@ from_formatted_text() {  # what follows text_formatting for one's own text and W
     make_samples
 }
 
+[ "${1:-}" = corpus ] || take_flags "${@:2}"
 case ${1:-wiki_only} in
     wiki_only | wikicorpus_en)
                 dataset=wikicorpus_en;        sources=(wikicorpus_en) ;;
@@ -77,7 +78,6 @@ case ${1:-wiki_only} in
                 dataset=wikicorpus_en_sample; sources=(wikicorpus_en_sample) ;;
     wikicorpus_*)
         dataset=$1
-        take_flags "${@:2}"
         stage download --dataset "$dataset"
         stage text_formatting --dataset "$dataset"
         from_formatted_text

@@ -93,7 +93,9 @@ class BatchStream:
         if (epoch, shard, start, stop) not in self.ready:
             rows, _ = self.open(epoch, shard).result()
             self.count_empty(shard, rows["input_mask"])
-            self.ready = self.read_ranges(epoch, shard, start, stop)
+            source = self.pieces[shard].source
+            self.ready = {key: rows for key, rows in self.ready.items() if self.pieces[key[1]].source != source} \
+                | self.read_ranges(epoch, shard, start, stop)
         return self.ready.pop((epoch, shard, start, stop))
 
     def read_ranges(self, epoch: int, shard: int, start: int, stop: int) -> dict[tuple, dict[str, np.ndarray]]:
@@ -102,8 +104,10 @@ class BatchStream:
         """
         rows, order = self.open(epoch, shard).result()
         size, piece = stop - start, self.pieces[shard]
-        together = max(1, MASKED_TOGETHER // size) if piece.rule and size == self.batch_size else 1
-        starts = range(start, len(order) - size + 1, self.stride)[:together]
+        rounds = max(1, MASKED_TOGETHER // size) if piece.rule else 1
+        starts = [start, *(first for later in range(1, rounds) for number, own, first, end in self.order.own_ranges(
+            self.next_row + later * self.order.stride, self.skipped_shards)
+            if (number, own, end - first) == (epoch, shard, size))]
         chosen = np.concatenate([order[first:first + size] for first in starts])
         rows = with_masks({key: values[chosen] for key, values in rows.items()}, piece,
                           row_keys(self.seed, epoch, shard, chosen))

@@ -35,12 +35,13 @@ def made(tmp_path_factory):
     write_vocabulary(folder / "vocab.txt")
     size = len(load_vocabulary(folder / "vocab.txt"))
     samples.write_config(folder / "config.json", vocab_size=size)
-    (folder / "t.txt").write_text("\n\n".join("\n".join(sentences(6, seed)) for seed in range(30)))
+    for split, seeds in (("training", range(30)), ("test", range(30, 60))):
+        (folder / f"{split}.txt").write_text("\n\n".join("\n".join(sentences(6, seed)) for seed in seeds))
     for kind, flags in (("without", ("--no_nsp", "--whole_word_mask")), ("with", ())):
         for split in ("training", "test"):
             (folder / kind / split).mkdir(parents=True)
             create_pretraining_data.main([
-                f"--input_file={folder}/t.txt", f"--output_file={folder}/{kind}/{split}/s_{split}.hdf5",
+                f"--input_file={folder}/{split}.txt", f"--output_file={folder}/{kind}/{split}/s_{split}.hdf5",
                 f"--vocab_file={folder}/vocab.txt", f"--max_seq_length={LENGTH}", "--dynamic_masking", *flags])
     pack_pretraining_data_pytorch.main([
         f"--input_dir={folder}/without/training", f"--output_dir={folder}/packed", f"--max_sequence_length={LENGTH}",
