@@ -233,5 +233,6 @@ def test_defaults_that_the_reference_has_otherwise_are_said_where_they_are_used(
     create_pretraining_data.main([*flags, "--dynamic_masking", "--max-seq-length", "64"])
     printed = capsys.readouterr().out
     assert "--dupe_factor is not given: 1 here" in printed and "max_seq_length is not" not in printed
-    create_pretraining_data.main([*flags, "--dupe-factor=3", "--max_seq_length=64"])
+    assert "--max_predictions_per_seq is not given: 12 here, 20 in the reference's" in printed
+    create_pretraining_data.main([*flags, "--dupe-factor=3", "--max_seq_length=64", "--max_predictions_per_seq=10"])
     assert "not given" not in capsys.readouterr().out
