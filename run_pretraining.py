@@ -25,7 +25,8 @@ from training.arguments import contradiction_of_steps, device_options, parse_arg
 SPIN_COUNT = "10000"
 
 
-def main(argv=None) -> None:
+def main(argv=None) -> int | None:
+    """Returns the exit code of a run that a signal has stopped, else None."""
     args = parse_arguments(argv)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported
@@ -33,7 +34,8 @@ def main(argv=None) -> None:
     rendezvous.set_variables(info, os.environ)
     device, precision = device_options(args, args.use_torch_compile), precision_options(args)
     with ShardReader() as reader, gaudi_environment.prepared(device, precision, info.local_rank):
-        pretrain(args, info, reader)
+        stopped = pretrain(args, info, reader).get("stopped", False)
+    return args.stopped_exit_code if stopped else None
 
 
 def pretrain(args, info: rendezvous.RankInfo, reader) -> dict:
@@ -163,7 +165,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
             return dry_run.dry_run(trainer)
         summary = trainer.train()
         log.print(final_line(args, summary))
-        return summary
+        return {**summary, "stopped": trainer.stopped}
     finally:
         stream.close()
         log.close()

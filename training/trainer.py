@@ -95,7 +95,7 @@ class Trainer:
                                      self.ranks.world_size)
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, self.ranks.rank, self.log.print)
-        self.signals = StopSignals()
+        self.signals, self.stopped = StopSignals(), False  # whether one has ended the run before its last step
         self.stop_vote = StopVote(self.ranks)
         self.loss_weights = build_loss_weights(args.normalize_loss, self.plan.accumulation_steps, self.ranks, device)
         self.batches = deque()  # the next micro-batches, on the device, their sources, and what Throughput counts
@@ -124,7 +124,7 @@ class Trainer:
             stopping = self.stop_vote.result()
             if stopping:
                 self.log.print(f"stopping after step {step}: {self.signals.name or 'a signal'} asked for it")
-                self.last_step = step
+                self.stopped, self.last_step = step < self.last_step, step
                 announce_end()
             if self.is_due(step, self.args.log_freq):
                 self.log_step(step, losses)
