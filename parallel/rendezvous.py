@@ -136,6 +136,11 @@ def slurm_port(environment: Mapping[str, str]) -> int:
     return SLURM_PORT + (job + PORTS_BETWEEN_STEPS * step) % SLURM_PORTS
 
 
+def torchrun_restarts(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun starts the ranks again where one fails or servers come and go (--max_restarts above 0)."""
+    return integer(environment, "TORCHELASTIC_MAX_RESTARTS", "0") > 0
+
+
 def info_from_mpi() -> RankInfo:
     """From MPI_COMM_WORLD, under a launcher whose variables are not known here."""
     try:

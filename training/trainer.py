@@ -5,7 +5,7 @@ import math
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import lamb
 from checkpoint.async_writer import CheckpointWriter
 from checkpoint.folder import checkpoint_path, newest_path
 from checkpoint.resume import Phase
-from checkpoint.state import PHASE_STEPS, TrainingState
+from checkpoint.state import PHASE_STEPS, STEP_ROWS, TrainingState
 from common.errors import UserError
 from common.locks import announce_end
 from data.dataloader import sequences_in
@@ -46,13 +46,20 @@ class BatchPlan:
     accumulation_steps: int
     sequences_per_row: float
     train_batch_size: int  # sequences, as the flag asks
+    step_rows: int  # that a step is to have, over all cards
 
     @classmethod
-    def from_flags(cls, args, sequences_per_row: float) -> "BatchPlan":
+    def from_flags(cls, args, sequences_per_row: float, world_size: int) -> "BatchPlan":
         """Because a packed row holds several sequences, fewer micro-batches make a step of as many sequences."""
-        return cls(args.train_batch_size // args.gradient_accumulation_steps,
-                   max(1, round(args.gradient_accumulation_steps / sequences_per_row)), sequences_per_row,
-                   args.train_batch_size)
+        micro_batch_size = args.train_batch_size // args.gradient_accumulation_steps
+        accumulation_steps = max(1, round(args.gradient_accumulation_steps / sequences_per_row))
+        return cls(micro_batch_size, accumulation_steps, sequences_per_row, args.train_batch_size,
+                   micro_batch_size * accumulation_steps * world_size)
+
+    def with_step_rows(self, rows: int, world_size: int) -> "BatchPlan":
+        """The plan for steps of as many rows over all cards, as nearly as whole micro-batches on each allow."""
+        return replace(self, step_rows=rows, accumulation_steps=max(1, round(rows / (
+            self.micro_batch_size * world_size))))
 
     @property
     def rows(self) -> int:
@@ -271,7 +278,8 @@ class Trainer:
                 self.log.warn(f"{path.name} could not be written ({error}), and the training continues")
                 return
             if self.ranks.first:
-                contents |= {"step": step, "phase": self.phase.number, PHASE_STEPS: self.args.max_steps}
+                contents |= {"step": step, "phase": self.phase.number, PHASE_STEPS: self.args.max_steps,
+                             STEP_ROWS: self.plan.step_rows}
                 self.checkpoints.save(number, self.protected_checkpoints, contents)
             self.log.write("PARAMETER", {"checkpoint_step": step})
 
