@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from common import cli
-from common.errors import UserError
+from common.errors import UserError, whole_number
 from common.locks import file_lock, folder_lock
 from data.shard_reader import ShardReader
 from devices import gaudi_environment
@@ -23,17 +23,22 @@ from training.arguments import contradiction_of_steps, device_options, parse_arg
 # How often a waiting OpenMP thread looks again before it sleeps: about 0.4 ms.  The default, some 13 ms, keeps a core
 # from whatever else wants to run there, and a step of a small model beside one busy process took 40 times as long.
 SPIN_COUNT = "10000"
+STOPPED = 75  # exit code of a rank that a signal has stopped, where torchrun is to start the ranks again
 
 
-def main(argv=None) -> None:
+def main(argv=None) -> int | None:
+    """Returns the exit code of a run that a signal has stopped, else None."""
     args = parse_arguments(argv)
+    if rendezvous.torchrun_restarts(os.environ):
+        args.stopped_exit_code = args.stopped_exit_code or STOPPED
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported
     info = rendezvous.rank_info(os.environ, args.local_rank)
     rendezvous.set_variables(info, os.environ)
     device, precision = device_options(args, args.use_torch_compile), precision_options(args)
     with ShardReader() as reader, gaudi_environment.prepared(device, precision, info.local_rank):
-        pretrain(args, info, reader)
+        stopped = pretrain(args, info, reader).get("stopped", False)
+    return args.stopped_exit_code if stopped else None
 
 
 def pretrain(args, info: rendezvous.RankInfo, reader) -> dict:
@@ -59,6 +64,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
     """The work of one rank.  Nothing but locks is written before everything has been checked."""
     import torch
 
+    from checkpoint.folder import saved_steps
     from checkpoint.resume import PHASE1_STEPS, Phase, find_resume_point, last_step_of_phase1
     from checkpoint.state import TrainingState
     from data.dataloader import BatchStream
@@ -92,6 +98,9 @@ def pretrain_rank(args, ranks, reader) -> dict:
 
     if args.phase1_end_step is None:
         args.phase1_end_step = last_step_of_phase1(args.output_dir, ranks.warn) if args.phase2 else PHASE1_STEPS
+    restarts = rendezvous.torchrun_restarts(os.environ)
+    if restarts and saved_steps(args.output_dir):
+        args.resume_from_checkpoint = True
     phase = Phase(2, args.phase1_end_step) if args.phase2 else Phase()
     resume_point = find_resume_point(args.output_dir, phase, resume=args.resume_from_checkpoint,
                                      resume_step=args.resume_step, init_checkpoint=args.init_checkpoint,
@@ -105,7 +114,8 @@ def pretrain_rank(args, ranks, reader) -> dict:
     if vocabulary:  # where the shards do not say it, the checkpoint's
         check_size(vocabulary.size, config.vocab_size, f"{resume_point.path}, its vocabulary")
     held_out = held_out_shards(args, config, shards, vocabulary, reader)
-    plan = BatchPlan.from_flags(args, training_set.sequences_per_row)
+    plan = BatchPlan.from_flags(args, training_set.sequences_per_row, ranks.world_size)
+    plan, kept_batch = plan_of_restart(plan, resume_point, ranks.world_size) if restarts else (plan, "")
     settle_steps(args, plan, training_set.rows, ranks)
     ranks.connect(device)
     ranks.check_same(run_fingerprint(args, config, shards, resume_point))
@@ -153,7 +163,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
                             **run_record(config=config, device=device, world_size=ranks.world_size, plan=plan,
                                          descriptions=descriptions)})
     for line in (*header_lines(args, device, precision, stream.pieces, model, plan, resume_point),
-                 *training_set.describe(), layers_description, optimizer_description,
+                 kept_batch, *training_set.describe(), layers_description, optimizer_description,
                  f"ranks: {ranks.world_size}; reduction of gradients: {reduction.describe()}", compile_description):
         if line:
             log.print(line)
@@ -167,10 +177,24 @@ def pretrain_rank(args, ranks, reader) -> dict:
             return dry_run.dry_run(trainer)
         summary = trainer.train()
         log.print(final_line(args, summary))
-        return summary
+        return {**summary, "stopped": trainer.stopped}
     finally:
         stream.close()
         log.close()
+
+
+def plan_of_restart(plan, resume_point, world_size: int):
+    """The plan that keeps the global batch of a run which torchrun continues on any number of ranks, and a line on it."""
+    from checkpoint.state import STEP_ROWS
+
+    rows = whole_number(resume_point.contents or {}, STEP_ROWS, str(resume_point.path))
+    kept = plan.with_step_rows(rows, world_size) if rows else plan
+    found = kept.rows * world_size
+    if kept.accumulation_steps == plan.accumulation_steps and found == kept.step_rows:
+        return kept, ""
+    kind = "as before the restart" if found == rows else f"the nearest to the {rows} of before the restart"
+    return kept, (f"global batch: {found} rows a step on {world_size} ranks, {kind}: {kept.accumulation_steps} "
+                  f"accumulation steps, {plan.accumulation_steps} by the flags")
 
 
 def settle_steps(args, plan, rows: int, ranks) -> None:

@@ -17,6 +17,7 @@ from optim.build import local_optimizer, restore_skip_counts, skip_counts
 INIT_CHECKPOINT = "init_checkpoint"
 OWN_KEYS = {"phase", "data", "rows"}  # a checkpoint that has none of them was written by another trainer
 PHASE_STEPS = "phase_steps"
+STEP_ROWS = "step_rows"
 OPTIMIZER_NAME = "optimizer_name"
 
 
@@ -39,6 +40,7 @@ class TrainingState:
         init_checkpoint   --init_checkpoint of the run's first start, or None
         step, phase the step of the phase, and 1 or 2
         phase_steps the steps that the phase is to have, --max_steps
+        step_rows   the rows that an optimizer step is to have over all ranks
 
     From a checkpoint of the reference trainer (reference.py) also, never written here:
 

@@ -13,6 +13,7 @@ All files are kept below the folder that the environment variable BERT_PREP_WORK
 create_datasets_from_start.sh runs all stages.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -26,6 +27,14 @@ from data.preparation.document_filters import DEDUPLICATED, EXACT, DocumentFilte
 from data.preparation.formats import FORMATS  # noqa: E402
 from data.preparation.samples import SampleOptions, add_sample_flags  # noqa: E402
 from data.preparation.sentences import SPLITTERS  # noqa: E402
+
+
+def part(text: str) -> tuple[int, int]:
+    """The value of --part: "2/16" as (2, 16)."""
+    first, _, last = text.partition("/")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N, whole numbers with 1 <= K <= N")
+    return int(first), int(last)
 
 
 def parse(argv):
@@ -90,6 +99,10 @@ def parse(argv):
                        help="a domain's words, one a line: create_vocabulary puts them into the [unusedN] places of "
                             "--vocab_file (default: Google's) and behind it, instead of training one; the training "
                             "makes rows for them in the model of --init_checkpoint")
+    group = parser.add_argument_group("create_hdf5_files")
+    group.add_argument("--part", type=part, default=(1, 1), metavar="K/N",
+                       help="make the shards of every Nth text shard only, from the Kth on: N calls, such as the tasks "
+                            "of a job array, share the work (1/N to N/N)")
     add_sample_flags(parser)
     parser.add_argument("--interactive_json_config_generator", nargs="?", const=True,
                         help="accepted for old command lines; has no effect")

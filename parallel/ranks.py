@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from common.errors import UserError, first_line
 from common.locks import LONGEST_WAIT
-from parallel import rendezvous
+from parallel import elastic, rendezvous
 from parallel.rendezvous import RankInfo
 from parallel.watchdog import RankWatchdog, missing_ranks
 
@@ -99,8 +99,20 @@ class RankGroup(SingleRank):
         with deadline(timeout, f"rank {self.rank}: {self.address}:{self.port} (MASTER_ADDR, MASTER_PORT) answers, "
                                f"but not as the store of a run does: does another program use that port?"):
             torchrun_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            self.store = self.open_store(host=self.rank == 0 and not torchrun_hosts_store)
-            self.watchdog = RankWatchdog(self.open_store(host=False), self.rank, self.world_size)
+            stores = [self.open_store(host=self.rank == 0 and not torchrun_hosts_store), self.open_store(host=False)]
+            if torchrun_hosts_store:
+                stores = self.stores_of_this_start(*stores)
+            self.store, self.watchdog = stores[0], RankWatchdog(stores[1], self.rank, self.world_size)
+
+    def stores_of_this_start(self, *stores: dist.Store) -> list[dist.Store]:
+        """The stores without what ranks of an earlier start have written."""
+        try:
+            name = elastic.name_of_start(stores[0], self.open_store(host=False) if self.first else None,
+                                         self.world_size, self.rank)
+        except dist.DistError as error:
+            raise UserError(f"rank {self.rank}: rank 0 did not come to {self.address}:{self.port} within "
+                            f"{self.timeout} ({first_line(error)})") from None
+        return [dist.PrefixStore(name, store) for store in stores]
 
     def open_store(self, host: bool) -> dist.Store:
         """A connection to the store through which the ranks connect; its host starts it."""
@@ -116,7 +128,7 @@ class RankGroup(SingleRank):
             raise UserError(f"rank {self.rank}: no store at {self.address}:{self.port}: does MASTER_ADDR name the "
                             f"server of rank 0? ({first_line(error)})") from None
         store.set_timeout(self.timeout)
-        return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        return store
 
     def __exit__(self, error_type, error, trace) -> None:
         """Leave together.  The ranks are watched to the end, because HCCL waits there without a limit."""
@@ -175,8 +187,8 @@ class RankGroup(SingleRank):
                 difference = difference_from_rank_0(json.loads(self.store.get(f"connected/{rank}")), software)
                 if difference:
                     raise UserError(f"rank {rank} and rank 0 differ: {difference}")
-            self.store.set("all connected", "")
-        self.store.get("all connected")
+            self.store.set(elastic.ALL_CONNECTED, "")
+        self.store.get(elastic.ALL_CONNECTED)
 
     def check_same(self, values: dict) -> None:
         of_rank_0 = [values]

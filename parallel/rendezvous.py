@@ -1,11 +1,12 @@
 """Rank, number of ranks and master address, from the environment that a launcher sets.  No torch here.
 
-torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; Open MPI's mpirun sets OMPI_COMM_WORLD_*; under any other MPI launcher,
-mpi4py tells the rank.  All this is read before torch is imported, because Gaudi's software, which that import may load,
-fills in what is missing: localhost for MASTER_ADDR, and the card.
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; Open MPI's mpirun sets OMPI_COMM_WORLD_*; Slurm's srun sets SLURM_*;
+under any other MPI launcher, mpi4py tells the rank.  All this is read before torch is imported, because Gaudi's
+software, which that import may load, fills in what is missing: localhost for MASTER_ADDR, and the card.
 """
 
 import fcntl
+import re
 import socket
 import struct
 from collections.abc import Mapping, MutableMapping
@@ -14,7 +15,12 @@ from dataclasses import dataclass, replace
 from common.errors import UserError
 
 OTHER_MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK")  # set by MPICH, Intel MPI and srun: an MPI launcher, but not Open MPI's
-TASKS = ("PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")  # beside these, the number of processes; the first counts
+STEP_TASKS = "SLURM_STEP_NUM_TASKS"  # srun's; SLURM_NTASKS is also in a batch script and in a shell of salloc
+TASKS = ("PMI_SIZE", STEP_TASKS, "SLURM_NTASKS")  # beside these, the number of processes; the first counts
+FIRST_SERVER = re.compile(r"(?:[^\s,\[\]]|\[\d[^\[\]]*\])+")
+TASKS_OF_SERVERS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+SLURM_PORT, SLURM_PORTS = 10000, 20000  # below those that Linux gives to connections, from 32768 on
+PORTS_BETWEEN_STEPS = 997  # steps of one job may run side by side on one server
 LOOPBACK = "lo"
 SIOCGIFADDR = 0x8915  # Linux: the request for an interface's address
 
@@ -44,6 +50,8 @@ def rank_info(environment: Mapping[str, str], local_rank: int | None = None) -> 
     elif "OMPI_COMM_WORLD_SIZE" in environment:
         info = info_from_variables(environment, *(f"OMPI_COMM_WORLD_{name}"
                                                   for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
+    elif is_slurm_task(environment):
+        info = info_from_slurm(environment)
     elif any(name in environment for name in OTHER_MPI_VARIABLES) and tasks(environment) != 1:
         info = info_from_mpi()
     else:
@@ -78,6 +86,61 @@ def integer(environment: Mapping[str, str], name: str, default: str = "") -> int
         raise UserError(f"{name} is {text!r}, not a whole number") from None
 
 
+def is_slurm_task(environment: Mapping[str, str]) -> bool:
+    """Whether this is one of several tasks of srun, and no process that another launcher has started in one."""
+    count, rank = environment.get(STEP_TASKS), environment.get("SLURM_PROCID")
+    return (rank is not None and count not in (None, "1") and environment.get("PMI_SIZE", count) == count
+            and all(environment.get(name, rank) == rank for name in ("PMI_RANK", "PMIX_RANK"))
+            and not any(name in environment for name in ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")))
+
+
+def info_from_slurm(environment: Mapping[str, str]) -> RankInfo:
+    """Of a task of srun.  A task that sees one card only (--gpus-per-task=1) uses that."""
+    info = info_from_variables(environment, "SLURM_PROCID", STEP_TASKS, "SLURM_LOCALID", "")
+    sees_one_card = "CUDA_VISIBLE_DEVICES" in environment and "," not in environment["CUDA_VISIBLE_DEVICES"]
+    return replace(info, local_size=slurm_tasks_here(environment), local_rank=0 if sees_one_card else info.local_rank)
+
+
+def slurm_tasks_here(environment: Mapping[str, str]) -> int | None:
+    """The tasks of the step on this server; None where Slurm does not say.
+
+        >>> slurm_tasks_here({"SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_NODEID": "2"})
+        4
+    """
+    counts = [int(count) for count, times in TASKS_OF_SERVERS.findall(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+              for _ in range(int(times or 1))]
+    server = integer(environment, "SLURM_NODEID", "0")
+    return counts[server] if 0 <= server < len(counts) else None
+
+
+def slurm_address(environment: Mapping[str, str]) -> str:
+    """The server of task 0, the first in the list of the step's servers.
+
+        >>> slurm_address({"SLURM_STEP_NODELIST": "rack[03-05,07]-gpu[1-8],login1"})
+        'rack03-gpu1'
+    """
+    servers = environment.get("SLURM_STEP_NODELIST", "")
+    first = FIRST_SERVER.match(servers)
+    if not first or servers[first.end():first.end() + 1] not in ("", ","):
+        raise UserError(f"SLURM_STEP_NODELIST is {servers!r}, not a list of servers: set MASTER_ADDR to that of rank 0")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
+
+
+def slurm_port(environment: Mapping[str, str]) -> int:
+    """A port of this step: that of another job on the same servers, or of another step of this job, is another.
+
+        >>> slurm_port({"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0"})
+        14711
+    """
+    job, step = (integer(environment, name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return SLURM_PORT + (job + PORTS_BETWEEN_STEPS * step) % SLURM_PORTS
+
+
+def torchrun_restarts(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun starts the ranks again where one fails or servers come and go (--max_restarts above 0)."""
+    return integer(environment, "TORCHELASTIC_MAX_RESTARTS", "0") > 0
+
+
 def info_from_mpi() -> RankInfo:
     """From MPI_COMM_WORLD, under a launcher whose variables are not known here."""
     try:
@@ -91,14 +154,20 @@ def info_from_mpi() -> RankInfo:
 
 
 def master_address(environment: Mapping[str, str], info: RankInfo) -> tuple[str, int]:
-    """MASTER_ADDR and MASTER_PORT; on one server their defaults are localhost and 12345."""
-    if "MASTER_ADDR" not in environment and info.local_size not in (None, info.world_size):
+    """MASTER_ADDR and MASTER_PORT.
+
+    Their defaults are localhost and 12345 on one server; under srun the server of rank 0 and a port of the job.
+    """
+    several_servers, by_slurm = info.local_size not in (None, info.world_size), is_slurm_task(environment)
+    if not environment.get("MASTER_ADDR") and several_servers and not by_slurm:
         raise UserError(f"{info.local_size} of {info.world_size} ranks are on this server, so MASTER_ADDR must name "
                         f"the server of rank 0 (with mpirun: -x MASTER_ADDR -x MASTER_PORT)")
-    port = integer(environment, "MASTER_PORT", "12345")
+    port = integer(environment, "MASTER_PORT", str(slurm_port(environment) if by_slurm else 12345))
     if not 0 < port < 2**16:
         raise UserError(f"MASTER_PORT is {port}, not from 1 to {2**16 - 1}")
-    return environment.get("MASTER_ADDR", "localhost"), port
+    address = environment.get("MASTER_ADDR") or (slurm_address(environment) if by_slurm and several_servers
+                                                 else "localhost")
+    return address, port
 
 
 def set_variables(info: RankInfo, environment: MutableMapping[str, str]) -> None:

@@ -220,6 +220,8 @@ def add_checkpoints(parser) -> None:
     add("--num_steps_per_checkpoint", type=positive_int, default=100,
         help="steps between checkpoints; one is always written after the last step")
     add("--skip_checkpoint", action="store_true", help="do not write checkpoints")
+    add("--stopped_exit_code", type=whole, default=0, metavar="CODE", help="exit code of a run that a signal has ended "
+        "before its last step, with a checkpoint; another than 0 tells whoever started it to start it again")
     add("--max_skipped_steps", type=positive_int, default=10, help="end the run after this many skipped steps in a row "
         "(a step is skipped when its loss or gradient norm is not finite)")
     add("--skip_bad_shards", action="store_true", help="continue without a training shard that cannot be read or holds "
@@ -319,6 +321,8 @@ def contradiction(args) -> str | None:
                 "twice, and --eval_dir (evaluate.py evaluates checkpoints)")
     if args.resume_step != -1 and not args.resume_from_checkpoint:
         return f"--resume_step {args.resume_step} needs --resume_from_checkpoint"
+    if args.stopped_exit_code > 255:
+        return f"--stopped_exit_code {args.stopped_exit_code} is above 255"
     if args.phase2 and args.phase1_end_step is not None and args.phase1_end_step < 0:
         return f"--phase1_end_step {args.phase1_end_step} is below 0"
     if args.eval_freq and not args.eval_dir:

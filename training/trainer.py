@@ -5,7 +5,7 @@ import math
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import lamb
 from checkpoint.async_writer import CheckpointWriter
 from checkpoint.folder import checkpoint_path, newest_path
 from checkpoint.resume import Phase
-from checkpoint.state import PHASE_STEPS, TrainingState
+from checkpoint.state import PHASE_STEPS, STEP_ROWS, TrainingState
 from common.errors import UserError
 from common.locks import announce_end
 from data.dataloader import sequences_in
@@ -46,13 +46,20 @@ class BatchPlan:
     accumulation_steps: int
     sequences_per_row: float
     train_batch_size: int  # sequences, as the flag asks
+    step_rows: int  # that a step is to have, over all cards
 
     @classmethod
-    def from_flags(cls, args, sequences_per_row: float) -> "BatchPlan":
+    def from_flags(cls, args, sequences_per_row: float, world_size: int) -> "BatchPlan":
         """Because a packed row holds several sequences, fewer micro-batches make a step of as many sequences."""
-        return cls(args.train_batch_size // args.gradient_accumulation_steps,
-                   max(1, round(args.gradient_accumulation_steps / sequences_per_row)), sequences_per_row,
-                   args.train_batch_size)
+        micro_batch_size = args.train_batch_size // args.gradient_accumulation_steps
+        accumulation_steps = max(1, round(args.gradient_accumulation_steps / sequences_per_row))
+        return cls(micro_batch_size, accumulation_steps, sequences_per_row, args.train_batch_size,
+                   micro_batch_size * accumulation_steps * world_size)
+
+    def with_step_rows(self, rows: int, world_size: int) -> "BatchPlan":
+        """The plan for steps of as many rows over all cards, as nearly as whole micro-batches on each allow."""
+        return replace(self, step_rows=rows, accumulation_steps=max(1, round(rows / (
+            self.micro_batch_size * world_size))))
 
     @property
     def rows(self) -> int:
@@ -95,7 +102,7 @@ class Trainer:
                                      self.ranks.world_size)
         self.graph_watch = GraphWatch(device)
         self.profiler = StepProfiler(args, device, self.ranks.rank, self.log.print)
-        self.signals = StopSignals()
+        self.signals, self.stopped = StopSignals(), False  # whether one has ended the run before its last step
         self.stop_vote = StopVote(self.ranks)
         self.loss_weights = build_loss_weights(args.normalize_loss, self.plan.accumulation_steps, self.ranks, device)
         self.batches = deque()  # the next micro-batches, on the device, their sources, and what Throughput counts
@@ -125,7 +132,7 @@ class Trainer:
             stopping = self.stop_vote.result()
             if stopping:
                 self.log.print(f"stopping after step {step}: {self.signals.name or 'a signal'} asked for it")
-                self.last_step = step
+                self.stopped, self.last_step = step < self.last_step, step
                 announce_end()
             if self.is_due(step, self.args.log_freq):
                 self.log_step(step, losses)
@@ -273,7 +280,8 @@ class Trainer:
                 self.log.warn(f"{path.name} could not be written ({error}), and the training continues")
                 return
             if self.ranks.first:
-                contents |= {"step": step, "phase": self.phase.number, PHASE_STEPS: self.args.max_steps}
+                contents |= {"step": step, "phase": self.phase.number, PHASE_STEPS: self.args.max_steps,
+                             STEP_ROWS: self.plan.step_rows}
                 self.checkpoints.save(number, self.protected_checkpoints, contents)
             self.log.write("PARAMETER", {"checkpoint_step": step})
 

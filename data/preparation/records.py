@@ -88,5 +88,5 @@ def delete_outdated(folder, pattern: str, keep) -> None:
     for path in Path(folder).glob(pattern):
         name = path.relative_to(folder).as_posix()
         if name not in keep:
-            path.unlink()
+            path.unlink(missing_ok=True)  # another call of the same stage may be at it
             delete_record(folder, name)

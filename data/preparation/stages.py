@@ -61,6 +61,7 @@ class StageOptions:
     unused_tokens: int
     extend_vocab: str | None
     skip_wikiextractor: bool
+    part: tuple[int, int]  # (K, N): the Kth of N calls that share the work
 
     def shard_numbers(self, untyped: tuple[int, int]) -> tuple[int, int]:
         """Those typed, else the data set's own, else these."""
@@ -84,6 +85,8 @@ class StageOptions:
 
 
 def run_stage(action: str, options: StageOptions) -> None:
+    if options.part[1] > 1 and action != "create_hdf5_files":
+        raise UserError(f"--part is for --action create_hdf5_files, not for {action}")
     try:
         ACTIONS[action](options)
     except OSError as error:
@@ -235,6 +238,11 @@ def training_texts(texts: list[Path]) -> list[Path]:
 def create_hdf5_files(options: StageOptions) -> None:
     folder, dataset = layout.hdf5_folder(options.samples), options.dataset.name
     texts, recorded_options = options.text_shards(), options.samples.recorded()
+    names = {text: f"{dataset}/{text.stem}.hdf5" for text in texts}
+    if len(set(names.values())) < len(names):
+        raise UserError(f"--input_files: two of the {len(texts)} files have the same name, and so would their shards")
+    number, parts = options.part
+    texts = texts[number - 1::parts]
     vocab_file = find_vocabulary(options)
     tokens = load_vocabulary(vocab_file)
     check_case(tokens, options.samples.do_lower_case, f"--vocab_file {vocab_file}")
@@ -242,9 +250,6 @@ def create_hdf5_files(options: StageOptions) -> None:
         print(f"warning: {limit}", flush=True)
     vocabulary = {"vocabulary": records.file_fingerprint(vocab_file)}
     made_from = {text: records.file_fingerprints([text]) | vocabulary for text in texts}
-    names = {text: f"{dataset}/{text.stem}.hdf5" for text in texts}
-    if len(set(names.values())) < len(names):
-        raise UserError(f"--input_files: two of the {len(texts)} files have the same name, and so would their shards")
     finished = {text: records.finished_record(folder, names[text], made_from[text], recorded_options)
                 for text in texts}
     todo = [text for text in texts if not finished[text]]
@@ -262,7 +267,8 @@ def create_hdf5_files(options: StageOptions) -> None:
         records.delete_outdated(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
     counts = [record["counts"] for record in finished.values()]
     shown = TextCounts.total(counts).totals() | {"shards": len(texts)}
-    print(f"create_hdf5_files: {describe_counts(shown)} in {folder / dataset}")
+    part = f"part {number} of {parts}, " if parts > 1 else ""
+    print(f"create_hdf5_files: {part}{describe_counts(shown)} in {folder / dataset}")
     print(f"vocabulary: {vocab_file} ({len(tokens):,} tokens)")
     print_text_counts(counts)
 

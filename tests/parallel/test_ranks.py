@@ -1,6 +1,7 @@
 """Several ranks against one: the same losses, each row used once, and all of them end together."""
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -204,12 +205,22 @@ def test_ranks_that_cannot_connect_report_it(workspace, rank, changes, message):
     assert message in done.stdout
 
 
+SLURM_TASK = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_LOCALID": "1",
+              "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "11", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+              "SLURM_NODEID": "2", "SLURM_STEP_NODELIST": "gpu[08-09,11]"}  # srun -n 11 in an allocation for 16 tasks
+
+
 @pytest.mark.parametrize("variables, info", [
     ({}, RankInfo(0, 1, None)),
     ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}, RankInfo(9, 16, 1, 8)),
     ({"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "6", "OMPI_COMM_WORLD_LOCAL_RANK": "2",
       "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, RankInfo(5, 6, 2, 3)),
     ({"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "6"}, RankInfo(0, 1, None)),
+    (SLURM_TASK, RankInfo(9, 11, 1, 3)),
+    ({**SLURM_TASK, "PMI_SIZE": "11", "PMI_RANK": "9"}, RankInfo(9, 11, 1, 3)),  # srun --mpi=pmi2
+    ({**SLURM_TASK, "CUDA_VISIBLE_DEVICES": "5"}, RankInfo(9, 11, 0, 3)),  # --gpus-per-task=1
+    ({**SLURM_TASK, "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "6"}, RankInfo(5, 6)),  # mpirun starts by srun
+    ({**SLURM_TASK, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, RankInfo(3, 4, 1)),  # srun torchrun
 ])
 def test_the_rank_comes_from_the_launchers_variables(variables, info):
     assert rendezvous.rank_info(variables) == info
@@ -217,13 +228,17 @@ def test_the_rank_comes_from_the_launchers_variables(variables, info):
 
 @pytest.mark.parametrize("variables", [
     {"PMI_RANK": "0", "PMI_SIZE": "1"}, {"PMIX_RANK": "0", "SLURM_NTASKS": "1"},
-    {"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, {"SLURM_NTASKS": "8"}])
+    {"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, {"SLURM_NTASKS": "8"},
+    {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "8"},
+    {**SLURM_TASK, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}])
 def test_one_process_under_a_launchers_variables_is_one_rank(variables):
     """As in an interactive session of Slurm, and in a batch script before srun."""
     assert rendezvous.rank_info(variables) == RankInfo()
 
 
-@pytest.mark.parametrize("variables", [{"PMI_SIZE": "2", "SLURM_NTASKS": "1"}, {"PMIX_RANK": "0"}])
+@pytest.mark.parametrize("variables", [
+    {"PMI_SIZE": "2", "SLURM_NTASKS": "1"}, {"PMIX_RANK": "0"},
+    {**SLURM_TASK, "PMI_SIZE": "88", "PMI_RANK": "70"}])  # MPICH's mpiexec starts by srun
 def test_several_processes_of_such_a_launcher_are_not_taken_for_one(variables, monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)  # not installed
     with pytest.raises(UserError, match="the rank is read through mpi4py"):
@@ -258,6 +273,41 @@ def test_the_master_address_defaults_to_this_server_unless_there_are_several():
         rendezvous.master_address({}, several)
     with pytest.raises(UserError, match="MASTER_PORT is 70000"):
         rendezvous.master_address({"MASTER_PORT": "70000"}, one_server)
+
+
+@pytest.mark.parametrize("servers, first", [
+    ("gpu[08-09,11]", "gpu08"), ("gpu7", "gpu7"), ("login,gpu[1-3]", "login"), ("r[1-2]c[003,7-9]x,z", "r1c003x"),
+    ("10.0.0.[7-8]", "10.0.0.7"), ("gpu[1,3-4],gpu[7-9]", "gpu1")])
+def test_under_srun_the_master_is_the_first_server_of_the_step(servers, first):
+    variables = {**SLURM_TASK, "SLURM_STEP_NODELIST": servers}
+    assert rendezvous.master_address(variables, rendezvous.rank_info(variables)) == (first, 14711)
+
+
+def test_the_port_under_srun_is_that_of_the_step():
+    one_server = {**SLURM_TASK, "SLURM_STEP_TASKS_PER_NODE": "11", "SLURM_NODEID": "0"}
+
+    def found(**changes) -> tuple[str, int]:
+        variables = {**one_server, **changes}
+        return rendezvous.master_address(variables, rendezvous.rank_info(variables))
+
+    assert found() == ("localhost", 14711)
+    assert len({found(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step)) for job in (4710, 4711, 34712) for step in (0, 1)}
+               ) == 6
+    assert found(SLURM_JOB_ID="4294967294")[1] < 32768
+    assert found(MASTER_ADDR="10.0.0.7", MASTER_PORT="4000") == ("10.0.0.7", 4000)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST is '', not a list"),
+    ({"SLURM_STEP_NODELIST": "gpu[1-"}, "not a list of servers: set MASTER_ADDR"),
+    ({"SLURM_STEP_NODELIST": "gpu[]"}, "not a list of servers"),
+    ({"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID is 'x', not a whole number"),
+    ({"SLURM_PROCID": "11"}, "SLURM_PROCID is 11 and SLURM_STEP_NUM_TASKS is 11"),
+])
+def test_impossible_variables_of_slurm_are_named(changes, message):
+    variables = {**SLURM_TASK, **changes}
+    with pytest.raises(UserError, match=re.escape(message)):
+        rendezvous.master_address(variables, rendezvous.rank_info(variables))
 
 
 def test_collectives_get_the_interface_that_leads_to_the_other_servers():

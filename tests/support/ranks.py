@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,16 @@ class started:
             if {f"RANK={rank}".encode(), f"OMPI_COMM_WORLD_RANK={rank}".encode()} & set(variables):
                 return pid
         raise AssertionError(f"no process of rank {rank}")
+
+
+def processes_with(word: str) -> list[int]:
+    """The processes whose command line names `word`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            if any(word in part for part in path.read_text(errors="replace").split("\0")):
+                found.append(int(path.parent.name))
+    return found
 
 
 def write_workspace(folder) -> Path:

@@ -43,11 +43,11 @@ def text_shards(folder: Path) -> list[Path]:
 
 
 def test_an_array_of_calls_makes_what_one_call_makes(folder):
-    """Each has two of the six shards.  What a killed call has left of a file goes, and nothing else."""
+    """Each has a part of the six shards.  What a killed call has left of a file goes, and nothing else."""
     shards = text_shards(folder)
-    jobs = [subprocess.Popen(command("create_hdf5_files", *hdf5_flags(folder, *shards[first:first + 2]),
-                                     dataset="wikicorpus_en"), cwd=ROOT, env=os.environ, stderr=subprocess.PIPE)
-            for first in (0, 2, 4)]
+    calls = [[*shards, "--part", "1/3"], [*shards, "--part", "2/3"], [*shards, "--part", "7/7"], [shards[2], shards[5]]]
+    jobs = [subprocess.Popen(command("create_hdf5_files", *hdf5_flags(folder, *words), dataset="wikicorpus_en"),
+                             cwd=ROOT, env=os.environ, stderr=subprocess.PIPE) for words in calls]
     assert [(job.communicate()[1][-500:], job.returncode) for job in jobs if job.wait()] == []
     output, = folder.glob("hdf5_*")
     found = files_below(output)
@@ -56,6 +56,16 @@ def test_an_array_of_calls_makes_what_one_call_makes(folder):
         path.unlink()
     stage("create_hdf5_files", *hdf5_flags(folder, *shards))
     assert files_below(output) == found
+
+
+@pytest.mark.parametrize("action, part, message", [
+    ("sharding", "1/2", "--part is for --action create_hdf5_files, not for sharding"),
+    ("create_hdf5_files", "3/2", "'3/2' is not K/N"), ("create_hdf5_files", "0/2", "'0/2' is not K/N")])
+def test_a_part_that_cannot_be_is_refused(tmp_path, action, part, message):
+    done = subprocess.run(command(action, "--part", part, dataset="mine"), cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"BERT_PREP_WORKING_DIR": str(tmp_path / "work")})
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_call_leaves_the_files_of_another_alone_and_is_refused_those(folder):
