@@ -28,11 +28,12 @@ REFERENCE_DEFAULTS = {"max_seq_length": 128, "max_predictions_per_seq": 20, "dup
 
 def main(argv=None) -> None:
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--input_file", "--input_files", required=True, nargs="+", metavar="FILE",
+    parser.add_argument("--input_file", "--input_files", type=cli.path_or_url, required=True, nargs="+", metavar="FILE",
                         help="text shards, which make one HDF5 shard: one sentence a line, a blank line between "
                              "documents; several names (also separated by commas), patterns, folders of .txt files")
     parser.add_argument("--output_file", required=True, help="HDF5 shard to write")
-    parser.add_argument("--vocab_file", required=True, help="WordPiece vocabulary, one token a line; a path or URL")
+    parser.add_argument("--vocab_file", type=cli.path_or_url, required=True,
+                        help="WordPiece vocabulary, one token a line; a path or URL")
     add_sample_flags(parser)
     args = parser.parse_args(argv)
     options = cli.options_from(args, SampleOptions)

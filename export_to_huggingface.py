@@ -53,16 +53,18 @@ def export(args) -> None:
 
 def parse_arguments(argv):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="ckpt_<step>.pt, a folder of them, of which the newest is "
-                        "taken, or a Hugging Face model folder")
+    parser.add_argument("--checkpoint", type=cli.path_or_url, required=True,
+                        help="ckpt_<step>.pt, a folder of them, of which the newest is taken, or a Hugging "
+                             "Face model folder")
     parser.add_argument("--config_file", help="its model config, JSON (default: the one in the checkpoint)")
-    parser.add_argument("--vocab_file", help="the vocabulary of its data (default: the one in the checkpoint)")
+    parser.add_argument("--vocab_file", type=cli.path_or_url,
+                        help="the vocabulary of its data (default: the one in the checkpoint)")
     parser.add_argument("--output_dir", required=True, help="folder to write; must be new or empty")
     parser.add_argument("--do_lower_case", **cli.BOOLEAN, help="whether the data was lower-cased (default: what the "
                         "checkpoint says; where it does not, whether the vocabulary has capital letters)")
     parser.add_argument("--log", nargs="+", default=[], metavar="LOG",
                         help="logs of the training (--json_summary), for the tables of the model card")
-    parser.add_argument("--model_name", help="a name for the model card")
+    parser.add_argument("--model_name", type=cli.free_text, help="a name for the model card")
     parser.add_argument("--skip_variants", action="store_true",
                         help="write model.safetensors only, which takes a third of the disk; transformers 5 then "
                         "lists the weights that BertForMaskedLM and BertModel do not use")

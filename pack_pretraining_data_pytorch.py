@@ -18,7 +18,7 @@ from data.packing.packer import PackingOptions, pack
 
 def parse_options(argv) -> PackingOptions:
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--input_dir", required=True,
+    parser.add_argument("--input_dir", type=cli.path_or_url, required=True,
                         help="folder of unpacked HDF5 shards: those with the --split in the name")
     parser.add_argument("--split", choices=PART_NAMES, default="training", help="test: pack the held-out shards, for "
                         "--eval_dir; they need an --output_dir of their own")

@@ -103,11 +103,18 @@ def cache_folder() -> Path:
     A user without a home, such as a user id without a name in a container, gets a folder in the temporary one.
     """
     if os.environ.get("BERT_CACHE_DIR"):
-        return Path(os.environ["BERT_CACHE_DIR"])
+        return folder_in_variable("BERT_CACHE_DIR")
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_pretraining"
     except RuntimeError:  # there is no home
         return own_folder(Path(tempfile.gettempdir()) / f"bert_pretraining_{os.getuid()}")
+
+
+def folder_in_variable(name: str) -> Path:
+    """The folder that an environment variable names.  UserError where that is a URL."""
+    if "://" in os.environ[name]:
+        raise UserError(f"{name}={os.environ[name]}: this must be a folder of this machine, and no URL")
+    return Path(os.environ[name])
 
 
 def own_folder(path: Path) -> Path:

@@ -3,7 +3,17 @@
 import argparse
 import os
 
-from common.cli import BOOLEAN, ArgumentParser, options_from, positive_float, positive_int, proportion, whole
+from common.cli import (
+    BOOLEAN,
+    ArgumentParser,
+    free_text,
+    options_from,
+    path_or_url,
+    positive_float,
+    positive_int,
+    proportion,
+    whole,
+)
 from common.errors import UserError
 from data.mixture import is_part, parse_sources
 from devices.options import DeviceOptions, PrecisionOptions
@@ -94,15 +104,15 @@ def add_files(parser) -> None:
     add("--do_train", action="store_true", help="train; required unless --dry_run is given")
     add("--dry_run", action="store_true", help="instead of training, check everything and report what the run will "
         "take: steps, memory, disk, and time from two timed steps; writes nothing")
-    add("--input_dir", required=True, nargs="+", action=DataSets, metavar="DIR", help="folder (or s3:// prefix) of "
-        "HDF5 shards, packed or not; or a mixture of several, each as NAME=DIR:WEIGHT, which is its share of the "
-        "micro-batches")
+    add("--input_dir", required=True, nargs="+", type=path_or_url, action=DataSets, metavar="DIR",
+        help="folder (or s3:// prefix) of HDF5 shards, packed or not; or a mixture of several, each as "
+        "NAME=DIR:WEIGHT, which is its share of the micro-batches")
     add("--config_file", help="model config, JSON (default: that of the checkpoint which the run starts from)")
     add("--output_dir", required=True, help="folder of the checkpoints")
-    add("--bert_model", default="bert-large-uncased", help="name in the log and the model card")
-    add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL; with "
-        "--resume_from_checkpoint also its optimizer moments) or Hugging Face folder of a BertForPreTraining, "
-        "BertForMaskedLM or BertModel, whose missing parts start fresh")
+    add("--bert_model", type=free_text, default="bert-large-uncased", help="name in the log and the model card")
+    add("--init_checkpoint", type=path_or_url, help="start at step 0 from the weights of this checkpoint (path or "
+        "URL; with --resume_from_checkpoint also its optimizer moments) or Hugging Face folder of a "
+        "BertForPreTraining, BertForMaskedLM or BertModel, whose missing parts start fresh")
     add("--seed", type=whole, default=42, help="random seed for weights, row order and dropout")
 
 
@@ -222,7 +232,7 @@ def add_checkpoints(parser) -> None:
         "(a step is skipped when its loss or gradient norm is not finite)")
     add("--skip_bad_shards", action="store_true", help="continue without a training shard that cannot be read or holds "
         "impossible values; without this flag it ends the run")
-    add("--eval_dir", help="folder of held-out shards (packed, or with 'test' in the name)")
+    add("--eval_dir", type=path_or_url, help="folder of held-out shards (packed, or with 'test' in the name)")
     add("--eval_freq", type=whole, default=0, help="steps between evaluations; 0 = only at the end")
     add("--early_stopping", type=positive_int, metavar="N", help="end the run after N evaluations without a new lowest "
         "held-out MLM loss; the checkpoint of the lowest one is kept")
