@@ -185,7 +185,7 @@ def run_fingerprint(args, config, shards, resume_point) -> dict[str, str]:
     return {
         **{f"--{flag}": str(value) for flag, value in vars(args).items() if flag != "local_rank"},
         **{f"{args.config_file or 'config'}: {key}": str(value) for key, value in vars(config).items()},
-        **{f"--input_dir: {shard.file_name}": f"{shard.rows} rows, {shard.path.stat().st_size} bytes"
+        **{f"--input_dir: {shard.file_name}": f"{shard.rows} rows, {shard.file_bytes} bytes"
            for shard in shards},
         "the start (is --output_dir a folder that all servers share?)": resume_point.describe(),
     }

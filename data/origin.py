@@ -102,12 +102,16 @@ def source_of(path) -> str:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            digest = hashlib.sha256(b"%d " % size + file.read(HASHED_BYTES))
+            beginning = file.read(HASHED_BYTES)
             file.seek(max(0, size - HASHED_BYTES))
-            digest.update(file.read())
+            return source_of_ends(size, beginning, file.read())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()[:SOURCE_DIGITS]
+
+
+def source_of_ends(size: int, beginning: bytes, end: bytes) -> str:
+    """The same from the first and the last HASHED_BYTES of a file."""
+    return hashlib.sha256(b"%d " % size + beginning + end).hexdigest()[:SOURCE_DIGITS]
 
 
 def known_sources(shards) -> list[str]:
@@ -117,7 +121,8 @@ def known_sources(shards) -> list[str]:
 
 def sources_of(shards) -> set[str]:
     """What a set was made from; a shard that does not say it stands for itself."""
-    return {source for shard in shards for source in shard.origin.sources or (source_of(shard.path),)}
+    return {source for shard in shards
+            for source in shard.origin.sources or (shard.fingerprint or source_of(shard.path),)}
 
 
 def held_from_training(held_out, trained: set[str]) -> Path | None:

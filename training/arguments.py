@@ -107,6 +107,8 @@ def add_files(parser) -> None:
     add("--input_dir", required=True, nargs="+", type=path_or_url, action=DataSets, metavar="DIR",
         help="folder (or s3:// prefix) of HDF5 shards, packed or not; or a mixture of several, each as "
         "NAME=DIR:WEIGHT, which is its share of the micro-batches")
+    add("--shard_cache_gb", type=positive_float, metavar="GB", help="disk that the local copies of remote shards may "
+        "take on each server, in BERT_CACHE_DIR (default: nine tenths of what is free)")
     add("--config_file", help="model config, JSON (default: that of the checkpoint which the run starts from)")
     add("--output_dir", required=True, help="folder of the checkpoints")
     add("--bert_model", type=free_text, default="bert-large-uncased", help="name in the log and the model card")

@@ -104,6 +104,8 @@ class Trainer:
         self.final_loss = None
         self.began, self.seconds = time.perf_counter(), 0.0  # of the loop, until the last log line
         self.loss_sums = self.zeros(len(AVERAGES) + 1)  # over the steps since the last log line, see with_count
+        steps = max(0, self.last_step - self.first_step)
+        self.stream.ends_at(self.stream.next_row + steps * self.plan.accumulation_steps * self.stream.order.stride)
         self.checkpoints = CheckpointWriter(args.output_dir, device, self.log.print, self.log.warn)
 
     def train(self) -> dict:

@@ -21,7 +21,7 @@ from data.packing.methods import METHODS
 from data.packing.output import PART_NAMES, check_contents, check_outside, check_space, packing_figures, publish, staged
 from data.packing.recipe import knapsack
 from data.packing.scatter_gather import Layout, Survey, gather, scatter, survey, temporary_bytes
-from data.shards import Shard, find_shards, read_origin
+from data.shards import Shard, find_shards, full_vocabulary
 from data.token_counts import TOKEN_COUNTS, as_text, summed_counts
 from data.workers import open_pool
 
@@ -105,7 +105,7 @@ def find_unpacked(options: PackingOptions) -> list[Shard]:
 def merged_origin(shards: list[Shard]) -> Origin:
     """The vocabulary and the sources of all shards together."""
     _, shard = vocabulary_of(shards)
-    return Origin(shard and read_origin(shard.path).vocabulary, tuple(sorted(sources_of(shards))))
+    return Origin(shard and full_vocabulary(shard), tuple(sorted(sources_of(shards))))
 
 
 def check_predictions_fit(options: PackingOptions, surveys: list[Survey]) -> None:
