@@ -1,5 +1,6 @@
 """Atomic writes: a file appears complete or not at all; and the cache folder.  No torch here."""
 
+import fcntl
 import io
 import json
 import os
@@ -63,6 +64,22 @@ def replacing_files(folder, names):
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def flocked(path, mode: int):
+    """A block in which this thread holds the kernel's lock of a file, which is made; not where there are no locks.
+
+    BlockingIOError for LOCK_NB where another holds it.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, mode)
+        except BlockingIOError:
+            raise
+        except OSError:  # the file system has none
+            pass
+        yield
 
 
 def remove_leftovers(folder, name: str = "**/.*") -> None:

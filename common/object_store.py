@@ -177,12 +177,13 @@ class S3Folder:
                 return self.client.put_object(Bucket=self.bucket, Key=self.prefix + name, Body=content,
                                               **conditions)["ETag"]
             except ClientError as error:
-                if conditions and status_of(error) in (404, 409, 412):
+                code = error.response.get("Error", {}).get("Code")
+                if conditions and status_of(error) in (404, 409, 412) and code != "NoSuchBucket":
                     return None
                 raise
 
-    def upload(self, path, name: str, sha256: str = "", stop: threading.Event | None = None) -> None:
-        """Copy a file to an object, in parts, and verify what the server has of it.
+    def upload(self, path, name: str, metadata: dict[str, str], stop: threading.Event | None = None) -> None:
+        """Copy a file to an object with these metadata, in parts, and verify what the server has of it.
 
         An object is the old one, or none, until the new one is whole.
         """
@@ -190,7 +191,7 @@ class S3Folder:
             if stop and stop.is_set():
                 raise Cancelled
 
-        extra = {"ChecksumAlgorithm": "CRC32"} | ({"Metadata": {SHA256: sha256}} if sha256 else {})
+        extra = {"ChecksumAlgorithm": "CRC32", "Metadata": metadata}
         with self.errors(name):
             self.client.upload_file(str(path), self.bucket, self.prefix + name, ExtraArgs=extra, Callback=check,
                                     Config=transfer_config())

@@ -23,7 +23,7 @@ from pathlib import Path
 from common.cli import format_bytes
 from common.download import file_checksum
 from common.errors import NO_SPACE, UserError
-from common.files import cache_folder, replacing
+from common.files import cache_folder, flocked, replacing
 from common.object_store import is_s3, patiently, remote_folder
 
 MOST_OF_FREE = 0.9  # of the free space of the disk, where no bound is given
@@ -185,17 +185,9 @@ def last_use(path: Path) -> float:
     return 0.0
 
 
-@contextmanager
 def locked(path: Path, mode: int):
     """A block in which this thread holds the lock of a shard; BlockingIOError for LOCK_NB where another does."""
-    with open(path.with_name(f".{path.name}.lock"), "ab") as file:
-        try:
-            fcntl.flock(file, mode)
-        except BlockingIOError:
-            raise
-        except OSError:  # no locks here
-            pass
-        yield
+    return flocked(path.with_name(f".{path.name}.lock"), mode)
 
 
 # --- room ---

@@ -82,7 +82,7 @@ def is_there(target: S3Folder, present: dict, path: Path) -> bool:
 
 
 def upload_file(target: S3Folder, path: Path, name: str = "") -> None:
-    patiently(lambda: target.upload(path, name or path.name, file_checksum(path)))
+    patiently(lambda: target.upload(path, name or path.name, {SHA256: file_checksum(path)}))
 
 
 def verify_set(url: str, show_progress: bool) -> tuple[int, int, Iterator[str]]:

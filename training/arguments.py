@@ -8,6 +8,7 @@ from common.cli import (
     ArgumentParser,
     free_text,
     options_from,
+    path_or_s3,
     path_or_url,
     positive_float,
     positive_int,
@@ -15,6 +16,7 @@ from common.cli import (
     whole,
 )
 from common.errors import UserError
+from common.object_store import is_s3
 from data.mixture import is_part, parse_sources
 from devices.options import DeviceOptions, PrecisionOptions
 from optim.lr_schedule import SCHEDULES
@@ -110,7 +112,7 @@ def add_files(parser) -> None:
     add("--shard_cache_gb", type=positive_float, metavar="GB", help="disk that the local copies of remote shards may "
         "take on each server, in BERT_CACHE_DIR (default: nine tenths of what is free)")
     add("--config_file", help="model config, JSON (default: that of the checkpoint which the run starts from)")
-    add("--output_dir", required=True, help="folder of the checkpoints")
+    add("--output_dir", type=path_or_s3, required=True, help="folder (or s3:// prefix) of the checkpoints")
     add("--bert_model", type=free_text, default="bert-large-uncased", help="name in the log and the model card")
     add("--init_checkpoint", type=path_or_url, help="start at step 0 from the weights of this checkpoint (path or "
         "URL; with --resume_from_checkpoint also its optimizer moments) or Hugging Face folder of a "
@@ -243,7 +245,8 @@ def add_checkpoints(parser) -> None:
 def add_log(parser) -> None:
     add = parser.add_argument_group("log").add_argument
     add("--log_freq", type=positive_int, default=1, help="optimizer steps between log lines")
-    add("--json_summary", default="results/dllogger.json", help="log file; its folder is created")
+    add("--json_summary", type=path_or_s3, default="results/dllogger.json",
+        help="log file (or s3:// object); its folder is created")
     add("--tensorboard_logdir", metavar="DIR",
         help="also write the figures, and the traces of --profile, for TensorBoard to this folder; needs the package "
         "tensorboard")
@@ -333,6 +336,10 @@ def contradiction(args) -> str | None:
         return f"--phase1_end_step {args.phase1_end_step} is below 0"
     if args.eval_freq and not args.eval_dir:
         return f"--eval_freq {args.eval_freq} needs --eval_dir"
+    if args.profile and is_s3(args.json_summary) and not args.tensorboard_logdir:
+        return "--profile with a --json_summary in object storage: name a --tensorboard_logdir here for the traces"
+    if is_s3(args.output_dir) and args.enable_tensorboard_logging and is_s3(args.tensorboard_logdir):
+        return "--enable_tensorboard_logging with an --output_dir in object storage: name a --tensorboard_logdir here"
     if args.early_stopping and (not args.eval_freq or args.skip_checkpoint):
         return "--early_stopping needs --eval_dir and --eval_freq, and excludes --skip_checkpoint"
     if not 0.0 < args.learning_rate < float("inf"):
