@@ -7,6 +7,7 @@ Interrupted where another attempt may help, else UserError.  patiently() makes t
 import base64
 import os
 import random
+import tempfile
 import threading
 import time
 import zlib
@@ -228,6 +229,16 @@ class S3Folder:
             for entry in found:
                 self.client.abort_multipart_upload(Bucket=self.bucket, Key=entry["Key"], UploadId=entry["UploadId"])
         return len(found)
+
+
+@contextmanager
+def staged_file(url: str):
+    """Yield the path of a local file that becomes the object when the block ends."""
+    parent, _, name = url.rpartition("/")
+    folder = S3Folder(parent)
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary) / name
+        patiently(lambda: folder.upload(Path(temporary) / name, name, {}))
 
 
 def transfer_config():

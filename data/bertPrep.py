@@ -92,6 +92,8 @@ def parse(argv):
                             "--vocab_file (default: Google's) and behind it, instead of training one; the training "
                             "makes rows for them in the model of --init_checkpoint")
     add_sample_flags(parser)
+    parser.add_argument("--upload_to", type=cli.path_or_s3, metavar="URL", help="create_hdf5_files: also upload the "
+                        "shards, with their index, to this s3:// prefix")
     parser.add_argument("--interactive_json_config_generator", nargs="?", const=True,
                         help="accepted for old command lines; has no effect")
     return parser.parse_args(argv)

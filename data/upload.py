@@ -4,8 +4,10 @@ The index is uploaded last and removed first, so that it never names shards that
 """
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from tqdm import tqdm
 
 from common.download import file_checksum
 from common.errors import UserError
+from common.files import cache_folder
 from common.object_store import SHA256, S3Folder, patiently, remote_folder
 from common.remote_sources import Interrupted, remote_source
 from data.shard_cache import RemoteShard
@@ -32,18 +35,17 @@ class Upload:
     skipped: int  # were there already, byte for byte
 
 
-def upload_set(folder, url: str, overwrite: bool, show_progress: bool, check: bool = True) -> Upload:
+def upload_set(folder, url: str, overwrite: bool, show_progress: bool) -> Upload:
     """Upload the shards of a local folder, the packer's metadata beside it, and a new index.
 
     An upload that was interrupted goes on where it stopped.  UserError, before anything is changed, where other shards
-    are at the URL and `overwrite` is not given; `check` is False where that was looked at before.
+    are at the URL and `overwrite` is not given.
     """
     folder, target = Path(folder), S3Folder(url)
     index = write_index(folder)
     present = patiently(target.names)
     paths = sorted(folder.glob(f"[!.]*{SUFFIX}"))
-    if check:
-        check_target(target, present, [path.name for path in paths], overwrite)
+    check_target(target, present, [path.name for path in paths], overwrite)
     target.end_abandoned_uploads()
     changed = [path for path in paths if not is_there(target, present, path)]
     metadata = metadata_path(folder)
@@ -58,6 +60,29 @@ def upload_set(folder, url: str, overwrite: bool, show_progress: bool, check: bo
     target.delete(shards_at(present) - {path.name for path in paths})
     upload_file(target, index)
     return Upload(len(changed), sum(path.stat().st_size for path in changed), len(paths) - len(changed))
+
+
+def check_empty(url: str, overwrite: bool) -> None:
+    """UserError where there is something at a URL that a set may not replace."""
+    target = S3Folder(url)
+    present = patiently(target.names)
+    check_target(target, present, [], overwrite)
+    if INDEX in present and not overwrite:
+        raise UserError(f"{url}: holds a set already: choose another prefix, or give --overwrite to replace it")
+
+
+@contextmanager
+def staging_folder(url: str):
+    """Yield a local folder in which a set for this URL is made, and remove it."""
+    place = hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = cache_folder() / "outputs" / f"{url.rstrip('/').rpartition('/')[2]}-{place}"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        metadata_path(folder).unlink(missing_ok=True)
 
 
 def shards_at(present: dict) -> set[str]:

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from common.download import is_remote
 from common.errors import UserError
 from common.locks import folder_lock
+from common.object_locks import prefix_lock
+from common.object_store import is_s3
+from data import upload
 from data.masking import MOST_SEQUENCES
 from data.origin import Origin, sources_of, vocabulary_of
 from data.packing import plot
@@ -54,10 +58,23 @@ class PackingOptions:
 
 def pack(options: PackingOptions) -> dict:
     """Pack the shards of a folder; returns the metadata.  UserError, before anything is written, for bad input."""
+    if is_s3(options.output_dir):
+        return pack_to_url(options)
     output_dir = Path(os.path.abspath(options.output_dir))
-    check_outside(output_dir, Path(options.input_dir))
+    if not is_remote(options.input_dir):
+        check_outside(output_dir, Path(options.input_dir))
     with folder_lock(output_dir, f"--output_dir {output_dir}"):
         return pack_into(output_dir, options)
+
+
+def pack_to_url(options: PackingOptions) -> dict:
+    """The same into object storage: packed here, then uploaded."""
+    with prefix_lock(options.output_dir, f"--output_dir {options.output_dir}"):
+        upload.check_empty(options.output_dir, options.overwrite)
+        with upload.staging_folder(options.output_dir) as folder:
+            metadata = pack_into(folder, options)
+            upload.upload_set(folder, options.output_dir, options.overwrite, not options.disable_progress_bar)
+    return metadata
 
 
 def pack_into(output_dir: Path, options: PackingOptions) -> dict:

@@ -8,6 +8,8 @@ from pathlib import Path
 import boto3
 import pytest
 
+import pack_pretraining_data_pytorch
+import pytorch_packed_data_checker
 import upload_shards
 from common import object_store
 from common.download import file_checksum
@@ -316,3 +318,25 @@ def test_what_the_user_can_mend_is_said_in_words(server, monkeypatch, code, stat
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         with pytest.raises(UserError, match=message):
             find_shards("s3://data/indexed")
+
+
+def test_a_set_is_packed_and_prepared_into_object_storage(server, tmp_path, capsys):
+    words = ["--max_sequence_length", samples.SEQUENCE_LENGTH, "--max_predictions_per_sequence", samples.PREDICTIONS,
+             "--n_processes", 1, "--disable_progress_bar"]
+    pack_pretraining_data_pytorch.main(["--input_dir", server[1] / "data", "--output_dir", tmp_path / "packed", *words])
+    assert json.loads((tmp_path / "packed" / INDEX).read_text())["shards"][0]["sequences"] == sum(ROWS)
+    words += ["--input_dir", "s3://data/indexed", "--output_dir", "s3://data/packed"]
+    pack_pretraining_data_pytorch.main(words)
+    stored = objects("packed")
+    for path in (tmp_path / "packed").glob("[!.]*"):
+        assert stored[f"/{path.name}"] == path.read_bytes()
+    here, there = (json.loads(content) for content in (metadata_path(tmp_path / "packed").read_bytes(),
+                                                       stored["_metadata.json"]))
+    assert {key for key in here if here[key] != there[key]} == {"input_dir"}
+    assert upload_shards.main(["--verify", "s3://data/packed"]) == 0
+    assert pytorch_packed_data_checker.main(["--input_dir", "s3://data/packed", "--unpacked_dir", "s3://data/indexed",
+                                             "--n_processes", 1, "--disable_progress_bar"]) == 0
+    with pytest.raises(UserError, match="holds mixed_strategies_part_0.hdf5"):
+        pack_pretraining_data_pytorch.main(words)
+    pack_pretraining_data_pytorch.main([*words, "--overwrite"])
+    assert objects("packed") == stored

@@ -10,14 +10,16 @@ BLOCK = 1 << 16
 
 
 class ShapedLink:
-    """`latency` seconds before the answer to a request; `rate` bytes a second and connection, None = as they come.
+    """`latency` seconds before the answer to a request; `rate` bytes a second and connection, `total_rate` of all
+    together, None = as they come.
 
     While `away` is set, connections are cut, and new ones end at once.  `received` counts the bytes of the answers.
     """
 
-    def __init__(self, upstream: str, latency: float, rate: float | None):
+    def __init__(self, upstream: str, latency: float, rate: float | None, total_rate: float | None):
         parts = urlsplit(upstream)
         self.upstream, self.latency, self.rate = (parts.hostname, parts.port), latency, rate
+        self.total_rate, self.all_due = total_rate, 0.0
         self.away, self.guard, self.received, self.pairs = threading.Event(), threading.Lock(), 0, set()
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
@@ -53,10 +55,14 @@ class ShapedLink:
 
     def pump_answers(self, server: socket.socket, client: socket.socket) -> None:
         due = time.monotonic()
+        size = BLOCK if not self.total_rate else max(1024, min(BLOCK, int(self.total_rate / 50)))
         with suppress(OSError):
-            while block := server.recv(BLOCK):
+            while block := server.recv(size):
                 with self.guard:
                     self.received += len(block)
+                    if self.total_rate:
+                        self.all_due = max(self.all_due, time.monotonic()) + len(block) / self.total_rate
+                time.sleep(max(0.0, self.all_due - time.monotonic()) if self.total_rate else 0.0)
                 if self.rate:
                     due = max(due, time.monotonic() - BLOCK / self.rate) + len(block) / self.rate
                     time.sleep(max(0.0, due - time.monotonic()))
@@ -73,8 +79,8 @@ class ShapedLink:
 
 
 @contextmanager
-def shaped_link(upstream: str, latency: float = 0.0, rate: float | None = None):
-    link = ShapedLink(upstream, latency, rate)
+def shaped_link(upstream: str, latency: float = 0.0, rate: float | None = None, total_rate: float | None = None):
+    link = ShapedLink(upstream, latency, rate, total_rate)
     try:
         yield link
     finally:

@@ -1,16 +1,20 @@
 """Trainings that read their data from object storage and keep their checkpoints there."""
 
 import json
+import random
+import re
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import boto3
 import pytest
 
 import evaluate
+import pack_pretraining_data_pytorch
 import run_pretraining
 import upload_shards
 from checkpoint import remote_folder
@@ -25,6 +29,7 @@ from training.trainer import Trainer
 
 ROWS = (37, 50, 29)
 EPOCHS_AND_A_HALF = 22  # steps of 8 rows
+KILLS, KILL_SEED, LONGEST_LIFE = 3, 1, 9.0  # seconds
 FLAGS = {"train_batch_size": 8, "gradient_accumulation_steps": 4, "max_steps": EPOCHS_AND_A_HALF, "no_cuda": True,
          "num_steps_per_checkpoint": 10, "json_summary": "log.json"}
 
@@ -37,7 +42,10 @@ def workspace(tmp_path_factory):
         small_run.write_workspace(folder)
         samples.write_dataset(folder / "data", ROWS)
         samples.write_dataset(folder / "dynamic", ROWS, write=synthetic.write_shard_without_masks)
-        for name in ("data", "dynamic", "held_out"):
+        pack_pretraining_data_pytorch.main([
+            "--input_dir", folder / "data", "--output_dir", folder / "packed", "--n_processes", 1,
+            "--max_sequence_length", samples.SEQUENCE_LENGTH, "--max_predictions_per_sequence", samples.PREDICTIONS])
+        for name in ("data", "dynamic", "packed", "held_out"):
             upload_shards.main(["--input_dir", folder / name, "--output_dir", f"s3://data/{name}"])
         yield folder, url
 
@@ -58,14 +66,13 @@ def train(**changes):
 
 
 def test_a_run_in_object_storage_is_bit_for_bit_that_in_folders_also_resumed_on_an_empty_disk(workspace, here, capsys):
-    train(eval_dir="held_out", output_dir=here / "out", json_summary=here / "local.json")
-    train(input_dir="s3://data/data", eval_dir="s3://data/held_out", output_dir="s3://data/run",
-          json_summary="s3://data/run/log.json", steps_this_run=12)
-    printed = capsys.readouterr().out
-    assert "saved s3://data/run/ckpt_12.pt" in printed
+    train(input_dir="packed", eval_dir="held_out", output_dir=here / "out", json_summary=here / "local.json")
+    remote = {"input_dir": "s3://data/packed", "eval_dir": "s3://data/held_out", "output_dir": "s3://data/run",
+              "json_summary": "s3://data/run/log.json"}
+    train(**remote, steps_this_run=12)
+    assert "saved s3://data/run/ckpt_12.pt" in capsys.readouterr().out
     shutil.rmtree(here / "cache")
-    train(input_dir="s3://data/data", eval_dir="s3://data/held_out", output_dir="s3://data/run",
-          json_summary="s3://data/run/log.json", resume_from_checkpoint=True)
+    train(**remote, resume_from_checkpoint=True)
     (here / "remote.json").write_bytes(objects("run/")["log.json"])
     local, remote = (small_run.logged_steps(here / name) for name in ("local.json", "remote.json"))
     assert len(local) == EPOCHS_AND_A_HALF and local == remote
@@ -160,29 +167,55 @@ def test_a_bucket_that_is_not_there_is_one_line(workspace, here):
 
 @pytest.mark.slow
 @ranks.needs_mpirun
-@pytest.mark.parametrize("form", ["dynamic", "zero"])
-def test_two_ranks_without_a_shared_folder_train_to_the_losses_of_folders(workspace, here, form):
-    """Each rank has a disk of its own; with ZeRO each uploads its own share.  Killed in the middle, it goes on."""
+def test_two_ranks_without_a_shared_folder_train_to_the_losses_of_folders(workspace, here):
+    """Each rank has a disk of its own, and uploads its own share of the optimizer's state; the run is stopped in the
+    middle, and goes on from empty disks.  Rows without masks.
+    """
     folder, _ = workspace
-    changes = {"input_dir": "dynamic", "max_steps": EPOCHS_AND_A_HALF, "skip_checkpoint": None,
-               "num_steps_per_checkpoint": 6, "use_zero_optimizer": "True" if form == "zero" else None,
-               "allreduce_post_accumulation": form == "zero" or None, "log_freq": 1}
+    changes = {"max_steps": EPOCHS_AND_A_HALF, "skip_checkpoint": None, "num_steps_per_checkpoint": 12,
+               "use_zero_optimizer": "True", "allreduce_post_accumulation": True}
     own_disk = [sys.executable, "-c", "import os, sys; os.environ['BERT_CACHE_DIR'] += os.environ.get("
                 "'OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK', '0')); os.execv(sys.argv[1], sys.argv[1:])"]
 
-    def run(output: str, **more):
-        flags = ranks.flags(2, output, **{**changes, **more})
-        return ranks.run(ranks.mpirun(2, *own_disk, *ranks.TRAIN, *flags), folder,
-                         BERT_CACHE_DIR=str(here / f"disk_{len(list(here.iterdir()))}_"))
-
-    done = run(f"{form}_local", output_dir=str(here / "out"), json_summary=f"{form}_local.json")
-    assert done.returncode == 0, done.stdout
-    remote = {"input_dir": "s3://data/dynamic", "output_dir": f"s3://data/{form}", "json_summary": f"{form}_s3.json"}
-    for part in ({"steps_this_run": 12}, {"resume_from_checkpoint": True}):
-        done = run(f"{form}_s3", **remote, **part)
+    def run(disk: str, **more) -> None:
+        command = ranks.mpirun(2, *own_disk, *ranks.TRAIN, *ranks.flags(2, "two", **{**changes, **more}))
+        done = ranks.run(command, folder, BERT_CACHE_DIR=str(here / disk))
         assert done.returncode == 0, done.stdout
-    local, stored = (ranks.figures(folder / f"{form}_{name}.json", "step_mean_loss") for name in ("local", "s3"))
+
+    run("none", input_dir="dynamic", output_dir=str(here / "out"), json_summary="two_local.json")
+    remote = {"input_dir": "s3://data/dynamic", "output_dir": "s3://data/two", "json_summary": "two_s3.json"}
+    run("first", **remote, steps_this_run=12)
+    run("second", **remote, resume_from_checkpoint=True)
+    local, stored = (ranks.figures(folder / f"two_{name}.json", "step_mean_loss") for name in ("local", "s3"))
     assert local == stored and len(local) == EPOCHS_AND_A_HALF
-    assert {name for name in objects(f"{form}/") if name.startswith("ckpt_22.")} == (
-        {"ckpt_22.pt"} | ({f"ckpt_22.optim/{name}" for name in ("index.json", "rank_0_of_2.pt", "rank_1_of_2.pt")}
-                          if form == "zero" else set()))
+    assert {name for name in objects("two/") if name.startswith("ckpt_22.")} == {
+        "ckpt_22.pt", *(f"ckpt_22.optim/{name}" for name in ("index.json", "rank_0_of_2.pt", "rank_1_of_2.pt"))}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_random_moments_on_one_machine_after_the_other_loses_no_checkpoint(workspace, here):
+    """Each start finds an empty disk; what was said to be saved is there, and the losses are those of one run."""
+    folder, _ = workspace
+    dice = random.Random(KILL_SEED)
+    flags = {"max_steps": 40, "num_steps_per_checkpoint": 3, "output_dir": "s3://data/killed",
+             "input_dir": "s3://data/data", "resume_from_checkpoint": True}
+    train(max_steps=40, skip_checkpoint=True, output_dir=here / "out", json_summary=here / "whole.json")
+    losses, said = {}, set()
+    for start in range(KILLS + 1):
+        command = [*ranks.TRAIN, *small_run.flags(**{**FLAGS, **flags, "json_summary": here / f"{start}.json"})]
+        with ranks.started(command, folder, BERT_CACHE_DIR=str(here / f"disk_{start}")) as job:
+            if start < KILLS:
+                with suppress(subprocess.TimeoutExpired):
+                    job.process.wait(timeout=dice.uniform(1.0, LONGEST_LIFE))
+                job.process.kill()
+            done = job.finish()
+        said |= {int(step) for step in re.findall(r"saved s3://data/killed/ckpt_(\d+)\.pt", done.stdout)}
+        assert not said or max(saved_steps(open_folder("s3://data/killed"))) >= max(said)
+        if (here / f"{start}.json").exists() and (here / f"{start}.json").stat().st_size:
+            for step, loss in samples.losses(here / f"{start}.json").items():
+                assert losses.setdefault(step, loss) == loss
+        shutil.rmtree(here / f"disk_{start}", ignore_errors=True)
+    assert done.returncode == 0, done.stdout
+    assert losses == samples.losses(here / "whole.json")
+    assert set(objects("killed/")) == {f"ckpt_{step}.pt" for step in (36, 39, 40)}
+    assert not boto3.client("s3").list_multipart_uploads(Bucket="data", Prefix="killed/").get("Uploads")
