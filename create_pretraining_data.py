@@ -13,11 +13,14 @@ data/bertPrep.py --action create_hdf5_files does this for all shards of a data s
 """
 
 import sys
+from contextlib import nullcontext
 
 from common import cli
 from common.download import local_file
 from common.errors import UserError
 from common.locks import file_lock
+from common.object_locks import object_lock
+from common.object_store import is_s3, staged_file
 from data.preparation.named_files import named_files
 from data.preparation.samples import SampleOptions, add_sample_flags, create_shard
 from data.preparation.text_counts import TextCounts
@@ -30,11 +33,13 @@ REFERENCE_DEFAULTS = {"max_seq_length": 128, "max_predictions_per_seq": 20, "dup
 
 def main(argv=None) -> None:
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--input_file", "--input_files", required=True, nargs="+", metavar="FILE",
+    parser.add_argument("--input_file", "--input_files", type=cli.path_or_url, required=True, nargs="+", metavar="FILE",
                         help="text shards, which make one HDF5 shard: one sentence a line, a blank line between "
                              "documents; several names (also separated by commas), patterns, folders of .txt files")
-    parser.add_argument("--output_file", required=True, help="HDF5 shard to write")
-    parser.add_argument("--vocab_file", required=True, help="WordPiece vocabulary, one token a line; a path or URL")
+    parser.add_argument("--output_file", type=cli.path_or_s3, required=True, help="HDF5 shard (or s3:// object) to "
+                        "write")
+    parser.add_argument("--vocab_file", type=cli.path_or_url, required=True,
+                        help="WordPiece vocabulary, one token a line; a path or URL")
     add_sample_flags(parser)
     args = parser.parse_args(argv)
     options = cli.options_from(args, SampleOptions)
@@ -45,9 +50,11 @@ def main(argv=None) -> None:
     first, *others = named_files(args.input_file, "*.txt", "--input_file")
     tokens = load_vocabulary(local_file(args.vocab_file))
     check_case(tokens, options.do_lower_case, f"--vocab_file {args.vocab_file}")
+    remote = is_s3(args.output_file)
     try:
-        with file_lock(args.output_file, f"--output_file {args.output_file}"):
-            counts = create_shard(first, args.output_file, tokens, options, tuple(others))
+        with ((object_lock if remote else file_lock)(args.output_file, f"--output_file {args.output_file}"),
+              staged_file(args.output_file) if remote else nullcontext(args.output_file) as path):
+            counts = create_shard(first, path, tokens, options, tuple(others))
     except OSError as error:
         raise UserError(f"--output_file {args.output_file}: cannot be written: {error.strerror}") from None
     counts = TextCounts(**counts)

@@ -108,12 +108,15 @@ def check_margin(figures: dict, margin: float) -> int:
 
 def parse_arguments(argv):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", help="ckpt_<step>.pt, a folder of them, of which the newest is taken, or a "
-                        "Hugging Face model folder (default: a freshly initialised model)")
+    parser.add_argument("--checkpoint", type=cli.path_or_url,
+                        help="ckpt_<step>.pt, a folder of them, of which the newest is taken, or a Hugging Face "
+                        "model folder (default: a freshly initialised model)")
     parser.add_argument("--config_file", help="its model config, JSON (default: the one in the checkpoint)")
-    parser.add_argument("--eval_dir", required=True, help="folder of shards (packed, or with 'test' in the name)")
-    parser.add_argument("--input_dir", help="folder of the training shards, whose token frequencies give what can be "
-                        "predicted without context (default: those that the checkpoint holds)")
+    parser.add_argument("--eval_dir", type=cli.path_or_url, required=True,
+                        help="folder of shards (packed, or with 'test' in the name)")
+    parser.add_argument("--input_dir", type=cli.path_or_url, help="folder of the training shards, whose "
+                        "token frequencies give what can be predicted without context (default: those that "
+                        "the checkpoint holds)")
     parser.add_argument("--margin", type=float, metavar="NATS", help="end with exit code 1 unless the MLM loss is at "
                         "least this far below what can be predicted without context")
     parser.add_argument("--batch_size", type=cli.positive_int, default=32, help="rows per batch")

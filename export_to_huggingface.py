@@ -8,11 +8,14 @@ data was made with --no_nsp.  run_pretraining.py takes such a folder as its --in
 not need transformers.
 """
 
+import tempfile
 from pathlib import Path
 
 from common import cli
 from common.errors import UserError
 from common.locks import LOCK_NAME, folder_lock
+from common.object_locks import prefix_lock
+from common.object_store import S3Folder, is_s3, patiently
 from devices import gaudi_environment
 
 # The flags of a run (the PARAMETER line of its log) that the model card shows
@@ -25,14 +28,27 @@ CARD_FIGURES = ("final_loss", "eval_mlm_loss", "eval_context_free_mlm_loss", "ev
 
 def main(argv=None) -> None:
     args = parse_arguments(argv)
+    if is_s3(args.output_dir):
+        export_to_url(args)
+        return
     folder = Path(args.output_dir)
     refuse_use(folder, folder.is_file())
     with folder_lock(folder, f"--output_dir {folder}"):
         refuse_use(folder, any(not path.name.startswith(LOCK_NAME) for path in folder.iterdir()))
-        export(args)
+        export(args, folder)
 
 
-def export(args) -> None:
+def export_to_url(args) -> None:
+    """Export to a temporary folder, and upload its files."""
+    target = S3Folder(args.output_dir)
+    with prefix_lock(args.output_dir, f"--output_dir {args.output_dir}"), tempfile.TemporaryDirectory() as folder:
+        refuse_use(args.output_dir, any(not name.startswith(LOCK_NAME) for name in patiently(target.names)))
+        export(args, folder)
+        for path in sorted(Path(folder).iterdir()):
+            patiently(lambda path=path: target.upload(path, path.name, {}))
+
+
+def export(args, folder) -> None:
     gaudi_environment.load_software(use_habana=False)
     from checkpoint import huggingface
     from checkpoint.trained_model import open_trained_model
@@ -45,7 +61,7 @@ def export(args) -> None:
     trained.load_into(model)
     name = args.model_name or f"BERT with {config.num_hidden_layers} layers of {config.hidden_size}"
     card = model_card(trained, name, model, vocabulary, phases)
-    huggingface.write_folder(args.output_dir, model, vocabulary.tokens, vocabulary.lower_case, card,
+    huggingface.write_folder(folder, model, vocabulary.tokens, vocabulary.lower_case, card,
                              not args.skip_variants)
     print(f"{args.output_dir}: {name} from {trained.path}; "
           f"load it with transformers.{huggingface.class_name(model)}.from_pretrained({args.output_dir!r})")
@@ -53,16 +69,19 @@ def export(args) -> None:
 
 def parse_arguments(argv):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="ckpt_<step>.pt, a folder of them, of which the newest is "
-                        "taken, or a Hugging Face model folder")
+    parser.add_argument("--checkpoint", type=cli.path_or_url, required=True,
+                        help="ckpt_<step>.pt, a folder of them, of which the newest is taken, or a Hugging "
+                             "Face model folder")
     parser.add_argument("--config_file", help="its model config, JSON (default: the one in the checkpoint)")
-    parser.add_argument("--vocab_file", help="the vocabulary of its data (default: the one in the checkpoint)")
-    parser.add_argument("--output_dir", required=True, help="folder to write; must be new or empty")
+    parser.add_argument("--vocab_file", type=cli.path_or_url,
+                        help="the vocabulary of its data (default: the one in the checkpoint)")
+    parser.add_argument("--output_dir", type=cli.path_or_s3, required=True,
+                        help="folder (or s3:// prefix) to write; must be new or empty")
     parser.add_argument("--do_lower_case", **cli.BOOLEAN, help="whether the data was lower-cased (default: what the "
                         "checkpoint says; where it does not, whether the vocabulary has capital letters)")
     parser.add_argument("--log", nargs="+", default=[], metavar="LOG",
                         help="logs of the training (--json_summary), for the tables of the model card")
-    parser.add_argument("--model_name", help="a name for the model card")
+    parser.add_argument("--model_name", type=cli.free_text, help="a name for the model card")
     parser.add_argument("--skip_variants", action="store_true",
                         help="write model.safetensors only, which takes a third of the disk; transformers 5 then "
                         "lists the weights that BertForMaskedLM and BertModel do not use")

@@ -56,11 +56,14 @@ def main(argv=None) -> None:
 
 def parse_arguments(argv):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="text with one [MASK] or more")
-    parser.add_argument("--checkpoint", required=True, help="ckpt_<step>.pt, a folder of them, of which the newest is "
-                        "taken, or a Hugging Face model folder")
+    parser.add_argument("sentences", nargs="*", type=cli.free_text, metavar="SENTENCE",
+                        help="text with one [MASK] or more")
+    parser.add_argument("--checkpoint", type=cli.path_or_url, required=True,
+                        help="ckpt_<step>.pt, a folder of them, of which the newest is taken, or a Hugging "
+                             "Face model folder")
     parser.add_argument("--config_file", help="its model config, JSON (default: the one in the checkpoint)")
-    parser.add_argument("--vocab_file", help="the vocabulary of its data (default: the one in the checkpoint)")
+    parser.add_argument("--vocab_file", type=cli.path_or_url,
+                        help="the vocabulary of its data (default: the one in the checkpoint)")
     parser.add_argument("--do_lower_case", **cli.BOOLEAN, help="whether the data was lower-cased (default: what the "
                         "checkpoint says; where it does not, whether the vocabulary has capital letters)")
     parser.add_argument("--top", type=cli.positive_int, default=5, help="words to show for each [MASK]")

@@ -18,12 +18,12 @@ from data.packing.packer import PackingOptions, pack
 
 def parse_options(argv) -> PackingOptions:
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--input_dir", required=True,
+    parser.add_argument("--input_dir", type=cli.path_or_url, required=True,
                         help="folder of unpacked HDF5 shards: those with the --split in the name")
     parser.add_argument("--split", choices=PART_NAMES, default="training", help="test: pack the held-out shards, for "
                         "--eval_dir; they need an --output_dir of their own")
-    parser.add_argument("--output_dir", required=True,
-                        help="folder for the packed shards; NAME_metadata.json is written beside it")
+    parser.add_argument("--output_dir", type=cli.path_or_s3, required=True, help="folder (or s3:// prefix) for the "
+                        "packed shards; NAME_metadata.json is written beside it")
     parser.add_argument("--max_sequence_length", type=cli.positive_int, required=True,
                         help="tokens in a row, packed or not")
     parser.add_argument("--max_predictions_per_sequence", type=cli.positive_int,

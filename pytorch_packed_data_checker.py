@@ -16,8 +16,8 @@ from data.packing.verify import find_of_form, packed_split, verify
 
 def main(argv=None) -> int:
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--input_dir", required=True, help="folder of packed shards")
-    parser.add_argument("--unpacked_dir",
+    parser.add_argument("--input_dir", type=cli.path_or_url, required=True, help="folder of packed shards")
+    parser.add_argument("--unpacked_dir", type=cli.path_or_url,
                         help="folder of the unpacked shards that were packed; both sets must hold the same sequences")
     parser.add_argument("--max_predictions_per_sequence", type=cli.positive_int,
                         help="the packer's flag of that name; an error where the rows have room for more (default: not "

@@ -15,6 +15,9 @@ from pathlib import Path
 from common import cli
 from common.errors import UserError, whole_number
 from common.locks import file_lock, folder_lock
+from common.mirrored_file import mirrored_log
+from common.object_locks import object_lock, prefix_lock
+from common.object_store import is_s3
 from data.shard_reader import ShardReader
 from devices import gaudi_environment
 from parallel import rendezvous
@@ -46,7 +49,9 @@ def pretrain(args, info: rendezvous.RankInfo, reader) -> dict:
     from parallel.ranks import init_ranks
 
     with init_ranks(info, args.collective_timeout) as ranks, ranks.first_holds(output_locks(args)):
-        return pretrain_rank(args, ranks, reader)
+        writes = ranks.first and not args.dry_run
+        with mirrored_log(args.json_summary if writes else None, args.resume_from_checkpoint, ranks.warn) as log_path:
+            return pretrain_rank(args, ranks, reader, log_path)
 
 
 @contextmanager
@@ -54,17 +59,21 @@ def output_locks(args):
     """A block in which no other run writes to --output_dir and --json_summary; a dry run writes nothing."""
     with ExitStack() as locks:
         if not args.dry_run:
-            locks.enter_context(folder_lock(args.output_dir, f"--output_dir {args.output_dir}"))
-            if not Path(args.json_summary).exists() or Path(args.json_summary).is_file():  # as /dev/null is not
+            lock = prefix_lock if is_s3(args.output_dir) else folder_lock
+            locks.enter_context(lock(args.output_dir, f"--output_dir {args.output_dir}"))
+            if is_s3(args.json_summary):
+                locks.enter_context(object_lock(args.json_summary, f"--json_summary {args.json_summary}"))
+            elif not Path(args.json_summary).exists() or Path(args.json_summary).is_file():  # as /dev/null is not
                 locks.enter_context(file_lock(args.json_summary, f"--json_summary {args.json_summary}"))
         yield
 
 
-def pretrain_rank(args, ranks, reader) -> dict:
+def pretrain_rank(args, ranks, reader, log_path) -> dict:
     """The work of one rank.  Nothing but locks is written before everything has been checked."""
     import torch
 
-    from checkpoint.folder import saved_steps
+    from checkpoint.folder import open_folder, saved_steps
+    from checkpoint.remote_folder import RemoteFolder
     from checkpoint.resume import PHASE1_STEPS, Phase, find_resume_point, last_step_of_phase1
     from checkpoint.state import TrainingState
     from data.dataloader import BatchStream
@@ -96,13 +105,16 @@ def pretrain_rank(args, ranks, reader) -> dict:
     if args.tensorboard_logdir:
         summary_writer()
 
+    folder = open_folder(args.output_dir)
+    if isinstance(folder, RemoteFolder) and not args.dry_run and ranks.local_rank == 0:
+        folder.prepare()
     if args.phase1_end_step is None:
-        args.phase1_end_step = last_step_of_phase1(args.output_dir, ranks.warn) if args.phase2 else PHASE1_STEPS
+        args.phase1_end_step = last_step_of_phase1(folder, ranks.warn) if args.phase2 else PHASE1_STEPS
     restarts = rendezvous.torchrun_restarts(os.environ)
-    if restarts and saved_steps(args.output_dir):
+    if restarts and saved_steps(folder):
         args.resume_from_checkpoint = True
     phase = Phase(2, args.phase1_end_step) if args.phase2 else Phase()
-    resume_point = find_resume_point(args.output_dir, phase, resume=args.resume_from_checkpoint,
+    resume_point = find_resume_point(folder, phase, resume=args.resume_from_checkpoint,
                                      resume_step=args.resume_step, init_checkpoint=args.init_checkpoint,
                                      warn=ranks.warn)
     training_set = find_training_set(args, reader, ranks.warn)
@@ -154,7 +166,7 @@ def pretrain_rank(args, ranks, reader) -> dict:
     writes = ranks.first and not args.dry_run
     tensorboard = (TensorBoardLog(args.tensorboard_logdir, phase.first, resume_point.step)
                    if writes and args.tensorboard_logdir else None)
-    log = TrainingLog(args.json_summary if writes else None, ranks.first, args.resume_from_checkpoint,
+    log = TrainingLog(log_path, ranks.first, args.resume_from_checkpoint,
                       tensorboard=tensorboard, started=started, dllogger_console=args.dllogger_console and writes)
     descriptions = {"precision": precision.describe(), "layers": layers_description,
                     "optimizer": optimizer_description, "reduction": reduction.describe(),
@@ -172,7 +184,8 @@ def pretrain_rank(args, ranks, reader) -> dict:
                           autocast=precision.autocast, token_counts=state.token_counts) if held_out else None
     try:
         trainer = Trainer(args=args, ranks=ranks, device=device, state=state, reduction=reduction, plan=plan,
-                          phase=phase, first_step=resume_point.step, evaluator=evaluator, log=log)
+                          phase=phase, first_step=resume_point.step, evaluator=evaluator, log=log,
+                          folder=folder)
         if args.dry_run:
             return dry_run.dry_run(trainer)
         summary = trainer.train()
@@ -213,7 +226,7 @@ def run_fingerprint(args, config, shards, resume_point) -> dict[str, str]:
     return {
         **{f"--{flag}": str(value) for flag, value in vars(args).items() if flag != "local_rank"},
         **{f"{args.config_file or 'config'}: {key}": str(value) for key, value in vars(config).items()},
-        **{f"--input_dir: {shard.file_name}": f"{shard.rows} rows, {shard.path.stat().st_size} bytes"
+        **{f"--input_dir: {shard.file_name}": f"{shard.rows} rows, {shard.file_bytes} bytes"
            for shard in shards},
         "the start (is --output_dir a folder that all servers share?)": resume_point.describe(),
     }

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from checkpoint.folder import newest_path, write_checkpoint
+from checkpoint.remote_folder import RemoteFolder
 from common.errors import UserError
 from common.files import remove_leftovers
 
@@ -26,6 +27,8 @@ class CheckpointWriter:
         self.writing: Future | None = None
         # Number, state and protected numbers of the newest one, until it is on disk.
         self.unwritten: tuple[int, dict, set[int]] | None = None
+        self.is_remote = isinstance(folder, RemoteFolder)
+        self.last: int | None = None  # the number of the newest one
 
     def save(self, number: int, protected: set[int], state: dict) -> None:
         """Begin to write ckpt_<number>.pt, after the one before, because both are copied to the same memory.
@@ -33,7 +36,7 @@ class CheckpointWriter:
         The checkpoints `protected` are not removed.
         """
         self.finish()
-        self.unwritten = number, self.copied(state), protected
+        self.unwritten, self.last = (number, self.copied(state), protected), number
         self.device.synchronize()
         self.writing = self.thread.submit(self.write)
 
@@ -65,7 +68,9 @@ class CheckpointWriter:
             return
         writing, self.writing = self.writing, None
         try:
-            self.report(f"saved {writing.result()}")
+            path = writing.result()
+            if not self.is_remote:  # of which its uploads are reported
+                self.report(f"saved {path}")
             self.unwritten = None
         except OSError as error:
             self.warn(f"ckpt_{self.unwritten[0]}.pt could not be written ({error}); those before it are kept, "
@@ -74,15 +79,23 @@ class CheckpointWriter:
     def report_when_written(self) -> None:
         if self.writing is not None and self.writing.done():
             self.finish()
+        if self.is_remote:
+            self.folder.report(self.report, self.warn)
 
     def close(self) -> None:
-        """Wait until the last checkpoint is written.  UserError where it cannot be."""
+        """Wait until the last checkpoint is written, and uploaded.  UserError where it cannot be."""
         self.finish()
         self.thread.shutdown()
-        if self.unwritten is None:
-            return
         try:
-            self.report(f"saved {self.write()}")
+            if self.unwritten is not None:
+                path = self.write()
+                if not self.is_remote:
+                    self.report(f"saved {path}")
+            if self.is_remote:
+                try:
+                    self.folder.close(self.last)
+                finally:
+                    self.folder.report(self.report, self.warn)
         except OSError as error:
             raise UserError(f"ckpt_{self.unwritten[0]}.pt, the last of this run, could not be written: {error}; "
                             f"the newest is {newest_path(self.folder) or 'none'}") from None

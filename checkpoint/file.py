@@ -110,6 +110,14 @@ def check_sealed(path: Path) -> None:
         raise DamagedFile(f"{path}: not a readable checkpoint: its checksum is missing")
 
 
+def seal_of(path: Path) -> str:
+    """The seal of a file of write_file, as it stands there; "" where there is none."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - SEAL_SIZE))
+        end = file.read()
+    return end[2 + len(MARK):].decode() if end[2:].startswith(MARK) else ""
+
+
 def check_seal(path: Path) -> bool:
     """Whether a file has a seal.  DamagedFile where the seal does not match the file."""
     rest = max(0, path.stat().st_size - SEAL_SIZE)

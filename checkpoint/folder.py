@@ -3,15 +3,20 @@
 The step in a name counts over both phases.  A Hugging Face model folder is read as a checkpoint of weights.
 """
 
-import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from checkpoint import huggingface, optimizer_shards
 from checkpoint.file import WAY_OUT, DamagedFile, kind_of, read_file, write_file
+from checkpoint.remote_folder import RemoteFolder, steps_in
+from checkpoint.rotation import superseded
 from common.errors import UserError
+from common.object_store import is_s3
 
-KEPT = 3
+
+def open_folder(name: str) -> Path | RemoteFolder:
+    """The folder of this path or s3:// URL."""
+    return RemoteFolder(name) if is_s3(name) else Path(name)
 
 
 def checkpoint_path(folder, step: int) -> Path:
@@ -20,8 +25,9 @@ def checkpoint_path(folder, step: int) -> Path:
 
 def saved_steps(folder) -> list[int]:
     """The steps of the checkpoints in a folder, ascending; none where there is no folder."""
-    matches = [re.fullmatch(r"ckpt_(\d+)\.pt", path.name) for path in Path(folder).glob("ckpt_*.pt")]
-    return sorted(int(match.group(1)) for match in matches if match)
+    if isinstance(folder, RemoteFolder):
+        return folder.steps()
+    return steps_in(path.name for path in Path(folder).glob("ckpt_*.pt"))
 
 
 def newest_path(folder) -> Path | None:
@@ -38,11 +44,14 @@ def write_checkpoint(folder, step: int, contents: dict, protected: Collection[in
     """
     path = checkpoint_path(folder, step)
     write_file(path, contents)
-    for newer in saved_steps(folder):
-        if newer > step:
-            optimizer_shards.set_aside(checkpoint_path(folder, newer))
-    for older in [older for older in saved_steps(folder) if older not in protected][:-KEPT]:
-        optimizer_shards.remove(checkpoint_path(folder, older))
+    if isinstance(folder, RemoteFolder):
+        folder.publish(step, protected, optimizer_shards.seals_of(path, contents.get("optimizer")))
+        return path
+    newer, older = superseded(saved_steps(folder), step, protected)
+    for one in newer:
+        optimizer_shards.set_aside(checkpoint_path(folder, one))
+    for one in older:
+        optimizer_shards.remove(checkpoint_path(folder, one))
     return path
 
 
@@ -61,8 +70,11 @@ def read_checkpoint(path) -> dict:
     return contents
 
 
-def read_complete(path) -> dict:
-    """The same, to resume from: the folder of sharded optimizer state, if any, must be complete."""
+def read_complete(folder, step: int) -> dict:
+    """The same of a step, to resume from: the folder of sharded optimizer state, if any, must be complete."""
+    path = checkpoint_path(folder, step)
+    if isinstance(folder, RemoteFolder):
+        folder.fetch(step)
     contents = read_checkpoint(path)
     optimizer_shards.check_complete(path, contents.get("optimizer"))
     return contents
@@ -79,7 +91,7 @@ def newest_readable(folder, warn: Callable[[str], None], to_resume: bool = True)
     steps = saved_steps(folder)
     for step in reversed(steps):
         try:
-            return step, read_complete(checkpoint_path(folder, step))
+            return step, read_complete(folder, step)
         except DamagedFile as error:
             warn(f"skipped a damaged checkpoint: {error}")
         except UserError as error:

@@ -5,7 +5,7 @@ In one piece it is the optimizer's state_dict, under "optimizer" in ckpt_<step>.
 Sharded, it is a folder beside that file.  Each rank writes its own share to ckpt_<step>.optim/rank_<r>_of_<N>.pt:
 {"state": {parameter number in the state_dict: {"exp_avg": tensor, "exp_avg_sq": tensor}}}.  index.json lists the files:
 
-    {"files": {"rank_0_of_4.pt": {"bytes": 1234, "parameters": [0, 5, …]}, …}}
+    {"files": {"rank_0_of_4.pt": {"bytes": 1234, "parameters": [0, 5, …], "seal": "…"}, …}}
 
 The folder is made under a temporary name and renamed.  ckpt_<step>.pt is renamed after it and so completes the
 checkpoint; its "optimizer" holds {"folder": "ckpt_<step>.optim", "param_groups": […]}.
@@ -19,13 +19,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.file import DamagedFile, check_sealed, read_file, write_file
+from checkpoint.file import DamagedFile, check_sealed, read_file, seal_of, write_file
 from checkpoint.pickle_reader import printable
+from checkpoint.remote_folder import INDEX
 from common.errors import UserError
 from common.files import sync_folder, write_json
 from optim.build import local_optimizer
-
-INDEX = "index.json"
 
 
 def folder_of(checkpoint) -> Path:
@@ -74,7 +73,15 @@ def write_share(file: Path, optimizer, groups: list[dict]) -> tuple[str, dict]:
     share = {numbers[parameter]: {key: value.detach().cpu() for key, value in moments.items()}
              for parameter, moments in local_optimizer(optimizer).state.items()}
     write_file(file, {"state": share})
-    return file.name, {"bytes": file.stat().st_size, "parameters": list(share)}
+    return file.name, {"bytes": file.stat().st_size, "parameters": list(share), "seal": seal_of(file)}
+
+
+def seals_of(checkpoint, state) -> dict[str, str]:
+    """file → seal of the sharded state that was just written; nothing where the state is in one piece."""
+    if not isinstance(state, dict) or "folder" not in state:
+        return {}
+    files = json.loads((folder_named(checkpoint, state) / INDEX).read_text(encoding="utf-8"))["files"]
+    return {name: entry["seal"] for name, entry in files.items()}
 
 
 def on_all_ranks(ranks, action) -> list:

@@ -86,7 +86,8 @@ class ResumePoint:
 
     def describe(self) -> str:
         rows = self.contents.get("data", {}).get("rows", 0) if self.contents else 0
-        return f"step {self.step}, {rows} rows used, {self.path or 'no checkpoint'}"
+        path = self.path if self.path == self.init_checkpoint else Path(self.path).name  # which can lie anywhere here
+        return f"step {self.step}, {rows} rows used, {path or 'no checkpoint'}"
 
 
 def find_resume_point(folder, phase: Phase, *, resume: bool, resume_step: int, init_checkpoint: str | None,
@@ -103,7 +104,7 @@ def find_resume_point(folder, phase: Phase, *, resume: bool, resume_step: int, i
                         f"continue from it with --resume_from_checkpoint, or name another folder")
     if present:
         number, contents = (newest_readable(folder, warn) if resume_step == -1 else
-                            (resume_step, read_complete(checkpoint_path(folder, resume_step))))
+                            (resume_step, read_complete(folder, resume_step)))
         path = checkpoint_path(folder, number)
         begun_with = contents.get(INIT_CHECKPOINT)
         begun_with = begun_with if isinstance(begun_with, str) else None

@@ -7,8 +7,10 @@ from pathlib import Path
 from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint, saved_steps
 from checkpoint.huggingface import fill_up, fresh_parts
 from checkpoint.load import config_of, holds_nsp, load_model, without_nsp
+from checkpoint.remote_folder import RemoteFolder
 from common.download import local_file
 from common.errors import UserError
+from common.object_store import is_s3
 from data.tokenizer import load_vocabulary
 from data.vocabulary import (
     Vocabulary,
@@ -70,8 +72,9 @@ def open_trained_model(checkpoint: str, config_file: str | None) -> TrainedModel
 
     UserError where the config is not known, or the file is of another model than `config_file`.
     """
-    path = local_file(checkpoint)
-    if path.is_dir() and saved_steps(path):
+    is_remote_folder = is_s3(checkpoint) and not checkpoint.endswith(".pt")
+    path = RemoteFolder(checkpoint) if is_remote_folder else local_file(checkpoint)
+    if is_remote_folder or (path.is_dir() and saved_steps(path)):
         step, contents = newest_readable(path, say, to_resume=False)
         path = checkpoint_path(path, step)
         print(f"--checkpoint {checkpoint}: {path.name} is the newest", file=sys.stderr)

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import os
+import re
 import select
 import signal
 import sys
@@ -32,7 +33,22 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(problem)
         words = [with_underscores(word) for word in args]
         self.check_names(words)
-        return super().parse_known_args(self.with_values(words), namespace)
+        namespace, others = super().parse_known_args(self.with_values(words), namespace)
+        self.check_urls(namespace)
+        return namespace, others
+
+    def check_urls(self, namespace) -> None:
+        """End with one line where a flag that takes no URL got one: it would name a local folder called s3:."""
+        for action in self._actions:
+            values = getattr(namespace, action.dest, None)
+            schemes = URL_SCHEMES.get(action.type, ()) if action.type != free_text else None
+            for value in values if isinstance(values, list) else [values]:
+                match = SCHEME.match(value) if isinstance(value, str) and schemes is not None else None
+                if match and match.group(1) not in schemes:
+                    taken = f"only {' and '.join(f'{scheme}://' for scheme in schemes)}" if schemes else "no URL"
+                    name = action.option_strings[0] if action.option_strings else action.metavar
+                    self.error(f"{name} {value}: this flag takes a path of this machine"
+                               f"{' or ' if schemes else ', and '}{taken}")
 
     def check_names(self, words: list[str]) -> None:
         """End with one line where a flag is unknown; it names the known one that is most like it."""
@@ -111,6 +127,25 @@ def typing_slip(words: list[str]) -> str | None:
 
 
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
+
+
+def free_text(text: str) -> str:
+    """The type of a flag that is no path: it may look like a URL."""
+    return text
+
+
+def path_or_s3(text: str) -> str:
+    """The type of a flag that takes a local path, or one in object storage."""
+    return text
+
+
+def path_or_url(text: str) -> str:
+    """The type of a flag that takes a local path, or a URL that is read from."""
+    return text
+
+
+SCHEME = re.compile(r"(?:[\w.-]+=)?([A-Za-z][A-Za-z0-9+.-]*)://")  # also in a part of a mixture: NAME=s3://…:1
+URL_SCHEMES = {path_or_s3: ("s3",), path_or_url: ("s3", "http", "https")}  # by the type of the flag
 
 
 def boolean(text: str) -> bool:

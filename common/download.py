@@ -1,7 +1,6 @@
 """Download of remote files: a file appears only when it is complete and verified.  No torch here.
 
     local_file("s3://bucket/vocab.txt")        a copy in the cache folder, updated when the file changes
-    local_folder("s3://bucket/hdf5/wiki")      the same for the shards under a prefix
     fetch(url, "dump.bz2", sha1=…)             resumes an interrupted download
 """
 
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.files import cache_folder, sync_folder, write_json
 from common.locks import file_lock
-from common.remote_sources import Interrupted, remote_source, s3_keys
+from common.remote_sources import Interrupted, remote_source
 
 TRIES = 8  # attempts in a row without progress, before a download is given up
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries; doubled each time
@@ -35,29 +34,6 @@ def local_file(name) -> Path:
         return Path(name)
     place = hashlib.sha256(os.path.dirname(str(name)).encode()).hexdigest()[:16]
     return fetch(str(name), cache_folder() / place / (PurePosixPath(urlsplit(str(name)).path).name or "file"))
-
-
-def local_folder(name, ending: str = ".hdf5", beside: str = "") -> Path:
-    """A local folder unchanged; for an s3:// prefix, a folder with copies of the objects directly below it.
-
-    The object PREFIX + `beside`, if there is one, is fetched too.  Copies of objects that no longer exist are deleted.
-    """
-    if not str(name).startswith("s3://"):
-        return Path(name)
-    prefix = str(name).rstrip("/")
-    place = hashlib.sha256(prefix.encode()).hexdigest()[:16]
-    folder = cache_folder() / place / prefix.rpartition("/")[2]
-    listed = s3_keys(prefix)
-    wanted = [key for key in listed if key.rpartition("/")[0] == prefix and key.endswith(ending)]
-    if not wanted:
-        raise UserError(f"{name}: no object that ends in {ending} below it")
-    for key in tqdm(wanted, unit="file", desc=f"fetching {name}", disable=len(wanted) < 2):
-        fetch(key, folder / key.rpartition("/")[2])
-    if beside and prefix + beside in listed:
-        fetch(prefix + beside, folder.with_name(folder.name + beside))
-    for path in set(folder.glob(f"*{ending}")) - {folder / key.rpartition("/")[2] for key in wanted}:
-        path.unlink()
-    return folder
 
 
 def fetch(url: str, target, sha1: str | None = None, sha256: str | None = None,

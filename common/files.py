@@ -1,5 +1,6 @@
 """Atomic writes: a file appears complete or not at all; and the cache folder.  No torch here."""
 
+import fcntl
 import io
 import json
 import os
@@ -65,6 +66,22 @@ def replacing_files(folder, names):
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def flocked(path, mode: int):
+    """A block in which this thread holds the kernel's lock of a file, which is made; not where there are no locks.
+
+    BlockingIOError for LOCK_NB where another holds it.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, mode)
+        except BlockingIOError:
+            raise
+        except OSError:  # the file system has none
+            pass
+        yield
+
+
 def remove_leftovers(folder, name: str = "**/.*") -> None:
     """Delete the temporary files that a killed run left in a folder, for files with this name (a pattern).
 
@@ -103,11 +120,18 @@ def cache_folder() -> Path:
     A user without a home, such as a user id without a name in a container, gets a folder in the temporary one.
     """
     if os.environ.get("BERT_CACHE_DIR"):
-        return Path(os.environ["BERT_CACHE_DIR"])
+        return folder_in_variable("BERT_CACHE_DIR")
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_pretraining"
     except RuntimeError:  # there is no home
         return own_folder(Path(tempfile.gettempdir()) / f"bert_pretraining_{os.getuid()}")
+
+
+def folder_in_variable(name: str) -> Path:
+    """The folder that an environment variable names.  UserError where that is a URL."""
+    if "://" in os.environ[name]:
+        raise UserError(f"{name}={os.environ[name]}: this must be a folder of this machine, and no URL")
+    return Path(os.environ[name])
 
 
 def own_folder(path: Path) -> Path:

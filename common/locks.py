@@ -38,14 +38,14 @@ os.register_at_fork(after_in_child=HELD.clear)  # a child is not the owner
 @contextmanager
 def folder_lock(folder, what: str):
     """A block in which no other run writes to the folder.  UserError, naming `what`, where one does."""
-    with held(Path(folder) / LOCK_NAME, what):
+    with held(LockFile(Path(folder) / LOCK_NAME, what)):
         yield
 
 
 @contextmanager
 def file_lock(path, what: str, patient: bool = False):
     """A block in which no other process writes the file; a `patient` one waits as long as one does."""
-    with held(Path(path).with_name(f".{Path(path).name}{LOCK_NAME}"), what, patient):
+    with held(LockFile(Path(path).with_name(f".{Path(path).name}{LOCK_NAME}"), what), patient):
         yield
 
 
@@ -67,10 +67,9 @@ class FileLocks(ExitStack):
 
 
 @contextmanager
-def held(path: Path, what: str, patient: bool = False):
-    """A block in which this process holds the lock with this path.  SIGTERM ends the block like Ctrl-C."""
+def held(lock: "LockFile", patient: bool = False):
+    """A block in which this process holds the lock.  SIGTERM ends the block like Ctrl-C."""
     with terminable():
-        lock = LockFile(path, what)
         try:
             lock.acquire(patient)
             yield
@@ -94,8 +93,8 @@ def terminable():
 def announce_end() -> None:
     """Say in the locks of this process that it was told to end: who comes next waits for it."""
     for lock in list(HELD):
-        with suppress(OSError), open(lock.path, "a", encoding="utf-8") as file:
-            file.write(f"{ENDING}\n")
+        with suppress(OSError):
+            lock.announce_end()
 
 
 def release_all() -> None:
@@ -117,7 +116,7 @@ class LockFile:
         """Make the file.  Waits for what may be a dead owner or ends soon, says so, and removes a dead one's lock."""
         watch, announced, attempts = LockWatch(), None, 0
         while not self.create():
-            seen = sighting(self.path)
+            seen = self.sighting()
             if seen is None:
                 attempts += 1
                 if attempts > REMOVAL_SECONDS / POLL_SECONDS:
@@ -132,6 +131,14 @@ class LockFile:
             time.sleep(POLL_SECONDS)
         HELD.append(self)
         threading.Thread(target=self.renew, name=f"renews {self.path}", daemon=True).start()
+
+    def sighting(self) -> Sighting | None:
+        """The lock as it is now, None where there is none."""
+        return sighting(self.path)
+
+    def announce_end(self) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"{ENDING}\n")
 
     def wait_or_refuse(self, watch: LockWatch, dead: bool | None, patient: bool, announced: str | None) -> str | None:
         """Return, to look again; prints why, unless that was `announced`.  UserError where there is no use in it."""

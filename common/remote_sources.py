@@ -5,6 +5,7 @@ download.fetch tries again; the others (404, no credentials) raise UserError.
 """
 
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -13,7 +14,21 @@ from common.errors import UserError
 
 CONNECT_SECONDS, READ_SECONDS = 10, 60
 BLOCK = 1 << 18
+CLIENT_LOCK = threading.Lock()  # boto3 makes clients in one thread at a time only
 RETRYABLE = {408, 425, 429, 500, 502, 503, 504}
+# What the user can mend, by S3's code or boto3's error
+REASONS = {
+    "NoCredentialsError": "no credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws or a role)",
+    "InvalidAccessKeyId": "the server does not know these credentials",
+    "SignatureDoesNotMatch": "the server does not accept these credentials",
+    "ExpiredToken": "these credentials have expired",
+    "RequestTimeTooSkewed": "the clock of this machine differs from the server's by too much: set it",
+    "NoSuchBucket": "no such bucket",
+    "NoSuchKey": "no such object",
+    "AccessDenied": "these credentials may not do that (AccessDenied)",
+    "403": "these credentials may not do that (403)",
+    "404": "no such object or bucket",
+}
 
 
 class Interrupted(Exception):
@@ -140,15 +155,16 @@ class S3Source:
             raise Interrupted(error) from None
 
 
-def s3_client(attempts: int):
+def s3_client(attempts: int, connections: int = 10):
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS,
+    config = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, max_pool_connections=connections,
                     retries={"total_max_attempts": attempts, "mode": "standard"})
     try:
-        return boto3.client("s3", config=config)
+        with CLIENT_LOCK:
+            return boto3.client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
         raise UserError(f"s3://: {error}") from None
 
@@ -163,7 +179,7 @@ def s3_keys(url: str) -> list[str]:
         pages = s3_client(attempts=5).get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix)
         return [f"s3://{parts.netloc}/{entry['Key']}" for page in pages for entry in page.get("Contents", [])]
     except (ClientError, BotoCoreError) as error:
-        raise UserError(f"{url}: {error}") from None
+        raise UserError(str(failure(url, error))) from None
 
 
 def status_of(error) -> int:
@@ -175,11 +191,12 @@ def failure(url: str, error) -> Exception:
     from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
     from botocore.parsers import ResponseParserError
 
-    if isinstance(error, ClientError) and (status_of(error) in RETRYABLE or status_of(error) >= 500):
+    if isinstance(error, ClientError) and (status_of(error) in RETRYABLE or status_of(error) > 501):
         return Interrupted(f"{url}: {error}")
     if isinstance(error, (ConnectionError, HTTPClientError, ResponseParserError)):
-        return Interrupted(error)
-    return UserError(f"{url}: {error}")
+        return Interrupted(f"{url}: {error}")
+    code = error.response.get("Error", {}).get("Code") if isinstance(error, ClientError) else type(error).__name__
+    return UserError(f"{url}: {REASONS.get(code, error)}")
 
 
 def content_range(url: str, header: str) -> tuple[int, int]:

@@ -41,7 +41,7 @@ def parse(argv):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--action", required=True, choices=stages.ACTIONS, help="the stage to run")
     parser.add_argument("--dataset", required=True, help=f"{NAMES}; or a name for your own text")
-    parser.add_argument("--input_files", nargs="+", default=[], metavar="FILE",
+    parser.add_argument("--input_files", type=cli.path_or_url, nargs="+", default=[], metavar="FILE",
                         help="read these instead of the output of the stage before: dumps, .txt books or your own text "
                              "for text_formatting; files of one document a line, tabs between its paragraphs, for "
                              "sharding; text shards for create_vocabulary and create_hdf5_files; files of URLs or "
@@ -52,7 +52,7 @@ def parse(argv):
                              "are the workers instead")
     group = parser.add_argument_group("download")
     group.add_argument("--dump_date", default="latest", metavar="YYYYMMDD", help="date of the Wikipedia dump")
-    group.add_argument("--mirror", nargs=2, action="append", default=[], metavar=("FROM", "TO"),
+    group.add_argument("--mirror", type=cli.free_text, nargs=2, action="append", default=[], metavar=("FROM", "TO"),
                        help="download what starts with FROM from TO instead: a URL, s3:// or a local path, e.g. "
                             "https://dumps.wikimedia.org /mnt/wikimedia; the environment variable "
                             "BERT_PREP_MIRRORS=\"FROM TO …\" does the same")
@@ -88,14 +88,15 @@ def parse(argv):
                             "pip install nupunkt; default: the first of punkt, sentencex and rule that knows the "
                             "language")
     group = parser.add_argument_group("vocabulary")
-    group.add_argument("--vocab_file", help="WordPiece vocabulary: path, URL or Hugging Face folder; default: the one "
-                                            "that create_vocabulary made for the data set, else Google's (uncased); if "
-                                            "that cannot be downloaded for the sample, one is trained on it")
+    group.add_argument("--vocab_file", type=cli.path_or_url,
+                       help="WordPiece vocabulary: path, URL or Hugging Face folder; default: the one that "
+                            "create_vocabulary made for the data set, else Google's (uncased); if that cannot be "
+                            "downloaded for the sample, one is trained on it")
     group.add_argument("--vocab_size", type=cli.positive_int, default=8192,
                        help="number of tokens that create_vocabulary trains")
     group.add_argument("--unused_tokens", type=cli.positive_int, default=0, metavar="N",
                        help="of them, tokens [unused0] … that no text has, to give a meaning to later")
-    group.add_argument("--extend_vocab", metavar="FILE",
+    group.add_argument("--extend_vocab", type=cli.path_or_url, metavar="FILE",
                        help="a domain's words, one a line: create_vocabulary puts them into the [unusedN] places of "
                             "--vocab_file (default: Google's) and behind it, instead of training one; the training "
                             "makes rows for them in the model of --init_checkpoint")
@@ -104,6 +105,8 @@ def parse(argv):
                        help="make the shards of every Nth text shard only, from the Kth on: N calls, such as the tasks "
                             "of a job array, share the work (1/N to N/N)")
     add_sample_flags(parser)
+    parser.add_argument("--upload_to", type=cli.path_or_s3, metavar="URL", help="create_hdf5_files: also upload the "
+                        "shards, with their index, to this s3:// prefix")
     parser.add_argument("--interactive_json_config_generator", nargs="?", const=True,
                         help="accepted for old command lines; has no effect")
     return parser.parse_args(argv)

@@ -25,13 +25,13 @@ from data.masking import masked, row_keys
 from data.micro_batches import MicroBatchOrder
 from data.mixture import Mixture
 from data.row_order import row_order
+from data.shard_fetcher import ShardFetcher
 from data.shard_reader import ShardReader
 from data.shards import LABELS, ROWS, SUFFIX, Shard, count_sequences, metadata_path, read_checked_rows
-from data.token_counts import read_checked_counts
+from data.token_counts import ROWS_CHECKED_FIRST, read_checked_counts
 
 HELD_OUT_SEED = 0  # for masking held-out rows without masks: the same masks at every evaluation
 MASKED_TOGETHER = 512  # rows
-ROWS_CHECKED_FIRST = 50_000  # read and checked before the model is built; the others when they are needed
 
 
 @dataclass
@@ -65,6 +65,9 @@ class BatchStream:
         self.readable: set[tuple[int, int]] = set()  # (epoch, shard) that every rank can read
         self.searched: set[int] = set()  # shards whose rows without a token are counted
         self.ready: dict[tuple, dict[str, np.ndarray]] = {}  # rows that are masked already, see read_ranges
+        self.fetcher = ShardFetcher()
+        self.fetched_ahead: set[tuple[int, int]] = set()  # (epoch, shard) that were wanted when it last got an order
+        self.last_row: int | None = None  # of the run, where that is known: what lies behind it is not read ahead
 
     def __iter__(self):
         return self
@@ -132,6 +135,7 @@ class BatchStream:
 
     def read_shuffled(self, epoch: int, shard: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         piece = self.pieces[shard]
+        self.fetcher.wait_for(piece)
         rows = self.reader.call(read_checked_rows, piece, self.vocab_size)
         return rows, row_order(self.seed, epoch, shard, piece.rows)
 
@@ -170,12 +174,29 @@ class BatchStream:
 
     def read_ahead(self) -> None:
         """Forget the shards that are used up, and start reading the next ones."""
-        rounds = self.order.rounds_ahead(self.next_row, self.skipped_shards)
+        rounds = [row for row in self.order.rounds_ahead(self.next_row, self.skipped_shards)
+                  if self.last_row is None or row < max(self.last_row, self.next_row + 1)]
         wanted = [rows[:2] for row in rounds for rows in self.ranges_read(row)]
         self.open_shards = {key: future for key, future in self.open_shards.items() if key in wanted}
         self.readable.intersection_update(wanted)
         for key in wanted:
             self.open(*key)
+        if set(wanted) != self.fetched_ahead:
+            self.fetched_ahead = set(wanted)
+            self.fetch_ahead()
+
+    def fetch_ahead(self) -> None:
+        """Tell the fetcher what the ranks of this server will read."""
+        while self.fetcher.warnings:
+            self.warn(self.fetcher.warnings.pop(0))
+        if self.last_row is not None and any(piece.remote for piece in self.pieces):
+            numbers = self.order.upcoming(self.next_row, self.last_row, self.ranks.of_this_server, self.skipped_shards)
+            self.fetcher.expect([self.pieces[number] for number in numbers])
+
+    def ends_at(self, row: int) -> None:
+        """Say where the run ends, from which on nothing is read ahead, and begin to fetch what comes before."""
+        self.last_row = row
+        self.fetch_ahead()
 
     def finish_reading(self) -> None:
         """Wait until the shards that are read in the background are read, or found to be unreadable."""
@@ -232,6 +253,7 @@ class BatchStream:
         self.skipped_shards = {list(rows_then).index(name): position for name, position in skipped.items()}
 
     def close(self) -> None:
+        self.fetcher.close()
         self.thread.shutdown(cancel_futures=True)
 
 
@@ -270,12 +292,12 @@ def position_of(value, what: str) -> tuple[int, int]:
 
 
 def check_first_rows(shards: list[Shard], vocab_size: int, reader: ShardReader, skip_bad_shards: bool) -> np.ndarray:
-    """Check the first shards, so that most mistakes are found before the model is built.
+    """Check the first shards, so that most mistakes are found before the model is built; of remote ones the first.
 
     Returns how often each token occurs in them.  (vocab_size,)
     """
     checked, counts = 0, np.zeros(vocab_size, np.int64)
-    for shard in in_pieces(shards):
+    for shard in in_pieces(shards[:1] if shards[0].remote else shards):
         if checked >= ROWS_CHECKED_FIRST:
             break
         try:
@@ -326,9 +348,11 @@ def batches_once(shards: list[Shard], batch_size: int, vocab_size: int):
 
 def parts_once(shards: list[Shard], most_rows: int, vocab_size: int):
     """Every row once, in order, in batches of at most `most_rows`, which do not cross the end of a piece."""
-    with ShardReader() as reader:
+    with ShardReader() as reader, closing(ShardFetcher()) as fetcher:
         for number, shard in enumerate(shards):
+            fetcher.expect(shards[number:])
             for piece in shard.pieces():
+                fetcher.wait_for(piece)
                 rows = reader.call(read_checked_rows, piece, vocab_size)
                 for start in range(0, piece.rows, most_rows):
                     part = {key: values[start:start + most_rows] for key, values in rows.items()}
@@ -354,6 +378,8 @@ def average_sequences_per_row(shards: list[Shard], reader: ShardReader, skip_bad
 
 
 def counted_sequences_per_row(shards: list[Shard], reader: ShardReader, skip_bad_shards: bool) -> float:
+    if all(shard.sequences is not None for shard in shards):
+        return sum(shard.sequences for shard in shards) / max(sum(shard.rows for shard in shards), 1)
     sequences, rows = 0, 0
     for shard in in_pieces(shards):
         try:

@@ -93,6 +93,37 @@ class MicroBatchOrder:
             return self.ranges(self.own_number(row) - self.rank, self.world_size, skipped)
         return self.own_ranges(row, skipped)
 
+    def upcoming(self, row: int, stop: int, ranks: range, skipped: Skipped) -> list[int]:
+        """The pieces that these ranks read between two rounds, in the order of need: of each source an epoch at most.
+
+        A piece that is needed twice has its first place.
+        """
+        begin = self.own_number(row) - self.rank
+        end = begin + -(-(stop - row) // self.batch_size)
+        first_needs: dict[int, int] = {}
+        for index, source in enumerate(self.sources):
+            first = self.source_row(index, begin)
+            count = min(self.source_row(index, end) - first, sum(source.rows))
+            for _, own, start, stop_in_piece in row_ranges(self.seed, source.rows, first, count, source.own(skipped)):
+                rows = stop_in_piece - start
+                need = self.first_need(index, first, rows, begin, ranks)
+                if need is not None:
+                    first_needs.setdefault(source.pieces[own], need)
+                first += rows
+        return sorted(first_needs, key=first_needs.get)
+
+    def first_need(self, source: int, first: int, rows: int, begin: int, ranks: range) -> int | None:
+        """The first micro-batch of these ranks among those that so many rows of a source go to; None without one.
+
+        `begin` is a micro-batch of rank 0.
+        """
+        before, last = (row - self.rows_before[source] for row in (first, first + rows - 1))
+        for own in range(before // self.batch_size, last // self.batch_size + 1):
+            number = self.mixture.number(source, own)
+            if self.reads_all or (number - begin) % self.world_size in ranks:
+                return number
+        return None
+
     def epochs(self, row: int, skipped: Skipped) -> dict[str, int]:
         """The epoch of each source, by name, where a round begins."""
         number = self.own_number(row) - self.rank

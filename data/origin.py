@@ -118,12 +118,16 @@ def content_name(path) -> str:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            digest = hashlib.sha256(b"%d " % size + file.read(HASHED_BYTES))
+            beginning = file.read(HASHED_BYTES)
             file.seek(max(0, size - HASHED_BYTES))
-            digest.update(file.read())
+            return name_of_ends(size, beginning, file.read())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()[:NAME_DIGITS]
+
+
+def name_of_ends(size: int, beginning: bytes, end: bytes) -> str:
+    """The same from the first and the last HASHED_BYTES of a file."""
+    return hashlib.sha256(b"%d " % size + beginning + end).hexdigest()[:NAME_DIGITS]
 
 
 def known_texts(shards) -> list[str]:
@@ -133,7 +137,7 @@ def known_texts(shards) -> list[str]:
 
 def texts_of(shards) -> set[str]:
     """What a set was made from; a shard that does not say it stands for itself."""
-    return {text for shard in shards for text in shard.origin.texts or (content_name(shard.path),)}
+    return {text for shard in shards for text in shard.origin.texts or (shard.fingerprint or content_name(shard.path),)}
 
 
 def held_from_training(held_out, trained: set[str]) -> Path | None:

@@ -15,20 +15,21 @@ much memory they take.
 """
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from common.download import local_folder
+from common.download import is_remote
 from common.errors import UserError
 from common.files import PatientFile, replacing
 from data.masking import LONGEST_ROW, MOST_SEQUENCES, MaskingRule
 from data.origin import UNKNOWN, Origin, vocabulary_of
+from data.shard_cache import RemoteShard, local_copy
 from data.shard_reader import IN_PROCESS
-from data.vocabulary import check_same_vocabulary
+from data.vocabulary import Vocabulary, check_same_vocabulary
 
 ROWS_PER_CHUNK = 1024  # HDF5 compresses and reads this many rows at a time
 PIECE_BYTES = 2**27  # of rows in memory: above a shard of the packer; the order of the rows in training depends on it
@@ -65,6 +66,7 @@ NO_NSP, WHOLE_WORD_MASK, CONTINUING = "no_nsp", "whole_word_mask", "continuing" 
 SUFFIX = ".hdf5"  # of the names of shards
 ROWS = " rows "  # in the name of a piece, after that of its file
 PACKED_TEST = "mixed_strategies_test_part_"  # how the names of packed test shards begin, which nobody trains on
+INDEX = "shard_index.json"  # beside the shards (shard_index.py)
 METADATA_SUFFIX = "_metadata.json"  # of the packer's metadata, after the name of the set's folder
 LARGEST_ATTRIBUTE = 60_000  # bytes; HDF5 takes less than 64 KiB
 MOST_EMPTY = 0.5  # of the rows of a shard may hold no token
@@ -101,6 +103,9 @@ class Shard:
     first_row: int = 0  # in the file
     whole: bool = True  # its rows are all of the file
     source: str = ""  # the name of its set in a mixture
+    remote: RemoteShard | None = None  # what `path` is, or will be, a copy of
+    fingerprint: str = ""  # content_name(path) (origin.py), where the file need not be here
+    sequences: int | None = None  # of a packed shard, where an index says it
 
     def piece(self, first_row: int, rows: int) -> "Shard":
         """So many rows of this shard from one of them on."""
@@ -112,6 +117,10 @@ class Shard:
         rows = -(-self.rows // max(1, -(-self.rows // most_rows)))
         return [self.piece(first, min(rows, self.rows - first)) for first in range(0, self.rows, rows or 1)] \
             or [self]
+
+    @property
+    def file_bytes(self) -> int:
+        return self.remote.nbytes if self.remote else self.path.stat().st_size
 
     @property
     def nbytes(self) -> int:
@@ -171,9 +180,18 @@ def metadata_path(folder) -> Path:
 def read_header(path) -> Shard:
     """Read the header of a shard; UserError where keys, dtypes or shapes are not those of the schema."""
     path = Path(path)
-    with opened(path) as file:
+    try:
+        size = path.stat().st_size
+    except OSError:  # which opening it tells of
+        size = 0
+    return header_in(path, path, size)
+
+
+def header_in(file_or_path, path: Path, file_bytes: int, with_lines: bool = False) -> Shard:
+    """The same from an open file, of which a message says that it is `path`."""
+    with opened(file_or_path, path) as file:
         packed = "next_sentence_positions" in file or "positions" in file
-        rule, origin = rule_in(file.attrs), Origin.read(file.attrs, path)
+        rule, origin = rule_in(file.attrs), Origin.read(file.attrs, path, with_lines)
         objective = Objective(not file.attrs.get(NO_NSP, False), bool(file.attrs.get(WHOLE_WORD_MASK, False)))
         keys = columns(packed, rule, objective.nsp)
         missing = [key for key in keys if not isinstance(file.get(key), h5py.Dataset)]
@@ -185,7 +203,7 @@ def read_header(path) -> Shard:
         size = sum(file[key].nbytes for key in keys)
     if not_integers:
         raise UserError(f"{path}: {not_integers[0]} holds no integers")
-    if size > MOST_COMPRESSED * path.stat().st_size:
+    if size > MOST_COMPRESSED * file_bytes:
         raise UserError(f"{path}: its header announces {size} bytes of rows, far more than its size allows")
     rows = shapes["input_ids"][0] if shapes["input_ids"] else 0
     shard = Shard(path=path, rows=rows, row_bytes=size // max(rows, 1), packed=packed,
@@ -208,6 +226,11 @@ def read_origin(path) -> Origin:
         return Origin.read(file.attrs, path, with_lines=True)
 
 
+def full_vocabulary(shard: Shard, reader=IN_PROCESS) -> Vocabulary | None:
+    """The vocabulary of the first shard of a set that names one, with its tokens where they are known."""
+    return shard.origin.vocabulary if shard.remote else reader.call(read_origin, shard.path).vocabulary
+
+
 def rule_in(attributes) -> MaskingRule | None:
     if SLOTS not in attributes:
         return None
@@ -227,32 +250,26 @@ def expected_shape(shard: Shard, key: str) -> tuple:
     return (shard.rows,) if width == "1" else (shard.rows, sizes[width])
 
 
-def find_shards(folder, split: str = "training", flag: str = "--input_dir", reader=IN_PROCESS) -> list[Shard]:
-    """The shards of a folder, in the order of their names: the packed .hdf5 files (for training not those of
-    PACKED_TEST), and the unpacked ones whose names contain `split` ("training" or "test").
+def find_shards(folder, split: str = "training", flag: str = "--input_dir", reader=IN_PROCESS,
+                most_cached: int = 0) -> list[Shard]:
+    """The shards of a folder, also a remote one, in the order of their names: the packed .hdf5 files (for training not
+    those of PACKED_TEST), and the unpacked ones whose names contain `split` ("training" or "test").
 
-    `reader` reads the headers: IN_PROCESS or a ShardReader.  UserError where the folder is missing or has no shard,
+    `reader` reads the headers: IN_PROCESS or a ShardReader.  Copies of remote shards may take `most_cached` bytes, 0 =
+    what the disk has room for.  UserError where the folder is missing or has no shard,
     where a shard cannot be read, and where the shards are not all of one form and vocabulary; the message names `flag`.
     """
-    shards, errors = find_readable_shards(folder, split, flag, reader)
+    shards, errors = find_readable_shards(folder, split, flag, reader, most_cached)
     if errors:
         raise errors[0]
     return shards
 
 
-def find_readable_shards(folder, split: str = "training", flag: str = "--input_dir",
-                         reader=IN_PROCESS) -> tuple[list[Shard], list[UserError]]:
+def find_readable_shards(folder, split: str = "training", flag: str = "--input_dir", reader=IN_PROCESS,
+                         most_cached: int = 0) -> tuple[list[Shard], list[UserError]]:
     """The shards that find_shards would return, without those that cannot be read; and an error for each of these."""
-    folder = local_folder(folder, beside=METADATA_SUFFIX)
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder}: no such folder")
-    shards, errors = [], []
-    for path in sorted(folder.glob(f"[!.]*{SUFFIX}")):  # macOS leaves files ._NAME beside those of that name
-        try:
-            shard = reader.call(read_header, path)
-            shards += [shard] if in_split(shard, split) else []
-        except UserError as error:
-            errors.append(error)
+    shards, errors = all_shards(folder, flag, reader, most_cached)
+    shards = [shard for shard in shards if in_split(shard, split)]
     if not shards:
         raise errors[0] if errors else UserError(f"{flag} {folder}: no shard in it (packed .hdf5 files, or unpacked "
                                                  f"ones with '{split}' in the name)")
@@ -267,6 +284,23 @@ def find_readable_shards(folder, split: str = "training", flag: str = "--input_d
     return shards, errors
 
 
+def all_shards(folder, flag: str, reader, most_cached: int) -> tuple[list[Shard], list[UserError]]:
+    """The shards of a folder in the order of their names, and an error for each that cannot be read."""
+    if is_remote(folder):
+        from data.shard_index import remote_shards  # which reads headers as this file does
+
+        return remote_shards(str(folder), flag, reader, most_cached)
+    if not Path(folder).is_dir():
+        raise UserError(f"{flag} {folder}: no such folder")
+    shards, errors = [], []
+    for path in sorted(Path(folder).glob(f"[!.]*{SUFFIX}")):  # macOS leaves files ._NAME beside those of that name
+        try:
+            shards.append(reader.call(read_header, path))
+        except UserError as error:
+            errors.append(error)
+    return shards, errors
+
+
 def in_split(shard: Shard, split: str) -> bool:
     if shard.packed:
         return split == "test" or not shard.path.name.startswith(PACKED_TEST)
@@ -277,12 +311,12 @@ def read_rows(shard: Shard, keys=None, rows: slice | None = None) -> dict[str, n
     """The rows of a shard or piece, or those of the slice `rows` of the file, in the dtypes of the file."""
     own = ... if shard.whole else slice(shard.first_row, shard.first_row + shard.rows)
     rows = own if rows is None else rows
-    with opened(shard.path) as file:
+    with local_copy(shard.remote, shard.path) if shard.remote else nullcontext(), opened(shard.path) as file:
         return {key: file[key][rows] for key in keys or shard.keys}
 
 
 def count_sequences(shard: Shard) -> int:
-    """The number of sequences in a packed shard."""
+    """The number of sequences in a packed shard or piece."""
     key = "next_sentence_weights"
     return int(np.count_nonzero(read_rows(shard, [key])[key]))
 
@@ -359,10 +393,11 @@ def created(path):
 
 
 @contextmanager
-def opened(path):
+def opened(file_or_path, path=None):
     """Yield the h5py.File of a shard.  UserError where it cannot be opened, or reading in the block fails."""
+    path = path or file_or_path
     try:
-        with h5py.File(path, "r", locking=False) as file:  # not every shared file system has locks
+        with h5py.File(file_or_path, "r", locking=False) as file:  # not every shared file system has locks
             yield file
     except UserError:
         raise

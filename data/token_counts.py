@@ -9,9 +9,10 @@ import json
 import numpy as np
 
 from common.errors import UserError
-from data.shards import Shard, metadata_path, read_checked_rows
+from data.shards import INDEX, Shard, metadata_path, read_checked_rows
 
 TOKEN_COUNTS = "token_counts"  # in the metadata, and in checkpoints
+ROWS_CHECKED_FIRST = 50_000  # of a set without stored counts: read, checked and counted before the model is built
 ROWS_COUNTED_AT_ONCE = 10_000  # counting takes several times their memory
 
 
@@ -49,18 +50,25 @@ def as_text(counts: np.ndarray) -> str:
 
 def read_checked_counts(shard: Shard, vocab_size: int) -> np.ndarray:
     """The counts of a shard, whose rows are checked as read_checked_rows does.  (vocab_size,)"""
-    rows, counts = read_checked_rows(shard, vocab_size), np.zeros(vocab_size, np.int64)
-    for start in range(0, shard.rows, ROWS_COUNTED_AT_ONCE):
-        counts += count_tokens({key: values[start:start + ROWS_COUNTED_AT_ONCE] for key, values in rows.items()},
-                               vocab_size)
-    return counts
+    return counts_in(read_checked_rows(shard, vocab_size), vocab_size)
+
+
+def counts_in(rows: dict[str, np.ndarray], size: int = 0) -> np.ndarray:
+    """The counts of many rows.  (V,), V at least `size`"""
+    return summed_counts([np.zeros(size, np.int64), *(
+        count_tokens({key: values[start:start + ROWS_COUNTED_AT_ONCE] for key, values in rows.items()}, size)
+        for start in range(0, len(rows["input_ids"]), ROWS_COUNTED_AT_ONCE))])
 
 
 def stored_counts(shards: list[Shard], vocab_size: int) -> np.ndarray | None:
-    """The counts in the metadata of a packed set; None where there are none.  (vocab_size,)"""
-    if not shards[0].packed:
+    """The counts in the metadata of a packed set, or in the index of a remote one; None where there are none.
+    (vocab_size,)"""
+    if shards[0].packed:
+        path = metadata_path(shards[0].path.parent.resolve())
+    elif shards[0].remote:
+        path = shards[0].path.parent / INDEX
+    else:
         return None
-    path = metadata_path(shards[0].path.parent.resolve())
     try:
         text = json.loads(path.read_text(encoding="utf-8"))[TOKEN_COUNTS]
         counts = np.array(text.split(), np.int64)

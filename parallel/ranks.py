@@ -54,6 +54,13 @@ class SingleRank:
         """Whether this is rank 0, which logs and writes checkpoints."""
         return self.rank == 0
 
+    @property
+    def of_this_server(self) -> range:
+        """The ranks that share this one's server, as far as the launcher tells."""
+        first = self.rank - self.local_rank
+        known = self.local_size > 1 and first >= 0 and first % self.local_size == 0
+        return range(first, first + self.local_size) if known else range(self.rank, self.rank + 1)
+
     def warn(self, text: str) -> None:
         """Print a warning, once for all ranks."""
         if self.first:

@@ -18,7 +18,8 @@ USES = {  # which rooms each room may import beside itself
     "data": COMMON, "parallel": COMMON, "devices": COMMON, "common": set(),
 }
 COMMANDS = ("run_pretraining", "pack_pretraining_data_pytorch", "pytorch_packed_data_checker",
-            "create_pretraining_data", "evaluate", "fill_mask", "plot_training", "export_to_huggingface")
+            "create_pretraining_data", "evaluate", "fill_mask", "plot_training", "export_to_huggingface",
+            "upload_shards")
 USE_FLAGS = (*COMMANDS, "training", "data.bertPrep")  # where the namespace of the flags may go
 FIRST_LINE_WITHOUT_TORCH = "No torch here"
 

@@ -290,13 +290,13 @@ def check_saved(output: Path, phase: int, tally: Tally) -> None:
 
 def whole_checkpoints(output: Path) -> list[int]:
     """The steps of the checkpoints that can be read."""
-    from checkpoint.folder import checkpoint_path, read_complete, saved_steps
+    from checkpoint.folder import read_complete, saved_steps
     from common.errors import UserError
 
     whole = []
     for step in saved_steps(output):
         try:
-            read_complete(checkpoint_path(output, step))
+            read_complete(output, step)
             whole.append(step)
         except UserError:
             continue

@@ -3,8 +3,20 @@
 import argparse
 import os
 
-from common.cli import BOOLEAN, ArgumentParser, options_from, positive_float, positive_int, proportion, whole
+from common.cli import (
+    BOOLEAN,
+    ArgumentParser,
+    free_text,
+    options_from,
+    path_or_s3,
+    path_or_url,
+    positive_float,
+    positive_int,
+    proportion,
+    whole,
+)
 from common.errors import UserError
+from common.object_store import is_s3
 from data.mixture import is_part, parse_sources
 from devices.options import DeviceOptions, PrecisionOptions
 from optim.lr_schedule import SCHEDULES
@@ -94,15 +106,17 @@ def add_files(parser) -> None:
     add("--do_train", action="store_true", help="train; required unless --dry_run is given")
     add("--dry_run", action="store_true", help="instead of training, check everything and report what the run will "
         "take: steps, memory, disk, and time from two timed steps; writes nothing")
-    add("--input_dir", required=True, nargs="+", action=DataSets, metavar="DIR", help="folder (or s3:// prefix) of "
-        "HDF5 shards, packed or not; or a mixture of several, each as NAME=DIR:WEIGHT, which is its share of the "
-        "micro-batches")
+    add("--input_dir", required=True, nargs="+", type=path_or_url, action=DataSets, metavar="DIR",
+        help="folder (or s3:// prefix) of HDF5 shards, packed or not; or a mixture of several, each as "
+        "NAME=DIR:WEIGHT, which is its share of the micro-batches")
+    add("--shard_cache_gb", type=positive_float, metavar="GB", help="disk that the local copies of remote shards may "
+        "take on each server, in BERT_CACHE_DIR (default: nine tenths of what is free)")
     add("--config_file", help="model config, JSON (default: that of the checkpoint which the run starts from)")
-    add("--output_dir", required=True, help="folder of the checkpoints")
-    add("--bert_model", default="bert-large-uncased", help="name in the log and the model card")
-    add("--init_checkpoint", help="start at step 0 from the weights of this checkpoint (path or URL; with "
-        "--resume_from_checkpoint also its optimizer moments) or Hugging Face folder of a BertForPreTraining, "
-        "BertForMaskedLM or BertModel, whose missing parts start fresh")
+    add("--output_dir", type=path_or_s3, required=True, help="folder (or s3:// prefix) of the checkpoints")
+    add("--bert_model", type=free_text, default="bert-large-uncased", help="name in the log and the model card")
+    add("--init_checkpoint", type=path_or_url, help="start at step 0 from the weights of this checkpoint (path or "
+        "URL; with --resume_from_checkpoint also its optimizer moments) or Hugging Face folder of a "
+        "BertForPreTraining, BertForMaskedLM or BertModel, whose missing parts start fresh")
     add("--whole_word_mask", action="store_true", help="for rows without masks (--dynamic_masking): mask whole words, "
         "a token and the ## pieces that follow it; needless where the rows were made with the flag of that name")
     add("--seed", type=whole, default=42, help="random seed for weights, row order and dropout")
@@ -226,7 +240,7 @@ def add_checkpoints(parser) -> None:
         "(a step is skipped when its loss or gradient norm is not finite)")
     add("--skip_bad_shards", action="store_true", help="continue without a training shard that cannot be read or holds "
         "impossible values; without this flag it ends the run")
-    add("--eval_dir", help="folder of held-out shards (packed, or with 'test' in the name)")
+    add("--eval_dir", type=path_or_url, help="folder of held-out shards (packed, or with 'test' in the name)")
     add("--eval_freq", type=whole, default=0, help="steps between evaluations; 0 = only at the end")
     add("--early_stopping", type=positive_int, metavar="N", help="end the run after N evaluations without a new lowest "
         "held-out MLM loss; the checkpoint of the lowest one is kept")
@@ -235,7 +249,8 @@ def add_checkpoints(parser) -> None:
 def add_log(parser) -> None:
     add = parser.add_argument_group("log").add_argument
     add("--log_freq", type=positive_int, default=1, help="optimizer steps between log lines")
-    add("--json_summary", default="results/dllogger.json", help="log file; its folder is created")
+    add("--json_summary", type=path_or_s3, default="results/dllogger.json",
+        help="log file (or s3:// object); its folder is created")
     add("--tensorboard_logdir", metavar="DIR",
         help="also write the figures, and the traces of --profile, for TensorBoard to this folder; needs the package "
         "tensorboard")
@@ -327,6 +342,10 @@ def contradiction(args) -> str | None:
         return f"--phase1_end_step {args.phase1_end_step} is below 0"
     if args.eval_freq and not args.eval_dir:
         return f"--eval_freq {args.eval_freq} needs --eval_dir"
+    if args.profile and is_s3(args.json_summary) and not args.tensorboard_logdir:
+        return "--profile with a --json_summary in object storage: name a --tensorboard_logdir here for the traces"
+    if is_s3(args.output_dir) and args.enable_tensorboard_logging and is_s3(args.tensorboard_logdir):
+        return "--enable_tensorboard_logging with an --output_dir in object storage: name a --tensorboard_logdir here"
     if args.early_stopping and (not args.eval_freq or args.skip_checkpoint):
         return "--early_stopping needs --eval_dir and --eval_freq, and excludes --skip_checkpoint"
     if not 0.0 < args.learning_rate < float("inf"):

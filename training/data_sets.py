@@ -10,7 +10,7 @@ from data.dataloader import average_sequences_per_row, check_first_rows
 from data.mixture import Mixture, Source, parse_sources
 from data.origin import check_vocabulary, held_from_training, texts_of, vocabulary_of
 from data.packed_totals import difference_from_metadata
-from data.shards import Shard, find_readable_shards, find_shards, read_origin
+from data.shards import Shard, find_readable_shards, find_shards, full_vocabulary
 from data.token_counts import stored_counts
 from data.vocabulary import Vocabulary, check_same_vocabulary, vocabulary_in
 from modeling import BertConfig
@@ -67,17 +67,22 @@ def find_training_set(args, reader, warn: Callable[[str], None]) -> TrainingSet:
 def source_shards(args, source: Source, reader, warn) -> list[Shard]:
     """The shards of a source that can be read."""
     if args.skip_bad_shards:
-        found, unreadable = find_readable_shards(source.folder, reader=reader)
+        found, unreadable = find_readable_shards(source.folder, reader=reader, most_cached=cache_bytes(args))
         for fault in unreadable:
             warn(f"skipped from the start: {fault}")
     else:
-        found = find_shards(source.folder, reader=reader)
+        found = find_shards(source.folder, reader=reader, most_cached=cache_bytes(args))
     difference = difference_from_metadata(found)
     if difference:
         warn(f"{difference}; the training uses those that are there")
     if args.whole_word_mask:
         found = [shard.with_whole_words_masked() for shard in found]
     return [replace(shard, source=source.name) for shard in found]
+
+
+def cache_bytes(args) -> int:
+    """What the copies of remote shards may take, 0 where no flag says it."""
+    return int((args.shard_cache_gb or 0) * 1e9)
 
 
 def check_form(args, shard: Shard, warn) -> None:
@@ -117,9 +122,10 @@ def training_token_counts(args, config: BertConfig, training_set: TrainingSet, r
 def counted_tokens(args, source: Source, shards: list[Shard], config: BertConfig, reader, warn) -> np.ndarray:
     """How often each token occurs in a source, after a check of its first rows and of its vocabulary."""
     vocabulary = check_vocabulary(shards, config.vocab_size)
-    in_first_rows = check_first_rows(shards, config.vocab_size, reader, args.skip_bad_shards)
     counts = stored_counts(shards, config.vocab_size)
-    counts = in_first_rows if counts is None else counts
+    if counts is None or not shards[0].remote:  # a remote set is checked shard by shard, as they are used
+        in_first_rows = check_first_rows(shards, config.vocab_size, reader, args.skip_bad_shards)
+        counts = in_first_rows if counts is None else counts
     used = len(counts.nonzero()[0]) and int(counts.nonzero()[0][-1]) + 1
     if not vocabulary and used < SMALLEST_USE * config.vocab_size:
         warn(f"--input_dir {source.folder}: no token id above {used - 1} in it, but vocab_size in "
@@ -145,7 +151,7 @@ def training_vocabulary(input_dir, shards: list[Shard], resume_point, reader) ->
     _, shard = vocabulary_of(shards)
     if not shard:
         return known
-    vocabulary = reader.call(read_origin, shard.path).vocabulary
+    vocabulary = full_vocabulary(shard, reader)
     check_same_vocabulary(vocabulary, f"--input_dir {input_dir}", known, str(path),
                           may_extend=path == resume_point.init_checkpoint)
     return vocabulary
@@ -156,7 +162,7 @@ def held_out_shards(args, config: BertConfig, training: list[Shard], vocabulary:
     """The shards of --eval_dir; UserError where they do not fit the model or hold what it is trained on."""
     if not args.eval_dir:
         return None
-    found = find_shards(args.eval_dir, "test", "--eval_dir", reader)
+    found = find_shards(args.eval_dir, "test", "--eval_dir", reader, cache_bytes(args))
     if found[0].objective.nsp != training[0].objective.nsp:
         without, others = ("--eval_dir", "--input_dir") if training[0].objective.nsp else ("--input_dir", "--eval_dir")
         raise UserError(f"the shards of {without} {getattr(args, without[2:])} were made with --no_nsp, those of "

@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint.folder import KEPT, saved_steps
+from checkpoint.folder import saved_steps
+from checkpoint.rotation import KEPT
 from common.cli import format_bytes, format_duration
 from common.errors import UserError, first_line
 from common.files import nearest_existing
+from common.object_store import is_s3
 from data.dataloader import batches_once, in_pieces
 from data.shards import read_checked_rows
 from devices.device import proc_bytes
@@ -74,18 +76,18 @@ def steps_per_epoch(trainer, rows: int, steps: int) -> float:
 def check_disk(trainer, steps: int) -> int:
     """The most bytes that the checkpoints take at a time.  UserError where the run could not write them, or its log."""
     args = trainer.args
-    log_file = Path(args.json_summary)
-    for flag, folder in (("--output_dir", args.output_dir), ("--json_summary", log_file.parent),
+    log_file = Path(os.devnull if is_s3(args.json_summary) else args.json_summary)
+    for flag, folder in (("--output_dir", trainer.folder), ("--json_summary", log_file.parent),
                          ("--tensorboard_logdir", args.tensorboard_logdir)):
         existing = nearest_existing(folder) if folder else None
         if existing and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
             raise UserError(f"{flag}: {existing} is not a writable folder")
-    if log_file.exists() and not (log_file.is_file() and os.access(log_file, os.W_OK)):
+    if log_file.exists() and not is_s3(args.json_summary) and not (log_file.is_file() and os.access(log_file, os.W_OK)):
         raise UserError(f"--json_summary {log_file}: not a writable file")
-    needed = checkpoint_bytes(args, steps, memory_estimate.bytes_of(trainer.model))
+    needed = checkpoint_bytes(args, trainer.folder, steps, memory_estimate.bytes_of(trainer.model))
     older = sum(path.stat().st_size for pattern in ("ckpt_*.pt", "ckpt_*.optim/*")
-                for path in Path(args.output_dir).glob(pattern))
-    free = shutil.disk_usage(nearest_existing(args.output_dir)).free
+                for path in Path(trainer.folder).glob(pattern))
+    free = shutil.disk_usage(nearest_existing(trainer.folder)).free
     present = f"{format_bytes(free)} are free" + (f" and {format_bytes(older)} taken by older ones" if older else "")
     trainer.log.print(f"disk: checkpoints take up to {format_bytes(needed)} in {args.output_dir}, where {present}")
     if needed > free + older:
@@ -93,11 +95,11 @@ def check_disk(trainer, steps: int) -> int:
     return needed
 
 
-def checkpoint_bytes(args, steps: int, weights: int) -> int:
+def checkpoint_bytes(args, folder, steps: int, weights: int) -> int:
     """Weights and moments, for the checkpoints that are kept and the one being written."""
     if args.skip_checkpoint:
         return 0
-    present = saved_steps(args.output_dir)
+    present = saved_steps(folder)
     protected = int(args.phase2 and args.phase1_end_step in present)  # phase 1's last one stays
     written = -(-steps // args.num_steps_per_checkpoint)
     at_most = min(len(present) - protected + written, KEPT + 1) + protected

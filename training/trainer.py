@@ -6,6 +6,8 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ import torch
 import lamb
 from checkpoint.async_writer import CheckpointWriter
 from checkpoint.folder import checkpoint_path, newest_path
+from checkpoint.optimizer_shards import on_all_ranks
+from checkpoint.remote_folder import RemoteFolder
 from checkpoint.resume import Phase
 from checkpoint.state import PHASE_STEPS, STEP_ROWS, TrainingState
 from common.errors import UserError
@@ -90,6 +94,7 @@ class Trainer:
     first_step: int  # steps of the phase that are done already
     evaluator: Evaluator | None
     log: TrainingLog
+    folder: Path | RemoteFolder  # of the checkpoints
 
     def __post_init__(self):
         args, device = self.args, self.device
@@ -112,7 +117,9 @@ class Trainer:
         self.began, self.seconds = time.perf_counter(), 0.0  # of the loop, until the last log line
         self.loss_names = self.model.loss_names
         self.loss_sums = self.zeros(len(self.loss_names) + 1)  # over the steps since the last log line, see with_count
-        self.checkpoints = CheckpointWriter(args.output_dir, device, self.log.print, self.log.warn)
+        steps = max(0, self.last_step - self.first_step)
+        self.stream.ends_at(self.stream.next_row + steps * self.plan.accumulation_steps * self.stream.order.stride)
+        self.checkpoints = CheckpointWriter(self.folder, device, self.log.print, self.log.warn)
 
     def train(self) -> dict:
         """Run all steps; returns the figures of the summary."""
@@ -271,8 +278,9 @@ class Trainer:
             if not torch.isfinite(norm).item():
                 raise self.failure(step, "there are weights that are not finite")
             number = self.phase.first + step
-            path = checkpoint_path(self.args.output_dir, number)
+            path = checkpoint_path(self.folder, number)
             try:
+                self.withdraw(number)
                 contents = self.state.state_dict(path, self.ranks, len(self.batches))
             except OSError as error:  # on all ranks alike
                 if step == self.last_step:
@@ -283,7 +291,17 @@ class Trainer:
                 contents |= {"step": step, "phase": self.phase.number, PHASE_STEPS: self.args.max_steps,
                              STEP_ROWS: self.plan.step_rows}
                 self.checkpoints.save(number, self.protected_checkpoints, contents)
+            elif isinstance(self.folder, RemoteFolder):
+                self.folder.publish_share(number, self.ranks.rank)
             self.log.write("PARAMETER", {"checkpoint_step": step})
+
+    def withdraw(self, number: int) -> None:
+        """Make a remote checkpoint of this number incomplete, before its sharded optimizer state is replaced.
+
+        OSError on all ranks where that cannot be.
+        """
+        if isinstance(self.folder, RemoteFolder) and self.args.use_zero_optimizer:
+            on_all_ranks(self.ranks, partial(self.folder.withdraw, number) if self.ranks.first else lambda: None)
 
     @property
     def protected_checkpoints(self) -> set[int]:
@@ -299,7 +317,7 @@ class Trainer:
                                      f"not finite (--max_skipped_steps {self.args.max_skipped_steps})")
 
     def failure(self, step: int, reason: str) -> UserError:
-        newest = newest_path(self.args.output_dir) or "none"
+        newest = newest_path(self.folder) or "none"
         return UserError(f"step {step}: {reason}; the last good checkpoint is {newest}: "
                          f"check the data, or continue from there with a lower --learning_rate")
 

@@ -11,7 +11,8 @@ import numpy as np
 from common.errors import UserError
 from common.files import write_json
 from data.packing.recipe import Recipe, reference_index
-from data.shards import PACKED_TEST, metadata_path
+from data.shard_index import write_index
+from data.shards import INDEX, PACKED_TEST, metadata_path
 
 PART_NAMES = {"training": "mixed_strategies_part_{}.hdf5", "test": PACKED_TEST + "{}.hdf5"}  # by split
 UNFINISHED = "packing_in_progress"  # the temporary folder inside the output folder
@@ -67,12 +68,14 @@ def check_space(needed: int, folder: Path) -> None:
 
 
 def publish(folder: Path, output_dir: Path, split: str, metadata: dict) -> None:
-    """Replace the packed set in the output folder with the shards in `folder`.  The metadata are written last."""
+    """Replace the packed set in the output folder with the shards in `folder`.  Index and metadata are written last."""
     metadata_path(output_dir).unlink(missing_ok=True)
+    (output_dir / INDEX).unlink(missing_ok=True)
     for path in packed_parts(output_dir, split):
         path.unlink()
     for path in packed_parts(folder, split):
         os.replace(path, output_dir / path.name)
+    write_index(output_dir)
     write_json(metadata_path(output_dir), metadata)
 
 

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from common.download import is_remote
 from common.errors import UserError
 from common.locks import folder_lock
+from common.object_locks import prefix_lock
+from common.object_store import is_s3
+from data import upload
 from data.masking import MOST_SEQUENCES
 from data.origin import Origin, texts_of, vocabulary_of
 from data.packing import plot
@@ -21,7 +25,7 @@ from data.packing.methods import METHODS
 from data.packing.output import PART_NAMES, check_contents, check_outside, check_space, packing_figures, publish, staged
 from data.packing.recipe import knapsack
 from data.packing.scatter_gather import Layout, Survey, gather, scatter, survey, temporary_bytes
-from data.shards import Shard, find_shards, read_origin
+from data.shards import Shard, find_shards, full_vocabulary
 from data.token_counts import TOKEN_COUNTS, as_text, summed_counts
 from data.workers import open_pool
 
@@ -54,10 +58,23 @@ class PackingOptions:
 
 def pack(options: PackingOptions) -> dict:
     """Pack the shards of a folder; returns the metadata.  UserError, before anything is written, for bad input."""
+    if is_s3(options.output_dir):
+        return pack_to_url(options)
     output_dir = Path(os.path.abspath(options.output_dir))
-    check_outside(output_dir, Path(options.input_dir))
+    if not is_remote(options.input_dir):
+        check_outside(output_dir, Path(options.input_dir))
     with folder_lock(output_dir, f"--output_dir {output_dir}"):
         return pack_into(output_dir, options)
+
+
+def pack_to_url(options: PackingOptions) -> dict:
+    """The same into object storage: packed here, then uploaded."""
+    with prefix_lock(options.output_dir, f"--output_dir {options.output_dir}"):
+        upload.check_empty(options.output_dir, options.overwrite)
+        with upload.staging_folder(options.output_dir) as folder:
+            metadata = pack_into(folder, options)
+            upload.upload_set(folder, options.output_dir, options.overwrite, not options.disable_progress_bar)
+    return metadata
 
 
 def pack_into(output_dir: Path, options: PackingOptions) -> dict:
@@ -107,7 +124,7 @@ def find_unpacked(options: PackingOptions) -> list[Shard]:
 def merged_origin(shards: list[Shard]) -> Origin:
     """The vocabulary and the texts of all shards together."""
     _, shard = vocabulary_of(shards)
-    return Origin(shard and read_origin(shard.path).vocabulary, tuple(sorted(texts_of(shards))))
+    return Origin(shard and full_vocabulary(shard), tuple(sorted(texts_of(shards))))
 
 
 def check_predictions_fit(options: PackingOptions, surveys: list[Survey]) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common.download import local_folder
 from common.errors import UserError
 from data.masking import ranges
 from data.packed_totals import difference_from_metadata, lacks_tail, named_totals
@@ -16,7 +15,8 @@ from data.packing.blocks import Block, blocks_of, with_progress
 from data.packing.checks import faults
 from data.packing.fingerprints import bucket_of, bucket_sums, sequence_fingerprints
 from data.packing.output import UNFINISHED
-from data.shards import PACKED_TEST, Shard, find_shards, metadata_path, tokens_to_predict
+from data.shard_reader import IN_PROCESS
+from data.shards import PACKED_TEST, Shard, all_shards, find_shards, metadata_path, tokens_to_predict
 from data.workers import open_pool
 
 
@@ -37,7 +37,8 @@ class Report:
 
 def packed_split(folder: str) -> str:
     """Which shards were packed into this folder, "training" or "test", by its files."""
-    return "test" if any(local_folder(folder).glob(f"{PACKED_TEST}*")) else "training"
+    shards, _ = all_shards(folder, "--input_dir", IN_PROCESS, 0)
+    return "test" if any(shard.path.name.startswith(PACKED_TEST) for shard in shards) else "training"
 
 
 def find_of_form(folder: str, split: str, packed: bool, flag: str) -> list[Shard]:

@@ -12,10 +12,13 @@
 import os
 from pathlib import Path
 
+from common.files import folder_in_variable
+
 
 def working_folder() -> Path:
     """BERT_PREP_WORKING_DIR, or data/."""
-    return Path(os.environ.get("BERT_PREP_WORKING_DIR") or Path(__file__).parent.parent).absolute()
+    named = os.environ.get("BERT_PREP_WORKING_DIR")
+    return (folder_in_variable("BERT_PREP_WORKING_DIR") if named else Path(__file__).parent.parent).absolute()
 
 
 def download_folder() -> Path:

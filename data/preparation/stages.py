@@ -32,7 +32,10 @@ from data.preparation.extended_vocabulary import describe_extension, extend, rea
 from data.preparation.formatting import describe_counts
 from data.preparation.samples import SampleOptions, counts_of_words, create_shard
 from data.preparation.text_counts import TextCounts
+from data.shard_index import write_index
+from data.shards import INDEX
 from data.tokenizer import load_vocabulary, sample_lines, save_vocabulary, train_vocabulary, vocabulary_path
+from data.upload import upload_set
 from data.vocabulary import check_case
 from data.workers import open_pool, ordered_map
 
@@ -60,6 +63,7 @@ class StageOptions:
     vocab_size: int
     unused_tokens: int
     extend_vocab: str | None
+    upload_to: str | None
     skip_wikiextractor: bool
     part: tuple[int, int]  # (K, N): the Kth of N calls that share the work
 
@@ -265,12 +269,17 @@ def create_hdf5_files(options: StageOptions) -> None:
                 bar.update()
     if not options.input_files:
         records.delete_outdated(folder, f"{dataset}/{dataset}_*.hdf5", names.values())
+        if todo or not (folder / dataset / INDEX).is_file():  # of a part of the set, an upload makes it
+            write_index(folder / dataset)
     counts = [record["counts"] for record in finished.values()]
     shown = TextCounts.total(counts).totals() | {"shards": len(texts)}
     part = f"part {number} of {parts}, " if parts > 1 else ""
     print(f"create_hdf5_files: {part}{describe_counts(shown)} in {folder / dataset}")
     print(f"vocabulary: {vocab_file} ({len(tokens):,} tokens)")
     print_text_counts(counts)
+    if options.upload_to:
+        upload_set(folder / dataset, options.upload_to, overwrite=False, show_progress=True)
+        print(f"create_hdf5_files: uploaded to {options.upload_to}")
 
 
 def find_vocabulary(options: StageOptions) -> Path:

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import BOOLEAN, ArgumentParser, format_bytes, format_duration, positive_int, whole
+from common.cli import BOOLEAN, ArgumentParser, format_bytes, format_duration, free_text, positive_int, whole
+from common.errors import UserError
+from common.files import cache_folder
+from data.preparation.layout import working_folder
+from training.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FLAGS = "--do_train --config_file=c.json --input_dir=data"
@@ -96,3 +100,31 @@ def test_an_unknown_flag_is_one_line_with_the_closest_known_one(word, closest, c
 def test_an_empty_value_is_no_slip():
     done = in_a_shell("--hmp_bf16= --hmp_fp32='' --config_file '' --output_dir=o --do_train")
     assert "the following arguments are required: --input_dir" in done.stderr
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--config_file s3://b/c.json", "--config_file s3://b/c.json: this flag takes a path of this machine, and no URL"),
+    ("--tensorboard_logdir=s3://b/t", "--tensorboard_logdir s3://b/t: this flag takes a path"),
+    ("--hmp_bf16=https://h/ops.txt", "--hmp_bf16 https://h/ops.txt: this flag takes a path"),
+    ("--input_dir gs://b/d", "--input_dir gs://b/d: this flag takes a path of this machine or only s3:// and http://"),
+    ("--input_dir own=o:1 wiki=gs://b/d:1", "--input_dir wiki=gs://b/d:1: this flag takes a path"),
+    ("--output_dir https://h/out", "--output_dir https://h/out: this flag takes a path of this machine"),
+])
+def test_a_url_is_refused_where_a_flag_takes_a_path(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(["--do_train", "--input_dir=d", "--output_dir=o", *words.split()])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_text_that_looks_like_a_url_is_no_path():
+    parser = ArgumentParser()
+    parser.add_argument("sentences", nargs="*", type=free_text)
+    assert parser.parse_args(["https://example.org is a [MASK] ."]).sentences == ["https://example.org is a [MASK] ."]
+
+
+@pytest.mark.parametrize("name, function", [("BERT_CACHE_DIR", cache_folder),
+                                            ("BERT_PREP_WORKING_DIR", working_folder)])
+def test_a_variable_that_names_a_folder_takes_no_url(name, function, monkeypatch):
+    monkeypatch.setenv(name, "s3://bucket/data")
+    with pytest.raises(UserError, match=f"{name}=s3://bucket/data: this must be a folder of this machine"):
+        function()

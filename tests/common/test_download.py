@@ -1,22 +1,20 @@
 """Claims about files fetched from http and S3 servers, most of which misbehave, and about files written atomically."""
 
 import hashlib
-import json
 import os
 import random
-import subprocess
-import sys
 from multiprocessing import get_context
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.download import fetch, local_file, local_folder
+from common.download import fetch, local_file
 from common.errors import UserError
 from common.files import replacing, replacing_files
 from data.preparation.named_files import named_files
 from tests.support.bad_servers import file_server, proxy_to, serving
+from tests.support.object_store import bucket, s3_server
 
 CONTENT = random.Random(1).randbytes(3_000_003)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -159,35 +157,9 @@ def test_two_processes_that_want_the_same_file_fetch_it_once(tmp_path):
 
 @pytest.fixture(scope="module")
 def moto():
-    """moto's S3 server in a process of its own, with the bucket `data`."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"),
-                            ("AWS_DEFAULT_REGION", "us-east-1"), ("AWS_EC2_METADATA_DISABLED", "true")):
-            patch.setenv(name, value)
-        process = subprocess.Popen([sys.executable, "-c", MOTO], stdout=subprocess.PIPE, text=True)
-        url = process.stdout.readline().strip()
-        patch.setenv("AWS_ENDPOINT_URL", url)
-        bucket().create()
+    with s3_server() as url:
         bucket().put_object(Key="deep/file.bin", Body=CONTENT)
         yield url
-        process.kill()
-        process.wait()
-
-
-MOTO = """
-import threading
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print("http://%s:%d" % server.get_host_and_port(), flush=True)
-threading.Event().wait()
-"""
-
-
-def bucket():
-    import boto3
-
-    return boto3.resource("s3").Bucket("data")
 
 
 @pytest.mark.parametrize("faults", [[], ["503"] * 5, ["reset"] * 3, ["drop"] * 6, ["drop", "503", "reset", "drop"]])
@@ -216,8 +188,6 @@ def test_what_s3_does_not_have_ends_in_a_clear_error(moto, tmp_path):
     for url in ("s3://data/missing", "s3://nobucket/key", "s3://data"):
         with pytest.raises(UserError, match=url):
             fetch(url, tmp_path / "a", **QUICK)
-    with pytest.raises(UserError, match="no object that ends in .hdf5"):
-        local_folder("s3://data/deep")
 
 
 def test_the_objects_below_an_s3_prefix_are_read_by_their_endings(moto):
@@ -227,19 +197,6 @@ def test_the_objects_below_an_s3_prefix_are_read_by_their_endings(moto):
     assert [path.read_text() for path in found] == ["texts/a.jsonl", "texts/b/c.TXT"]
     with pytest.raises(UserError, match="s3://data/deep/: no \\*.txt object below it"):
         named_files(["s3://data/deep/"], "*.txt")
-
-
-def test_an_s3_prefix_becomes_a_folder_that_follows_it(moto):
-    for name, body in (("p/wiki/a.hdf5", b"1"), ("p/wiki/b.hdf5", b"2"), ("p/wiki/deeper/c.hdf5", b"3"),
-                       ("p/wiki2/d.hdf5", b"4"), ("p/wiki_metadata.json", b"{}")):
-        bucket().put_object(Key=name, Body=body)
-    folder = local_folder("s3://data/p/wiki", beside="_metadata.json")
-    assert {path.name: path.read_bytes() for path in folder.glob("*.hdf5")} == {"a.hdf5": b"1", "b.hdf5": b"2"}
-    assert json.loads((folder.parent / "wiki_metadata.json").read_text()) == {}
-    bucket().put_object(Key="p/wiki/a.hdf5", Body=b"new")
-    bucket().Object("p/wiki/b.hdf5").delete()
-    folder = local_folder("s3://data/p/wiki/")
-    assert {path.name: path.read_bytes() for path in folder.glob("*.hdf5")} == {"a.hdf5": b"new"}
 
 
 @given(st.integers(0, 50))

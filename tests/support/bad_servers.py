@@ -10,7 +10,7 @@ SKIPPED_HEADERS = {"connection", "transfer-encoding", "content-encoding", "serve
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers each GET as server.answer says, after taking the next fault from server.faults.
+    """Answers each GET as server.answer says, after taking the next fault from server.faults, and each HEAD without.
 
     Faults: "503", "drop" (half of the body, then the connection is cut), "reset" (cut before any answer), None.
     """
@@ -18,9 +18,14 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
+        self.server.requests.append(dict(self.headers))
+        self.answer(self.server.faults.pop(0) if self.server.faults else None)
+
+    def do_HEAD(self):
+        self.answer(None)
+
+    def answer(self, fault):
         server = self.server
-        server.requests.append(dict(self.headers))
-        fault = server.faults.pop(0) if server.faults else None
         if fault == "reset":
             self.close_connection = True
             return
@@ -34,7 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body[:len(body) // 2] if fault == "drop" else body)
+        if self.command != "HEAD":
+            self.wfile.write(body[:len(body) // 2] if fault == "drop" else body)
         if fault == "drop" or "Content-Length" not in headers:
             self.close_connection = True
 

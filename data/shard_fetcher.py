@@ -1,0 +1,73 @@
+"""Fetches the remote shards that a stream of batches will read, several at a time and in the order of need.  No torch.
+
+A shard is fetched when there is room for it beside those that are needed sooner (shard_cache.py).
+"""
+
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common.errors import UserError
+from common.object_store import Cancelled
+from data.shard_cache import Fetching, NoRoom, RemoteShard, fetch_shard, local_copy
+
+FILES_AT_ONCE = 4
+
+
+class ShardFetcher:
+    """The fetching of one process; `warnings` collects what its threads have to say."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="shard-fetcher")
+        self.stop = threading.Event()
+        self.guard = threading.Lock()
+        self.order: dict[Path, RemoteShard] = {}  # what is needed, the next one first
+        self.running: set[Path] = set()
+        self.failed: set[Path] = set()  # whose turn tells why
+        self.full = False
+        self.warnings: list[str] = []
+
+    def expect(self, shards: Iterable) -> None:
+        """These shards will be needed, in this order; local ones among them are passed over."""
+        with self.guard:
+            self.order = {shard.path: shard.remote for shard in shards if shard.remote}
+            self.full = False
+        self.start_next()
+
+    def start_next(self) -> None:
+        """Start to fetch what is needed next, as far as there are threads and room."""
+        with self.guard:
+            for path, remote in self.order.items():
+                if self.full or self.stop.is_set() or len(self.running) >= FILES_AT_ONCE:
+                    return
+                if path not in self.running | self.failed and not path.exists():
+                    self.running.add(path)
+                    self.pool.submit(self.fetch, remote, path)
+
+    def fetch(self, remote: RemoteShard, path: Path) -> None:
+        try:
+            fetch_shard(remote, path, self.fetching())
+        except NoRoom:
+            self.full = True  # until the order of need has moved on
+        except Cancelled:
+            return
+        except (UserError, OSError):
+            self.failed.add(path)
+        finally:
+            with self.guard:
+                self.running.discard(path)
+        self.start_next()
+
+    def fetching(self) -> Fetching:
+        return Fetching(list(self.order), self.warnings.append, self.stop)
+
+    def wait_for(self, shard) -> None:
+        """Until a shard is here.  UserError where it cannot be had, Cancelled after close()."""
+        if shard.remote:
+            with local_copy(shard.remote, shard.path, self.fetching()):
+                self.failed.discard(shard.path)
+
+    def close(self) -> None:
+        self.stop.set()
+        self.pool.shutdown(cancel_futures=True)
