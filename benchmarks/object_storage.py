@@ -200,14 +200,14 @@ def connections(bench: Bench) -> dict:
 def fetched(bench: Bench) -> dict:
     from tests.support.shaped_link import shaped_link
 
-    shards, rows = 10, 2000
+    shards, rows, step = 10, 900, 100  # rows of a step of both ranks
     url = bench.data_set("fetched", shards, rows)
     size = bench.bytes_of("fetched")
     found = {}
     for name, bound in (("", None), ("_bounded", 0.6 * size)):
         with shaped_link(bench.url, LATENCY) as link, bench.cache(link.url) as cache, watched(cache) as most:
-            bench.train(2, input_dir=url, max_steps=shards * rows // 400 - 1, train_batch_size=200,
-                        config_file=tiny(bench), shard_cache_gb=bound and bound / 1e9, use_cpu_kernels=True)
+            bench.train(2, input_dir=url, max_steps=shards * rows // step - 1, train_batch_size=step // 2,
+                        config_file=tiny(bench), shard_cache_gb=bound and bound / 1e9)
         found |= {f"fetched_ratio{name}": link.received / size,
                   f"most_on_disk{name}": max(most) / (bound or size)}
     return found
