@@ -29,6 +29,7 @@ from data.shard_reader import ShardReader
 from data.shards import ROWS, SUFFIX, Shard, count_sequences, metadata_path, read_checked_rows
 from data.token_counts import ROWS_CHECKED_FIRST, read_checked_counts
 
+RANKS_APART = 2  # rounds at most: a rank takes a micro-batch from the stream before the step that comes before it
 HELD_OUT_SEED = 0  # for masking held-out rows without masks: the same masks at every evaluation
 
 
@@ -168,8 +169,10 @@ class BatchStream:
         while self.fetcher.warnings:
             self.warn(self.fetcher.warnings.pop(0))
         if self.last_row is not None and any(piece.remote for piece in self.pieces):
-            numbers = self.order.upcoming(self.next_row, self.last_row, self.ranks.of_this_server, self.skipped_shards)
-            self.fetcher.expect([self.pieces[number] for number in numbers])
+            ranks, behind = self.ranks.of_this_server, max(0, self.next_row - RANKS_APART * self.order.stride)
+            needed, in_use = ([self.pieces[number] for number in self.order.upcoming(*rows, ranks, self.skipped_shards)]
+                              for rows in ((self.next_row, self.last_row), (behind, self.next_row)))
+            self.fetcher.expect(needed, in_use)
 
     def ends_at(self, row: int) -> None:
         """Say where the run ends, from which on nothing is read ahead, and begin to fetch what comes before."""
