@@ -201,7 +201,7 @@ def connections(bench: Bench) -> dict:
 def fetched(bench: Bench) -> dict:
     from tests.support.shaped_link import shaped_link
 
-    shards, rows, step = 10, 5000, 2500  # rows of a step of both ranks
+    shards, rows, step = 10, 4000, 2000  # rows of a step of both ranks
     url = bench.data_set("fetched", shards, rows, predictions=1)  # few, so that a step takes no time
     size = bench.bytes_of("fetched")
     found = {}

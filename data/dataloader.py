@@ -158,11 +158,11 @@ class BatchStream:
         wanted = [rows[:2] for row in rounds for rows in self.ranges_read(row)]
         self.open_shards = {key: future for key, future in self.open_shards.items() if key in wanted}
         self.readable.intersection_update(wanted)
-        for key in wanted:
-            self.open(*key)
-        if set(wanted) != self.fetched_ahead:
+        if set(wanted) != self.fetched_ahead:  # before the next one is opened, so that room is made of what is used up
             self.fetched_ahead = set(wanted)
             self.fetch_ahead()
+        for key in wanted:
+            self.open(*key)
 
     def fetch_ahead(self) -> None:
         """Tell the fetcher what the ranks of this server will read."""
