@@ -34,7 +34,7 @@ MINI = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "i
         "max_position_embeddings": 128}
 ROWS = 32  # of a step
 STEPS, WARM_UP = 30, 5
-CHECKPOINT_EVERY, CHECKPOINTS = 6, 5
+CHECKPOINT_EVERY, CHECKPOINTS = 4, 6
 
 # A server of one large file by ranges: moto reads an object whole for each of its parts
 FILE_SERVER = """
@@ -75,7 +75,7 @@ def main(argv=None) -> None:
     figures, lines = {}, []
     with tempfile.TemporaryDirectory() as folder, s3_server() as url:
         bench = Bench(Path(folder), url, args.repeats)
-        for part in tqdm(args.only, desc="parts", disable=args.json):
+        for part in tqdm(args.only, desc="parts", disable=args.json or None):
             found = PARTS[part](bench)
             figures |= found
             lines += [f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}"
@@ -92,7 +92,7 @@ class Bench:
         self.folder, self.url, self.repeats = folder, url, repeats
         samples.write_config(folder / "mini.json", **MINI)
 
-    def data_set(self, name: str, shards: int, rows: int) -> str:
+    def data_set(self, name: str, shards: int, rows: int, predictions: int = 20) -> str:
         """Upload a set of so many shards; its URL."""
         import numpy as np
 
@@ -101,7 +101,8 @@ class Bench:
 
         for number in range(shards):
             lengths = np.random.default_rng(number).integers(20, 129, rows)
-            synthetic.write_unpacked_shard(self.folder / name / f"part_training_{number}.hdf5", lengths, number)
+            synthetic.write_unpacked_shard(self.folder / name / f"part_training_{number}.hdf5", lengths, number,
+                                           predictions=predictions)
         upload_set(self.folder / name, f"s3://data/{name}", overwrite=True, show_progress=False)
         return f"s3://data/{name}"
 
@@ -200,14 +201,14 @@ def connections(bench: Bench) -> dict:
 def fetched(bench: Bench) -> dict:
     from tests.support.shaped_link import shaped_link
 
-    shards, rows = 10, 2000
-    url = bench.data_set("fetched", shards, rows)
+    shards, rows, step = 10, 4000, 2000  # rows of a step of both ranks
+    url = bench.data_set("fetched", shards, rows, predictions=1)  # few, so that a step takes no time
     size = bench.bytes_of("fetched")
     found = {}
     for name, bound in (("", None), ("_bounded", 0.6 * size)):
         with shaped_link(bench.url, LATENCY) as link, bench.cache(link.url) as cache, watched(cache) as most:
-            bench.train(2, input_dir=url, max_steps=shards * rows // 400 - 1, train_batch_size=200,
-                        config_file=tiny(bench), shard_cache_gb=bound and bound / 1e9, use_cpu_kernels=True)
+            bench.train(2, input_dir=url, max_steps=shards * rows // step - 1, train_batch_size=step // 2,
+                        max_predictions_per_seq=1, config_file=tiny(bench), shard_cache_gb=bound and bound / 1e9)
         found |= {f"fetched_ratio{name}": link.received / size,
                   f"most_on_disk{name}": max(most) / (bound or size)}
     return found
@@ -259,7 +260,7 @@ def stall(bench: Bench) -> dict:
         with bench.cache(bench.url), patch.object(Trainer, "save", timed_save), open(os.devnull, "w") as nowhere, \
                 patch("sys.stdout", nowhere):
             run_pretraining.main(bench.flags(input_dir=bench.folder / "stall", output_dir=output, skip_checkpoint=None,
-                                             num_steps_per_checkpoint=CHECKPOINT_EVERY,
+                                             train_batch_size=4, num_steps_per_checkpoint=CHECKPOINT_EVERY,
                                              max_steps=CHECKPOINT_EVERY * CHECKPOINTS))
         found[name] = spread(stalls[1:])
     return {"stall_seconds_local": found["local"], "stall_seconds_s3": found["s3"],

@@ -22,7 +22,7 @@ from checkpoint.file import seal_of
 from checkpoint.rotation import KEPT, STEP_NAME, superseded
 from common.errors import UserError
 from common.files import cache_folder, flocked, remove_leftovers, replacing
-from common.object_store import Cancelled, S3Folder, patiently
+from common.object_store import Cancelled, S3Folder, etag_path, is_copy, mark_as_copy, patiently
 from common.remote_sources import Interrupted
 
 INDEX = "index.json"  # of sharded optimizer state
@@ -284,20 +284,3 @@ def files_of(names, step: int) -> list[str]:
     """The names of a checkpoint's objects, that which makes it one first."""
     first = f"ckpt_{step}.pt"
     return [first] * (first in names) + sorted(name for name in names if name.startswith(f"ckpt_{step}.optim/"))
-
-
-def etag_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.etag")
-
-
-def mark_as_copy(path: Path, etag: str) -> None:
-    status = path.stat()
-    with replacing(etag_path(path)) as temporary:
-        temporary.write_text(f"{etag} {status.st_size} {status.st_mtime_ns}", encoding="utf-8")
-
-
-def is_copy(path: Path, etag: str) -> bool:
-    with suppress(OSError):
-        status = path.stat()
-        return etag_path(path).read_text(encoding="utf-8") == f"{etag} {status.st_size} {status.st_mtime_ns}"
-    return False

@@ -5,6 +5,7 @@ Interrupted where another attempt may help, else UserError.  patiently() makes t
 """
 
 import base64
+import fcntl
 import os
 import random
 import tempfile
@@ -12,11 +13,12 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from common.errors import UserError
+from common.files import flocked, replacing
 from common.remote_sources import HttpSource, Interrupted, failure, s3_client, status_of
 
 PART_BYTES = 8 << 20  # of a transfer; a smaller file goes in one piece
@@ -71,19 +73,21 @@ class HttpFolder:
     def __init__(self, url: str):
         self.url = url.rstrip("/")
 
-    def read(self, name: str) -> bytes | None:
-        """The bytes of a file; None where there is none."""
-        source = HttpSource(f"{self.url}/{name}")
+    def read_unless(self, name: str, etag: str) -> tuple[bytes | None, str] | None:
+        """The bytes of a file, None where it still has this ETag, and its ETag; None where there is no file."""
         try:
-            reply = source.open(0)
+            reply = HttpSource(f"{self.url}/{name}").open(0)
         except UserError as error:
             if "answers 404" in str(error):
                 return None
             raise
+        if reply.version and reply.version == etag:
+            reply.blocks.close()
+            return None, etag
         content = b"".join(reply.blocks)
         if reply.size is not None and len(content) != reply.size:
             raise Interrupted(f"{self.url}/{name}: {len(content)} bytes received, {reply.size} announced")
-        return content
+        return content, reply.version or ""
 
     def download(self, name: str, file, stop: threading.Event) -> None:
         """Write the bytes of a file to an open one, from its position on: what is there is not fetched again."""
@@ -145,6 +149,22 @@ class S3Folder:
                 return self.client.get_object(Bucket=self.bucket, Key=self.prefix + name, **wanted)["Body"].read()
             except self.client.exceptions.NoSuchKey:
                 return None
+
+    def read_unless(self, name: str, etag: str) -> tuple[bytes | None, str] | None:
+        """The bytes of an object, None where it still has this ETag, and its ETag; None where there is none."""
+        from botocore.exceptions import ClientError
+
+        with self.errors(name):
+            try:
+                found = self.client.get_object(Bucket=self.bucket, Key=self.prefix + name,
+                                               **({"IfNoneMatch": etag} if etag else {}))
+                return found["Body"].read(), found["ETag"]
+            except self.client.exceptions.NoSuchKey:
+                return None
+            except ClientError as error:
+                if status_of(error) == 304:
+                    return None, etag
+                raise
 
     def head(self, name: str) -> dict | None:
         """What the server says of an object; None where there is none."""
@@ -239,6 +259,52 @@ def staged_file(url: str):
     with tempfile.TemporaryDirectory() as temporary:
         yield Path(temporary) / name
         patiently(lambda: folder.upload(Path(temporary) / name, name, {}))
+
+
+# --- local copies, each with the ETag of its object beside it ---
+
+def etag_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.etag")
+
+
+def mark_as_copy(path: Path, etag: str) -> None:
+    status = path.stat()
+    with replacing(etag_path(path)) as temporary:
+        temporary.write_text(f"{etag} {status.st_size} {status.st_mtime_ns}", encoding="utf-8")
+
+
+def is_copy(path: Path, etag: str) -> bool:
+    return etag_of_copy(path) == etag
+
+
+def etag_of_copy(path: Path) -> str:
+    """The ETag of what a file is a copy of; "" where it is none, or has changed."""
+    with suppress(OSError, ValueError):
+        status = path.stat()
+        etag, size, modified = etag_path(path).read_text(encoding="utf-8").rsplit(" ", 2)
+        return etag if (int(size), int(modified)) == (status.st_size, status.st_mtime_ns) else ""
+    return ""
+
+
+def small_copy(folder, name: str, path: Path) -> bytes | None:
+    """The bytes of a small file, of which a copy is kept at `path`; None where there is none, and then no copy is left.
+
+    Of the processes of a server, and of one start after the other, one fetches it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with flocked(path.with_name(f".{path.name}.lock"), fcntl.LOCK_EX):
+        known = etag_of_copy(path)
+        found = folder.read_unless(name, known)
+        if found is None:
+            path.unlink(missing_ok=True)
+            return None
+        content, etag = found
+        if content is None:
+            return path.read_bytes()
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+        mark_as_copy(path, etag)
+        return content
 
 
 def transfer_config():

@@ -30,6 +30,7 @@ from data.shard_reader import ShardReader
 from data.shards import LABELS, ROWS, SUFFIX, Shard, count_sequences, metadata_path, read_checked_rows
 from data.token_counts import ROWS_CHECKED_FIRST, read_checked_counts
 
+RANKS_APART = 2  # rounds at most: a rank takes a micro-batch from the stream before the step that comes before it
 HELD_OUT_SEED = 0  # for masking held-out rows without masks: the same masks at every evaluation
 MASKED_TOGETHER = 512  # rows
 
@@ -179,19 +180,21 @@ class BatchStream:
         wanted = [rows[:2] for row in rounds for rows in self.ranges_read(row)]
         self.open_shards = {key: future for key, future in self.open_shards.items() if key in wanted}
         self.readable.intersection_update(wanted)
-        for key in wanted:
-            self.open(*key)
-        if set(wanted) != self.fetched_ahead:
+        if set(wanted) != self.fetched_ahead:  # before the next one is opened, so that room is made of what is used up
             self.fetched_ahead = set(wanted)
             self.fetch_ahead()
+        for key in wanted:
+            self.open(*key)
 
     def fetch_ahead(self) -> None:
         """Tell the fetcher what the ranks of this server will read."""
         while self.fetcher.warnings:
             self.warn(self.fetcher.warnings.pop(0))
         if self.last_row is not None and any(piece.remote for piece in self.pieces):
-            numbers = self.order.upcoming(self.next_row, self.last_row, self.ranks.of_this_server, self.skipped_shards)
-            self.fetcher.expect([self.pieces[number] for number in numbers])
+            ranks, behind = self.ranks.of_this_server, max(0, self.next_row - RANKS_APART * self.order.stride)
+            needed, in_use = ([self.pieces[number] for number in self.order.upcoming(*rows, ranks, self.skipped_shards)]
+                              for rows in ((self.next_row, self.last_row), (behind, self.next_row)))
+            self.fetcher.expect(needed, in_use)
 
     def ends_at(self, row: int) -> None:
         """Say where the run ends, from which on nothing is read ahead, and begin to fetch what comes before."""

@@ -24,7 +24,7 @@ from common.cli import format_bytes
 from common.download import file_checksum
 from common.errors import NO_SPACE, UserError
 from common.files import cache_folder, flocked, replacing
-from common.object_store import is_s3, patiently, remote_folder
+from common.object_store import Cancelled, is_s3, patiently, remote_folder
 
 MOST_OF_FREE = 0.9  # of the free space of the disk, where no bound is given
 TRANSFERS_OF_WRONG_BYTES = 2  # of a shard whose bytes are not the expected ones, before that is an error
@@ -71,7 +71,9 @@ def local_copy(remote: RemoteShard, path: Path, fetching: Fetching = Fetching())
     while True:
         try:
             fetch_shard(remote, path, fetching)
-        except NoRoom:  # until what other processes fetch is there
+        except NoRoom:  # until what other threads and processes fetch is there
+            if fetching.stop and fetching.stop.is_set():
+                raise Cancelled from None
             time.sleep(POLL_SECONDS)
             continue
         with locked(path, fcntl.LOCK_SH):

@@ -23,14 +23,19 @@ class ShardFetcher:
         self.stop = threading.Event()
         self.guard = threading.Lock()
         self.order: dict[Path, RemoteShard] = {}  # what is needed, the next one first
+        self.in_use: list[Path] = []
         self.running: set[Path] = set()
         self.failed: set[Path] = set()  # whose turn tells why
         self.full = False
         self.warnings: list[str] = []
 
-    def expect(self, shards: Iterable) -> None:
-        """These shards will be needed, in this order; local ones among them are passed over."""
+    def expect(self, shards: Iterable, in_use: Iterable = ()) -> None:
+        """These shards will be needed, in this order; those `in_use` may be, by ranks that are behind.
+
+        Local ones are passed over.
+        """
         with self.guard:
+            self.in_use = [shard.path for shard in in_use if shard.remote]
             self.order = {shard.path: shard.remote for shard in shards if shard.remote}
             self.full = False
         self.start_next()
@@ -59,13 +64,15 @@ class ShardFetcher:
                 self.running.discard(path)
         self.start_next()
 
-    def fetching(self) -> Fetching:
-        return Fetching(list(self.order), self.warnings.append, self.stop)
+    def fetching(self, first: Path | None = None) -> Fetching:
+        """For a shard that is needed now, `first`: room for it may be made of all others."""
+        needed = [*([first] if first else []), *self.in_use, *self.order]
+        return Fetching(list(dict.fromkeys(needed)), self.warnings.append, self.stop)
 
     def wait_for(self, shard) -> None:
         """Until a shard is here.  UserError where it cannot be had, Cancelled after close()."""
         if shard.remote:
-            with local_copy(shard.remote, shard.path, self.fetching()):
+            with local_copy(shard.remote, shard.path, self.fetching(shard.path)):
                 self.failed.discard(shard.path)
 
     def close(self) -> None:

@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 
 from common.download import file_checksum
 from common.errors import UserError, whole_number
-from common.files import replacing, write_json
-from common.object_store import S3Folder, is_s3, patiently, remote_folder
+from common.files import write_json
+from common.object_store import S3Folder, is_s3, patiently, remote_folder, small_copy
 from data.masking import MaskingRule
 from data.origin import HASHED_BYTES, Origin, content_name, name_of_ends
 from data.shard_cache import RemoteShard, shared_folder
@@ -107,12 +107,11 @@ def remote_shards(url: str, flag: str, reader, most_cached: int) -> tuple[list[S
     """
     folder, local = remote_folder(url), copies_folder(url)
     read = partial(patiently, patience=FIRST_PATIENCE)
-    index, metadata = read(lambda: folder.read(INDEX)), None
+    index = read(lambda: small_copy(folder, INDEX, local / INDEX))
     parent, _, name = folder.url.rpartition("/")
     if not parent.endswith("/"):  # as that of a whole bucket does
-        metadata = read(lambda: remote_folder(parent).read(name + METADATA_SUFFIX))
-    keep_copy(local / INDEX, index)
-    keep_copy(local.with_name(local.name + METADATA_SUFFIX), metadata)
+        name += METADATA_SUFFIX
+        read(lambda: small_copy(remote_folder(parent), name, local.with_name(local.name + METADATA_SUFFIX)))
     if index is not None:
         return shards_in(index, folder.url, f"{flag} {folder.url}/{INDEX}", most_cached), []
     if not is_s3(url):
@@ -134,15 +133,6 @@ def copies_folder(url: str) -> Path:
 
 def name_of(url: str) -> str:
     return PurePosixPath(urlsplit(url).path).name or urlsplit(url).netloc
-
-
-def keep_copy(path: Path, content: bytes | None) -> None:
-    """Keep a small file of the set beside its shards, or the news that there is none."""
-    if content is None:
-        path.unlink(missing_ok=True)
-    elif not path.is_file() or path.read_bytes() != content:
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
 
 
 def shards_in(index: bytes, url: str, what: str, most_cached: int) -> list[Shard]:

@@ -116,10 +116,10 @@ def verify_set(url: str, show_progress: bool) -> tuple[int, int, Iterator[str]]:
     Every byte is read.  UserError where there is no index.
     """
     folder = remote_folder(url)
-    index = patiently(lambda: folder.read(INDEX))
-    if index is None:
+    found = patiently(lambda: folder.read_unless(INDEX, ""))
+    if found is None:
         raise UserError(f"{url}: no {INDEX} in it: upload_shards.py writes it")
-    remotes = [shard.remote for shard in shards_in(index, folder.url, f"{url}/{INDEX}", 0)]
+    remotes = [shard.remote for shard in shards_in(found[0], folder.url, f"{url}/{INDEX}", 0)]
     return len(remotes), sum(remote.nbytes for remote in remotes), faults_of(folder, remotes, show_progress)
 
 

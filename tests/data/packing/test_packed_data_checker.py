@@ -30,7 +30,7 @@ def originals(tmp_path_factory):
         patch.setattr(scatter_gather, "TOKENS_PER_PART", 20 * 128)
         pack(["--input_dir", str(folder / "unpacked"), "--output_dir", str(folder / "packed"), "--max_sequence_length",
               "128", "--max_predictions_per_sequence", "20", "--n_processes", "1", "--disable_progress_bar"])
-    assert len(list((folder / "packed").iterdir())) == 3
+    assert len(list((folder / "packed").glob("*.hdf5"))) == 3
     return folder
 
 
