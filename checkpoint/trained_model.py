@@ -7,6 +7,7 @@ from pathlib import Path
 from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint, saved_steps
 from checkpoint.huggingface import fill_up, fresh_parts
 from checkpoint.load import config_of, holds_nsp, load_model, without_nsp
+from common.bert_config import BertConfig
 from common.download import local_file
 from common.errors import UserError
 from data.tokenizer import load_vocabulary
@@ -19,7 +20,6 @@ from data.vocabulary import (
     is_cased,
     vocabulary_in,
 )
-from modeling import BertConfig
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import torch
 
+from common.bert_config import BertConfig
 from data.dataloader import BatchStream, as_batch
 from data.shard_reader import ShardReader
-from modeling import BertConfig
 from parallel.ranks import SingleRank
 from parallel.rendezvous import RankInfo
 from tests.support import synthetic
