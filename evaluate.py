@@ -25,8 +25,9 @@ def print_figures(args) -> int:
     import torch
 
     from checkpoint.trained_model import open_trained_model
+    from common.bert_config import BertConfig
     from devices.device import select_device
-    from modeling import BertConfig, BertForPreTraining
+    from modeling import BertForPreTraining
     from parallel.ranks import SingleRank
     from parallel.rendezvous import RankInfo
     from training.evaluation import Evaluator, describe_figures

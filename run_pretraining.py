@@ -46,9 +46,12 @@ def main(argv=None) -> int | None:
 
 def pretrain(args, info: rendezvous.RankInfo, reader) -> dict:
     """Train, or make the dry run; returns the figures of its summary."""
+    from checkpoint.folder import open_folder, saved_steps
     from parallel.ranks import init_ranks
 
     with init_ranks(info, args.collective_timeout) as ranks, ranks.first_holds(output_locks(args)):
+        if rendezvous.torchrun_restarts(os.environ) and saved_steps(open_folder(args.output_dir)):
+            args.resume_from_checkpoint = True
         writes = ranks.first and not args.dry_run
         with mirrored_log(args.json_summary if writes else None, args.resume_from_checkpoint, ranks.warn) as log_path:
             return pretrain_rank(args, ranks, reader, log_path)
@@ -72,7 +75,7 @@ def pretrain_rank(args, ranks, reader, log_path) -> dict:
     """The work of one rank.  Nothing but locks is written before everything has been checked."""
     import torch
 
-    from checkpoint.folder import open_folder, saved_steps
+    from checkpoint.folder import open_folder
     from checkpoint.remote_folder import RemoteFolder
     from checkpoint.resume import PHASE1_STEPS, Phase, find_resume_point, last_step_of_phase1
     from checkpoint.state import TrainingState
@@ -110,9 +113,6 @@ def pretrain_rank(args, ranks, reader, log_path) -> dict:
         folder.prepare()
     if args.phase1_end_step is None:
         args.phase1_end_step = last_step_of_phase1(folder, ranks.warn) if args.phase2 else PHASE1_STEPS
-    restarts = rendezvous.torchrun_restarts(os.environ)
-    if restarts and saved_steps(folder):
-        args.resume_from_checkpoint = True
     phase = Phase(2, args.phase1_end_step) if args.phase2 else Phase()
     resume_point = find_resume_point(folder, phase, resume=args.resume_from_checkpoint,
                                      resume_step=args.resume_step, init_checkpoint=args.init_checkpoint,
@@ -127,7 +127,8 @@ def pretrain_rank(args, ranks, reader, log_path) -> dict:
         check_size(vocabulary.size, config.vocab_size, f"{resume_point.path}, its vocabulary")
     held_out = held_out_shards(args, config, shards, vocabulary, reader)
     plan = BatchPlan.from_flags(args, training_set.sequences_per_row, ranks.world_size)
-    plan, kept_batch = plan_of_restart(plan, resume_point, ranks.world_size) if restarts else (plan, "")
+    plan, kept_batch = (plan_of_restart(plan, resume_point, ranks.world_size)
+                        if rendezvous.torchrun_restarts(os.environ) else (plan, ""))
     settle_steps(args, plan, training_set.rows, ranks)
     ranks.connect(device)
     ranks.check_same(run_fingerprint(args, config, shards, resume_point))
@@ -197,7 +198,7 @@ def pretrain_rank(args, ranks, reader, log_path) -> dict:
 
 
 def plan_of_restart(plan, resume_point, world_size: int):
-    """The plan that keeps the global batch of a run which torchrun continues on any number of ranks, and a line on it."""
+    """The plan with which torchrun continues a run on any number of ranks, with its global batch, and a line on it."""
     from checkpoint.state import STEP_ROWS
 
     rows = whole_number(resume_point.contents or {}, STEP_ROWS, str(resume_point.path))

@@ -76,10 +76,10 @@ def main(argv=None) -> None:
     args = parse_arguments(argv)
     import torch
 
+    from common.bert_config import BertConfig
     from devices.device import select_device
     from devices.options import PrecisionOptions
     from devices.precision import Precision
-    from modeling import BertConfig
     from training.arguments import device_options
     from training.metrics import REPEATS, matmul_peak
 

@@ -44,7 +44,8 @@ def optimizer_steps() -> tuple[dict, int]:
     """A step function for each optimizer, each with parameters and gradients of its own."""
     import torch
 
-    from modeling import BertConfig, BertForPreTraining
+    from common.bert_config import BertConfig
+    from modeling import BertForPreTraining
     from optim.build import parameter_groups
     from optim.fused_lamb import CpuFusedNVLAMB, SlicedNVLAMB
 

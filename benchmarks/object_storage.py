@@ -130,7 +130,7 @@ class Bench:
         command = [*ranks.TRAIN, *self.flags(**changes)]
         if ranks_count > 1:
             command = ranks.mpirun(ranks_count, *command)
-        done = subprocess.run(command, cwd=self.folder, env=ranks.environment(OMP_NUM_THREADS="1"), text=True,
+        done = subprocess.run(command, cwd=self.folder, env=ranks.environment(OMP_NUM_THREADS="1"), encoding="utf-8",
                               capture_output=True)
         if done.returncode:
             sys.exit(f"a run failed: {done.stdout[-1000:]}{done.stderr[-3000:]}")
@@ -180,7 +180,7 @@ def connections(bench: Bench) -> dict:
     from tests.support.shaped_link import shaped_link
 
     server = subprocess.Popen([sys.executable, "-c", FILE_SERVER, str(TRANSFER_BYTES)], stdout=subprocess.PIPE,
-                              text=True)
+                              encoding="utf-8")
     try:
         with shaped_link(server.stdout.readline().strip(), **TRANSFER) as link, bench.cache(link.url):
             def fetch(count: int, nbytes: int) -> None:
@@ -257,8 +257,8 @@ def stall(bench: Bench) -> dict:
     found = {}
     for name, output in (("local", str(bench.folder / "stall_out")), ("s3", "s3://data/stall_out")):
         stalls.clear()
-        with bench.cache(bench.url), patch.object(Trainer, "save", timed_save), open(os.devnull, "w") as nowhere, \
-                patch("sys.stdout", nowhere):
+        with bench.cache(bench.url), patch.object(Trainer, "save", timed_save), \
+                open(os.devnull, "w", encoding="utf-8") as nowhere, patch("sys.stdout", nowhere):
             run_pretraining.main(bench.flags(input_dir=bench.folder / "stall", output_dir=output, skip_checkpoint=None,
                                              train_batch_size=4, num_steps_per_checkpoint=CHECKPOINT_EVERY,
                                              max_steps=CHECKPOINT_EVERY * CHECKPOINTS))

@@ -146,7 +146,8 @@ def state_bytes(count: int) -> dict:
 def print_state_bytes(count: int) -> None:
     import torch
 
-    from modeling import BertConfig, BertForPreTraining
+    from common.bert_config import BertConfig
+    from modeling import BertForPreTraining
     from optim.zero import parameters
 
     config = BertConfig.from_json_file(Path(__file__).resolve().parent.parent / "bert_config.json")

@@ -104,12 +104,13 @@ class RivalSettings:
 
 def train_transformers(settings: RivalSettings) -> None:
     """Train transformers' model from our initial weights, on our batches; our evaluator evaluates it."""
+    from common.bert_config import BertConfig
     from data.dataloader import BatchStream
     from data.shard_reader import ShardReader
     from data.shards import find_shards
     from devices.device import select_device
     from devices.options import DeviceOptions
-    from modeling import BertConfig, BertForPreTraining
+    from modeling import BertForPreTraining
     from parallel.ranks import SingleRank
     from parallel.rendezvous import RankInfo
 

@@ -34,7 +34,7 @@ MARKS = (0.0, 0.15, 0.3, 1.0)  # nats below the line
 CHOSEN_BY = 0.3  # the mark that decides between transformers' rates and batches
 GOAL = 0.5  # of the time ratio
 STEPS = 3200  # of the schedules, at ROWS sequences a step
-OUR_RECIPE = {"optimizer": "adamw", "learning_rate": 0.002, "warmup_proportion": 0.1}  # the best of 17, LAMB's too
+OUR_RECIPE = {"optimizer": "adamw", "learning_rate": 0.002, "warmup_proportion": 0.1}  # the best of 16, LAMB's too
 RATES, ROWS, OTHER_ROWS = (5e-4, 1e-3, 2e-3), 64, (32, 128)
 SHORT = SampleSet(length=16, masked_share=0.4, vocab_size=2048)
 LONG = SampleSet(length=512, masked_share=0.15, vocab_size=2048, predictions=80)

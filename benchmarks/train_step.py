@@ -97,7 +97,8 @@ def lines(args, figures: dict) -> list[str]:
 
 def our_model(layers: int, hidden: int, heads: int):
     """Our model in train mode, through the kernels for this CPU."""
-    from modeling import BertConfig, BertForPreTraining
+    from common.bert_config import BertConfig
+    from modeling import BertForPreTraining
 
     values = {"attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
               "hidden_size": hidden, "initializer_range": 0.02, "intermediate_size": 4 * hidden,

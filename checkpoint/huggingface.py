@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, processors
 
 from checkpoint.file import is_plain, kind_of, read_archive
 from checkpoint.pickle_reader import printable
+from common.bert_config import LAYER_NORM_EPS, BertConfig, disagreement
 from common.errors import UserError, first_line
 from common.files import replacing_files
 from data.tokenizer import (
@@ -33,7 +34,6 @@ from data.tokenizer import (
     vocabulary_path,
 )
 from data.vocabulary import VOCABULARY, Vocabulary, is_cased
-from modeling import LAYER_NORM_EPS, BertConfig, disagreement
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # where their weights are spread over several files

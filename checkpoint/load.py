@@ -7,8 +7,8 @@ import torch
 from checkpoint import huggingface, optimizer_shards
 from checkpoint.file import check_tensor, is_plain, kind_of
 from checkpoint.pickle_reader import printable
+from common.bert_config import BertConfig
 from common.errors import UserError, whole_number
-from modeling import BertConfig
 from optim.build import local_optimizer
 
 NSP_PARTS = ("bert.pooler.", "cls.seq_relationship.")

@@ -8,6 +8,7 @@ from checkpoint.folder import checkpoint_path, newest_readable, read_checkpoint,
 from checkpoint.huggingface import fill_up, fresh_parts
 from checkpoint.load import config_of, holds_nsp, load_model, without_nsp
 from checkpoint.remote_folder import RemoteFolder
+from common.bert_config import BertConfig
 from common.download import local_file
 from common.errors import UserError
 from common.object_store import is_s3
@@ -21,7 +22,6 @@ from data.vocabulary import (
     is_cased,
     vocabulary_in,
 )
-from modeling import BertConfig
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """CUDA GPUs."""
 
+import os
+
 import torch
 from torch.profiler import ProfilerActivity
 
@@ -18,6 +20,8 @@ class CudaDevice(Device):
     pins_memory = True
 
     def __init__(self, local_rank: int):
+        if torch.cuda.device_count() == 1 and "SLURM_STEP_NUM_TASKS" in os.environ:
+            local_rank = 0  # srun --gpus-per-task=1 shows each task its own card
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"local rank {local_rank}, but only {torch.cuda.device_count()} CUDA devices")
         super().__init__(f"cuda:{local_rank}")

@@ -28,7 +28,7 @@ def name_of_start(store: dist.Store, answers: dist.Store | None, world_size: int
 
 
 def answer_ranks(store: dist.Store, name: str, world_size: int) -> None:
-    """Tell each rank the name, until all are connected.  Words of earlier ranks are answered too, and nobody listens."""
+    """Tell each rank the name, until all are connected.  Nobody listens where a word is of an earlier start."""
     answered = set()
     with suppress(dist.DistError):  # the store is gone: the watchdog says so
         while not store.check([f"{name}/{ALL_CONNECTED}"]):

@@ -95,10 +95,9 @@ def is_slurm_task(environment: Mapping[str, str]) -> bool:
 
 
 def info_from_slurm(environment: Mapping[str, str]) -> RankInfo:
-    """Of a task of srun.  A task that sees one card only (--gpus-per-task=1) uses that."""
+    """Of a task of srun."""
     info = info_from_variables(environment, "SLURM_PROCID", STEP_TASKS, "SLURM_LOCALID", "")
-    sees_one_card = "CUDA_VISIBLE_DEVICES" in environment and "," not in environment["CUDA_VISIBLE_DEVICES"]
-    return replace(info, local_size=slurm_tasks_here(environment), local_rank=0 if sees_one_card else info.local_rank)
+    return replace(info, local_size=slurm_tasks_here(environment))
 
 
 def slurm_tasks_here(environment: Mapping[str, str]) -> int | None:

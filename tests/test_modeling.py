@@ -7,8 +7,9 @@ import torch
 import transformers
 from torch.testing import assert_close
 
+from common.bert_config import BertConfig
 from common.errors import UserError
-from modeling import BertConfig, BertForPreTraining, losses
+from modeling import BertForPreTraining, losses
 from ops.attention import ATTENTIONS
 from tests.support import samples
 from tests.support.preparation import ROOT

@@ -109,8 +109,9 @@ def write_sound_data(folder: Path) -> None:
 def write_checkpoints(folder: Path) -> None:
     """Untrained weights: a checkpoint of step 1, one with sharded optimizer state, and a Hugging Face model folder."""
     from checkpoint import huggingface
+    from common.bert_config import BertConfig
     from lamb import NVLAMB
-    from modeling import BertConfig, BertForPreTraining
+    from modeling import BertForPreTraining
     from optim.build import parameter_groups
 
     model = BertForPreTraining(BertConfig.from_json_file(folder / "config.json"))

@@ -142,7 +142,8 @@ def bucket_sizes(sizes: list[int]) -> list[list[int]]:
 def tensor_sizes(config: str) -> list[int]:
     import torch
 
-    from modeling import BertConfig, BertForPreTraining
+    from common.bert_config import BertConfig
+    from modeling import BertForPreTraining
 
     with torch.device("meta"):
         model = BertForPreTraining(BertConfig.from_json_file(ROOT / config))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from common.bert_config import BertConfig
 from common.errors import UserError
 from data.dataloader import average_sequences_per_row, check_first_rows
 from data.mixture import Mixture, Source, parse_sources
@@ -13,7 +14,6 @@ from data.packed_totals import difference_from_metadata
 from data.shards import Shard, find_readable_shards, find_shards, full_vocabulary
 from data.token_counts import stored_counts
 from data.vocabulary import Vocabulary, check_same_vocabulary, vocabulary_in
-from modeling import BertConfig
 
 SMALLEST_USE = 0.9  # share of vocab_size that the highest token id of a data set should reach
 

@@ -9,9 +9,15 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-def main() -> None:
-    path = Path(sys.argv[1])
+from common import cli  # noqa: E402
+
+
+def main(argv=None) -> None:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, help="the .jsonl.gz file to write")
+    path = parser.parse_args(argv).file
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt", encoding="utf-8") as file:
         for title, page in sorted(topics.items()):
@@ -25,4 +31,4 @@ def unwrapped(page: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -11,9 +11,10 @@ import run_pretraining
 from checkpoint import huggingface
 from checkpoint.folder import read_checkpoint, write_checkpoint
 from checkpoint.load import load_model
+from common.bert_config import BertConfig
 from common.errors import UserError
 from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
-from modeling import BertConfig, BertForPreTraining
+from modeling import BertForPreTraining
 from tests.support import samples, saved_model
 from tests.support.saved_model import LOADED, VOCAB_SIZE, WORDS, export, loaded, varied_model
 from tests.support.small_run import flags

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from common.bert_config import BertConfig
 from lamb import NVLAMB
-from modeling import BertConfig, BertForPreTraining
+from modeling import BertForPreTraining
 from optim.build import parameter_groups
 from optim.zero import ShardedOptimizer, parameters
 from tests.support import ranks

@@ -14,12 +14,13 @@ import evaluate
 from checkpoint.folder import read_checkpoint
 from checkpoint.load import load_model
 from checkpoint.trained_model import open_trained_model
+from common.bert_config import BertConfig
 from common.errors import UserError
 from data.dataloader import as_batch
 from data.preparation.samples import SampleOptions, create_shard
 from data.shards import find_shards, read_checked_rows
 from data.tokenizer import load_vocabulary
-from modeling import BertConfig, BertForPreTraining
+from modeling import BertForPreTraining
 from tests.support import samples
 from tests.support.small_run import train
 from tests.test_modeling import reference_name, reference_output

@@ -24,6 +24,7 @@ from checkpoint.folder import newest_readable, read_checkpoint, write_checkpoint
 from checkpoint.pickle_reader import Placeholder
 from checkpoint.resume import Phase, find_resume_point
 from checkpoint.state import TrainingState
+from common.bert_config import BertConfig
 from common.errors import UserError
 from data.row_order import row_ranges
 from data.shards import find_shards
@@ -32,7 +33,7 @@ from devices.device import select_device
 from devices.options import DeviceOptions, PrecisionOptions
 from devices.precision import Precision
 from lamb import NVLAMB
-from modeling import BertConfig, BertForPreTraining
+from modeling import BertForPreTraining
 from optim.build import parameter_groups
 from tests.support import samples
 from tests.support.ranks import ROOT

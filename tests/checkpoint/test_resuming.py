@@ -130,8 +130,9 @@ def test_no_row_is_lost_or_repeated_where_the_number_of_ranks_changes(found, rea
     """Runs one after the other, each (ranks, rows of a micro-batch, rounds): together a beginning of the sequence."""
     used, row = [], 0
     for world_size, size, rounds in runs:
-        streams = [samples.batch_stream(found, size, 3, rank, world_size, row, reader)
-                   for rank in range(world_size)]
+        streams = [samples.batch_stream(found, size, 3, rank, world_size, reader=reader) for rank in range(world_size)]
+        for stream in streams:
+            stream.load_state_dict({"rows": row}, "the run before")
         for _ in range(rounds):
             used += [tuple(ids) for stream in streams for ids in next(stream)["input_ids"].tolist()]
         row += rounds * world_size * size

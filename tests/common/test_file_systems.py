@@ -63,7 +63,7 @@ def test_a_user_without_a_name_reads_what_it_may_not_write_and_its_files_follow_
         done = by_nobody(program, open_folder, umask)
         assert done.returncode == 0, done.stderr
     written = {name: path for name in files_below(open_folder).keys() - before if (path := open_folder / name)}
-    assert any(name.startswith("packed/") for name in written) and len(written) == (4 if umask else 2)
+    assert any(name.startswith("packed/") for name in written) and len(written) == (5 if umask else 3)
     for path in written.values():
         assert path.stat().st_uid == 54321 and path.stat().st_mode & 0o777 == 0o666 & ~umask, path
         assert path.parent == open_folder or path.parent.stat().st_mode & 0o777 == 0o777 & ~umask

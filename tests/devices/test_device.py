@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common.errors import UserError
+from devices.cuda import CudaDevice
 from devices.device import select_device
 from devices.hpu import HpuDevice
 from devices.options import DeviceOptions
@@ -126,6 +128,8 @@ except RuntimeError as error:
 
 
 DENORMALS = """
+from common.errors import UserError
+from devices.cuda import CudaDevice
 from devices.device import select_device
 from devices.options import DeviceOptions
 select_device(DeviceOptions(no_cuda=True))
@@ -155,3 +159,22 @@ def test_collectives_over_hccl_reduce_lazy_tensors(tmp_path):
         whole = [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]
         half = whole[3 * rank:3 * rank + 3]
         assert printed.splitlines() == [f"{total} {broadcast} {gathered} {half} {whole}", "HCCL has no ReduceOp.AVG"]
+
+
+@pytest.mark.parametrize("cards, variables, device", [
+    (8, {}, "cuda:3"), (8, {"SLURM_STEP_NUM_TASKS": "8"}, "cuda:3"),
+    (1, {"SLURM_STEP_NUM_TASKS": "8"}, "cuda:0"),  # srun --gpus-per-task=1
+    (1, {}, None),
+])
+def test_a_rank_takes_the_cuda_card_of_its_number_among_those_it_sees(monkeypatch, cards, variables, device):
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends, "cuda", SimpleNamespace(matmul=SimpleNamespace()))
+    if device:
+        assert str(CudaDevice(3).torch_device) == device
+    else:
+        with pytest.raises(UserError, match="local rank 3, but only 1 CUDA devices"):
+            CudaDevice(3)

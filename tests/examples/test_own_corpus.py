@@ -7,7 +7,7 @@ import sys
 import pytest
 import transformers
 
-from modeling import BertConfig
+from common.bert_config import BertConfig
 from tests.support.preparation import ROOT, write_vocabulary
 
 SENTENCE = "The [MASK] statement raises an exception."

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from modeling import BertConfig, BertForPreTraining
+from common.bert_config import BertConfig
+from modeling import BertForPreTraining
 from ops import cpu_kernels, cpu_layers
 from tests.support import samples
 from tests.support.ranks import ROOT

@@ -28,10 +28,11 @@ ON_TWO = {"train_batch_size": 12, "gradient_accumulation_steps": 6}  # … and h
 
 
 def agent(net: servers.Servers, server: int, *command) -> list[str]:
-    """torchrun on a server; those that hear nothing of one take it for dead after 2 seconds in place of 15."""
+    """torchrun on a server.  Those that hear nothing of one take it for dead after 10 seconds in place of 15."""
+    settings = {"is_host": server == 0, "last_call_timeout": 6, "keep_alive_interval": 2, "keep_alive_max_attempt": 5}
     return net.inside(server, sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:4", "--nproc-per-node", 1,
                       "--max_restarts", 3, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{net.addresses[0]}:{PORT}",
-                      "--rdzv-conf", f"is_host={server == 0},last_call_timeout=6,keep_alive_interval=1,keep_alive_max_attempt=2",
+                      "--rdzv-conf", ",".join(f"{name}={value}" for name, value in settings.items()),
                       "--local-addr", net.addresses[server], "--no-python", *command)
 
 

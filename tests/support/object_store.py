@@ -24,7 +24,7 @@ def s3_server():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in VARIABLES.items():
             patch.setenv(name, value)
-        process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True,
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, encoding="utf-8",
                                    stderr=subprocess.DEVNULL)
         url = process.stdout.readline().strip()
         patch.setenv("AWS_ENDPOINT_URL", url)

@@ -5,8 +5,9 @@ import transformers
 
 import export_to_huggingface
 from checkpoint.folder import write_checkpoint
+from common.bert_config import BertConfig
 from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
-from modeling import BertConfig, BertForPreTraining
+from modeling import BertForPreTraining
 from tests.support import samples
 
 WORDS = ["the", "sea", "deep", "##s", ".", "old"]

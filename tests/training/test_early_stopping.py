@@ -12,8 +12,9 @@ from tests.support.small_run import flags, train
 from training.early_stopping import EarlyStopping
 
 # A rate at which the held-out loss soon rises.
-RISING = {"eval_dir": "held_out", "eval_freq": 2, "early_stopping": 4, "max_steps": 60, "lr_schedule": "constant",
-          "warmup_proportion": 0.2, "learning_rate": 0.2, "num_steps_per_checkpoint": 1}
+RISING = {"eval_dir": "held_out", "eval_freq": 2, "early_stopping": 2, "max_steps": 30, "lr_schedule": "constant",
+          "warmup_proportion": 0.2, "learning_rate": 0.4, "num_steps_per_checkpoint": 1, "train_batch_size": 4,
+          "gradient_accumulation_steps": 1, "disable_progress_bar": True}
 
 
 @pytest.fixture
@@ -31,11 +32,11 @@ def test_the_run_ends_after_as_many_evaluations_without_a_lower_loss(workspace, 
     train(**RISING)
     losses = held_out_losses(Path("out/log.json"))
     best = min(losses, key=losses.get)
-    assert 2 < max(losses) < 60 and max(losses) == best + 2 * RISING["early_stopping"]
+    assert 2 < max(losses) < 30 and max(losses) == best + 2 * RISING["early_stopping"]
     kept = {path.name for path in (workspace / "out").glob("ckpt_*.pt")}
     assert kept == {f"ckpt_{step}.pt" for step in (best, *range(max(losses) - 2, max(losses) + 1))}
     output = capsys.readouterr().out
-    assert "4 evaluations without a new lowest loss" in output and f"is that of ckpt_{best}.pt" in output
+    assert "2 evaluations without a new lowest loss" in output and f"is that of ckpt_{best}.pt" in output
     train(**RISING, resume_from_checkpoint=True)
     assert held_out_losses(Path("out/log.json")) == losses, "the run that had ended took further steps"
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.bert_config import BertConfig
 from data.dataloader import average_sequences_per_row
 from data.shard_reader import ShardReader
 from data.shards import find_shards
 from devices.device import Device
-from modeling import BertConfig, BertForPreTraining
+from modeling import BertForPreTraining
 from optim.build import OptimizerOptions, build_optimizer
 from optim.lr_schedule import learning_rate
 from pack_pretraining_data_pytorch import main as pack

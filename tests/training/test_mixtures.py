@@ -1,9 +1,12 @@
 """Whole runs on a mixture of training sets: shares, figures of each source, resuming, refusals."""
 
+import numpy as np
 import pytest
 
 from common.errors import UserError
+from data.mixture import Mixture
 from tests.support import samples, small_run
+from training.data_sets import mixed_counts
 
 
 @pytest.fixture
@@ -49,3 +52,10 @@ def test_sets_of_different_forms_are_refused(workspace):
     samples.write_dataset(workspace / "longer", (9,), sequence_length=32)
     with pytest.raises(UserError, match=r"the shards of a are .* but those of b .*32 tokens.*a mixture is of one form"):
         train_on("a=data:1", "b=longer:1")
+
+
+def test_token_frequencies_are_those_of_the_shares_whatever_the_sizes_of_the_sets():
+    small, large = np.array([6, 2]), np.array([0, 40])
+    assert mixed_counts([small, large], Mixture((1, 1))).tolist() == [15, 25]
+    assert mixed_counts([small, large], Mixture((3, 1))).sum() == 40
+    assert mixed_counts([small], Mixture()).tolist() == [6, 2]

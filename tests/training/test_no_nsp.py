@@ -16,11 +16,12 @@ import pack_pretraining_data_pytorch
 import pytorch_packed_data_checker
 import run_pretraining
 from checkpoint.folder import read_checkpoint
+from common.bert_config import BertConfig
 from common.errors import UserError
 from data.dataloader import batches_once
 from data.shards import find_shards
 from data.tokenizer import load_vocabulary
-from modeling import BertConfig, BertForPreTraining
+from modeling import BertForPreTraining
 from tests.support import samples, small_run
 from tests.support.preparation import sentences, write_vocabulary
 

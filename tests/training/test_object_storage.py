@@ -199,7 +199,8 @@ def test_a_run_that_is_killed_at_random_moments_on_one_machine_after_the_other_l
     dice = random.Random(KILL_SEED)
     flags = {"max_steps": 40, "num_steps_per_checkpoint": 3, "output_dir": "s3://data/killed",
              "input_dir": "s3://data/data", "resume_from_checkpoint": True}
-    train(max_steps=40, skip_checkpoint=True, output_dir=here / "out", json_summary=here / "whole.json")
+    whole = {"max_steps": 40, "skip_checkpoint": True, "output_dir": here / "out", "json_summary": here / "whole.json"}
+    assert ranks.run([*ranks.TRAIN, *small_run.flags(**{**FLAGS, **whole})], folder).returncode == 0
     losses, said = {}, set()
     for start in range(KILLS + 1):
         command = [*ranks.TRAIN, *small_run.flags(**{**FLAGS, **flags, "json_summary": here / f"{start}.json"})]

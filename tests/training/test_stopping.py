@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import modeling
+import run_pretraining
 from checkpoint.folder import read_checkpoint, saved_steps
 from common.errors import UserError
 from data import dataloader as dataset
@@ -27,19 +28,24 @@ def workspace(tmp_path, monkeypatch):
 
 # --- signals ---
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_zero(workspace, number):
+@pytest.mark.parametrize("number, variables, code, resume", [
+    (signal.SIGTERM, {}, 0, True),
+    (signal.SIGINT, {"TORCHELASTIC_MAX_RESTARTS": "3"}, run_pretraining.STOPPED, False),  # torchrun goes on by itself
+])
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(workspace, monkeypatch, number, variables, code, resume):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     with ranks.started([*ranks.TRAIN, *flags(**LONG)], workspace) as job:
         job.wait_for("step 2 ")
         job.process.send_signal(number)
         done = job.finish(seconds=60)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == code, done.stdout
     last = max(samples.losses(workspace / "out/log.json"))
     assert f"stopping after step {last}: {number.name} asked for it" in done.stdout
     assert saved_steps("out") == [last]
     *lines, summary = samples.log_lines(workspace / "out/log.json")
     assert summary["step"] == [] and [line["step"][1] for line in lines if "final_loss" in line["data"]] == [last]
-    train(**LONG | {"max_steps": 100_000, "steps_this_run": last + 2, "resume_from_checkpoint": True})
+    train(**LONG | {"max_steps": 100_000, "steps_this_run": last + 2, "resume_from_checkpoint": resume})
     assert set(samples.losses(workspace / "out/log.json")) == set(range(1, last + 3))
 
 

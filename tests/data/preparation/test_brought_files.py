@@ -11,6 +11,7 @@ import pytest
 
 import create_pretraining_data
 import fill_mask
+from common.bert_config import BertConfig
 from common.errors import UserError
 from common.text import lines_of_text
 from data import bertPrep
@@ -18,7 +19,6 @@ from data.preparation import books, estimates
 from data.preparation.named_files import names_in
 from data.shards import find_shards, read_header
 from data.tokenizer import load_vocabulary
-from modeling import BertConfig
 from tests.support import samples
 from tests.support.preparation import formatted, page, sentences, write_documents, write_vocabulary
 
