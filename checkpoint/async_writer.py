@@ -4,7 +4,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from checkpoint.folder import newest_path, write_checkpoint
+from checkpoint.folder import newest_name, write_checkpoint
 from checkpoint.remote_folder import RemoteFolder
 from common.errors import UserError
 from common.files import remove_leftovers
@@ -98,4 +98,4 @@ class CheckpointWriter:
                     self.folder.report(self.report, self.warn)
         except OSError as error:
             raise UserError(f"ckpt_{self.unwritten[0]}.pt, the last of this run, could not be written: {error}; "
-                            f"the newest is {newest_path(self.folder) or 'none'}") from None
+                            f"the newest is {newest_name(self.folder)}") from None

@@ -30,10 +30,10 @@ def saved_steps(folder) -> list[int]:
     return steps_in(path.name for path in Path(folder).glob("ckpt_*.pt"))
 
 
-def newest_path(folder) -> Path | None:
-    """The checkpoint with the highest step in a folder, or None."""
+def newest_name(folder) -> str:
+    """The checkpoint with the highest step in a folder, as a message names it; "none" where there is none."""
     steps = saved_steps(folder)
-    return checkpoint_path(folder, steps[-1]) if steps else None
+    return f"{folder}/ckpt_{steps[-1]}.pt" if steps else "none"
 
 
 def write_checkpoint(folder, step: int, contents: dict, protected: Collection[int] = ()) -> Path:

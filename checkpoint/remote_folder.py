@@ -21,7 +21,7 @@ from pathlib import Path
 from checkpoint.file import seal_of
 from checkpoint.rotation import KEPT, STEP_NAME, superseded
 from common.errors import UserError
-from common.files import cache_folder, flocked, remove_leftovers, replacing
+from common.files import cache_folder, flocked, remove_leftovers, replacing, room_in_cache
 from common.object_store import Cancelled, S3Folder, etag_path, is_copy, mark_as_copy, patiently
 from common.remote_sources import Interrupted
 
@@ -93,7 +93,7 @@ class RemoteFolder:
         with flocked(self.scratch / FETCHING, fcntl.LOCK_EX):  # one rank of a server does it for all
             if is_copy(path, etag):
                 return
-            with replacing(path) as temporary, open(temporary, "r+b") as file:
+            with room_in_cache(path), replacing(path) as temporary, open(temporary, "r+b") as file:
                 stop = threading.Event()
                 patiently(lambda: self.store.download(name, file, stop), patience=FIRST_PATIENCE)
             mark_as_copy(path, etag)

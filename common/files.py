@@ -10,7 +10,7 @@ import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import NO_SPACE, UserError
 
 
 @contextmanager
@@ -80,6 +80,18 @@ def flocked(path, mode: int):
         except OSError:  # the file system has none
             pass
         yield
+
+
+@contextmanager
+def room_in_cache(path):
+    """A block that writes this file of the cache folder; UserError that names it where its disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise UserError(f"{path}: {error.strerror}: --shard_cache_gb bounds what shards take here, BERT_CACHE_DIR "
+                        "names another folder") from None
 
 
 def remove_leftovers(folder, name: str = "**/.*") -> None:

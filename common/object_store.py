@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from common.errors import UserError
-from common.files import flocked, replacing
+from common.files import flocked, replacing, room_in_cache
 from common.remote_sources import HttpSource, Interrupted, failure, s3_client, status_of
 
 PART_BYTES = 8 << 20  # of a transfer; a smaller file goes in one piece
@@ -301,9 +301,10 @@ def small_copy(folder, name: str, path: Path) -> bytes | None:
         content, etag = found
         if content is None:
             return path.read_bytes()
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
-        mark_as_copy(path, etag)
+        with room_in_cache(path):
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
+            mark_as_copy(path, etag)
         return content
 
 

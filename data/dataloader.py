@@ -66,7 +66,7 @@ class BatchStream:
         self.readable: set[tuple[int, int]] = set()  # (epoch, shard) that every rank can read
         self.searched: set[int] = set()  # shards whose rows without a token are counted
         self.ready: dict[tuple, dict[str, np.ndarray]] = {}  # rows that are masked already, see read_ranges
-        self.fetcher = ShardFetcher()
+        self.fetcher = ShardFetcher(self.warn)
         self.fetched_ahead: set[tuple[int, int]] = set()  # (epoch, shard) that were wanted when it last got an order
         self.last_row: int | None = None  # of the run, where that is known: what lies behind it is not read ahead
 
@@ -188,8 +188,6 @@ class BatchStream:
 
     def fetch_ahead(self) -> None:
         """Tell the fetcher what the ranks of this server will read."""
-        while self.fetcher.warnings:
-            self.warn(self.fetcher.warnings.pop(0))
         if self.last_row is not None and any(piece.remote for piece in self.pieces):
             ranks, behind = self.ranks.of_this_server, max(0, self.next_row - RANKS_APART * self.order.stride)
             needed, in_use = ([self.pieces[number] for number in self.order.upcoming(*rows, ranks, self.skipped_shards)]

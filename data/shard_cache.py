@@ -22,8 +22,8 @@ from pathlib import Path
 
 from common.cli import format_bytes
 from common.download import file_checksum
-from common.errors import NO_SPACE, UserError
-from common.files import cache_folder, flocked, replacing
+from common.errors import UserError
+from common.files import cache_folder, flocked, replacing, room_in_cache
 from common.object_store import Cancelled, is_s3, patiently, remote_folder
 
 MOST_OF_FREE = 0.9  # of the free space of the disk, where no bound is given
@@ -104,7 +104,7 @@ def transfer(remote: RemoteShard, path: Path, fetching: Fetching) -> str | None:
     part = reserved(remote, path, fetching.needed)
     stop = fetching.stop or threading.Event()
     try:
-        with open(part, "r+b") as file:
+        with room_in_cache(part), open(part, "r+b") as file:
             folder = opened_folder(remote.folder)
             patiently(lambda: folder.download(remote.name, file, stop), warn=fetching.warn, stop=stop)
             size = file.seek(0, os.SEEK_END) if is_s3(remote.folder) else file.tell()
@@ -113,11 +113,6 @@ def transfer(remote: RemoteShard, path: Path, fetching: Fetching) -> str | None:
             os.replace(part, path)
             stamp(remote, path)
         return fault
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        raise UserError(f"{part}: {error.strerror}: --shard_cache_gb bounds what the shards take here, BERT_CACHE_DIR "
-                        f"names another folder") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -196,11 +191,11 @@ def locked(path: Path, mode: int):
 
 def reserved(remote: RemoteShard, path: Path, needed: Sequence[Path]) -> Path:
     """A file of the shard's size, which counts as taken.  NoRoom, or UserError where there can be none."""
-    root, part = path.parent.parent, path.with_name(f".{path.name}.part")
+    root, part = path.parent.parent, part_path(path)
     with locked(root / "room", fcntl.LOCK_EX):
         part.unlink(missing_ok=True)
         make_room(root, remote, path, needed)
-        with open(part, "wb") as file:
+        with room_in_cache(part), open(part, "wb") as file:
             file.truncate(remote.nbytes)
     return part
 
@@ -229,6 +224,10 @@ def make_room(root: Path, remote: RemoteShard, path: Path, needed: Sequence[Path
         raise NoRoom
 
 
+def part_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
 def parts_in(root: Path) -> dict[Path, int]:
     """The sizes of the files that are being fetched; those of processes that were killed are removed."""
     sizes = {}
@@ -236,6 +235,13 @@ def parts_in(root: Path) -> dict[Path, int]:
         if not remove_unheld(part.with_name(part.name[1:-len(".part")]), part):
             sizes[part] = size_of(part)
     return sizes
+
+
+def bytes_here(path: Path) -> int:
+    """How much of a shard that is being fetched is on the disk: the file has its whole size from the start."""
+    with suppress(FileNotFoundError):
+        return part_path(path).stat().st_blocks * 512
+    return size_of(path)
 
 
 def size_of(path: Path) -> int:

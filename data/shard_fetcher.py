@@ -3,22 +3,31 @@
 A shard is fetched when there is room for it beside those that are needed sooner (shard_cache.py).
 """
 
+import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+from common.cli import format_bytes
 from common.errors import UserError
 from common.object_store import Cancelled
-from data.shard_cache import Fetching, NoRoom, RemoteShard, fetch_shard, local_copy
+from data.shard_cache import Fetching, NoRoom, RemoteShard, bytes_here, fetch_shard, local_copy
 
 FILES_AT_ONCE = 4
+FIRST_NOTICE, LONGEST_NOTICE = 30.0, 600.0  # seconds between two lines about one wait, doubled each time
+
+
+def to_stderr(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 class ShardFetcher:
-    """The fetching of one process; `warnings` collects what its threads have to say."""
+    """The fetching of one process; `warn` hears of outages and long waits, from any of its threads."""
 
-    def __init__(self):
+    def __init__(self, warn: Callable[[str], None] = to_stderr):
+        self.warn = warn
         self.pool = ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="shard-fetcher")
         self.stop = threading.Event()
         self.guard = threading.Lock()
@@ -27,7 +36,6 @@ class ShardFetcher:
         self.running: set[Path] = set()
         self.failed: set[Path] = set()  # whose turn tells why
         self.full = False
-        self.warnings: list[str] = []
 
     def expect(self, shards: Iterable, in_use: Iterable = ()) -> None:
         """These shards will be needed, in this order; those `in_use` may be, by ranks that are behind.
@@ -67,14 +75,35 @@ class ShardFetcher:
     def fetching(self, first: Path | None = None) -> Fetching:
         """For a shard that is needed now, `first`: room for it may be made of all others."""
         needed = [*([first] if first else []), *self.in_use, *self.order]
-        return Fetching(list(dict.fromkeys(needed)), self.warnings.append, self.stop)
+        return Fetching(list(dict.fromkeys(needed)), self.warn, self.stop)
 
     def wait_for(self, shard) -> None:
         """Until a shard is here.  UserError where it cannot be had, Cancelled after close()."""
         if shard.remote:
-            with local_copy(shard.remote, shard.path, self.fetching(shard.path)):
+            with told_of(shard.remote, shard.path, self.warn), \
+                    local_copy(shard.remote, shard.path, self.fetching(shard.path)):
                 self.failed.discard(shard.path)
 
     def close(self) -> None:
         self.stop.set()
         self.pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def told_of(remote: RemoteShard, path: Path, warn: Callable[[str], None]):
+    """A block that waits for a shard; `warn` hears how much of it is here where that takes long."""
+    done = threading.Event()
+
+    def tell() -> None:
+        pause = total = FIRST_NOTICE
+        while not done.wait(pause):
+            here = format_bytes(bytes_here(path))
+            warn(f"waiting for {remote.url}: {here} of {format_bytes(remote.nbytes)} are here after {total:.0f} s")
+            pause = min(2 * pause, LONGEST_NOTICE)
+            total += pause
+
+    threading.Thread(target=tell, name=f"waits for {remote.name}", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()

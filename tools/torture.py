@@ -8,24 +8,32 @@ checkpoint may have been lost at any time.
 After SIGTERM a run must save the current step and exit with 0.  With several ranks, one of them or all at once are
 killed; the optimizer state is sharded over the ranks where the data is packed.
 
+With --object_storage the killed runs read their data from an S3 server of this machine (moto's) and keep their
+checkpoints there, and each start finds an empty disk; the undisturbed ones use folders.  What was said to be saved must
+be there, each checkpoint whole, and no upload may be left half done in the end.
+
     python tools/torture.py --kills 50
     python tools/torture.py --kills 20 --signal SIGTERM
     python tools/torture.py --kills 20 --ranks 2
+    python tools/torture.py --kills 20 --object_storage
 """
 
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -43,6 +51,8 @@ COMPARED = ("step_loss", "step_mean_loss", "average_loss", "mlm_loss", "nsp_loss
             "skipped_steps")
 COLLECTIVE_TIMEOUT = 30  # seconds that a rank waits for one that was killed before it connected
 LONGEST_RUN = 300.0  # seconds; a longer run is a hang
+STORE = "s3://data"
+ARRIVAL_SECONDS = 0.3  # in which the store has done what a killed run had asked of it
 
 
 class TestFailure(UserError):
@@ -60,6 +70,7 @@ class Tally:
     steps_compared: int = 0
     mismatches: int = 0
     checkpoints_lost: int = 0
+    uploads_left: int = 0  # trainings that left uploads half done
     problems: list[str] = field(default_factory=list)
 
 
@@ -68,13 +79,18 @@ def main(argv=None) -> None:
     parser.add_argument("--kills", type=cli.positive_int, default=50, help="number of kills")
     parser.add_argument("--signal", choices=("SIGKILL", "SIGTERM"), default="SIGKILL", help="signal to kill with")
     parser.add_argument("--ranks", type=cli.positive_int, default=1, help="ranks of a training")
+    parser.add_argument("--object_storage", action="store_true",
+                        help="data and checkpoints in object storage, an empty disk for each start")
     parser.add_argument("--seed", type=cli.whole, default=0, help="random seed of the moments")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
+    from tests.support.object_store import s3_server
+
+    with tempfile.TemporaryDirectory() as folder, s3_server() if args.object_storage else nullcontext(), \
+            patch.dict(os.environ, BERT_CACHE_DIR=str(Path(folder) / "copies")):  # of what is checked here
         tally = Torturer(Path(folder), args).run()
     print(json.dumps(vars(tally)) if args.json else summarize(tally, args))
-    if tally.mismatches or tally.checkpoints_lost:
+    if tally.mismatches or tally.checkpoints_lost or tally.uploads_left:
         raise UserError("a training that was killed differs from the undisturbed one: see above")
 
 
@@ -86,6 +102,43 @@ def summarize(tally: Tally, args) -> str:
                       f"{tally.checkpoints_lost} checkpoints lost", *tally.problems])
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the runs of one training write: logs and checkpoints to a folder, or checkpoints to object storage."""
+
+    logs: Path
+    in_store: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.logs.name
+
+    @property
+    def output_dir(self) -> str:
+        return f"{STORE}/{self.name}" if self.in_store else str(self.logs)
+
+    @property
+    def disk(self) -> Path:
+        """The cache folder of its runs."""
+        return self.logs.with_name(f"disk_of_{self.name}")
+
+    def checkpoints(self):
+        """The folder of its checkpoints, for the functions of checkpoint/folder.py."""
+        from checkpoint.folder import open_folder
+
+        return open_folder(self.output_dir)
+
+    def is_saving(self, since: float) -> bool:
+        """Whether a checkpoint is being written, by a run that was started then, or uploaded."""
+        with suppress(FileNotFoundError):  # it has just been renamed
+            if self.in_store:
+                written = list(self.disk.glob("outputs/*/ckpt_*.pt"))
+                return any(self.disk.glob("outputs/*/.ckpt_*.tmp")) or any(
+                    not path.with_name(f".{path.name}.etag").exists() for path in written)
+            return any(path.stat().st_mtime > since for path in self.logs.glob(".ckpt_*.tmp"))
+        return False
+
+
 class Torturer:
     """Kills trainings until there were `args.kills` kills, and lets the last training end."""
 
@@ -94,54 +147,55 @@ class Torturer:
         self.kills = args.kills
         self.signal = signal.Signals[args.signal]
         self.ranks = args.ranks
+        self.in_store = args.object_storage
         self.rng = random.Random(args.seed)
         self.tally = Tally()
         self.bar = tqdm(total=args.kills, unit="kill", disable=None)
 
     def run(self) -> Tally:
-        prepare(self.folder)
+        prepare(self.folder, self.in_store)
         peaceful = {}
         with self.bar:
             while self.tally.kills < self.kills:
                 form = FORMS[self.tally.runs_compared % len(FORMS)]
                 if form not in peaceful:
                     peaceful[form] = self.undisturbed(form)
-                output = self.folder / f"disturbed_{self.tally.runs_compared}"
+                place = Place(self.folder / f"disturbed_{self.tally.runs_compared}", self.in_store)
                 for phase in LENGTHS:
-                    self.disturb(output, form, phase)
-                compare_with_undisturbed(peaceful[form], output, self.tally)
+                    self.disturb(place, form, phase)
+                compare_with_undisturbed(peaceful[form], place, self.tally)
         return self.tally
 
-    def undisturbed(self, form: str) -> Path:
-        output = self.folder / f"peaceful_{form}"
+    def undisturbed(self, form: str) -> Place:
+        place = Place(self.folder / f"peaceful_{form}")
         for phase in LENGTHS:
-            codes = TrainingProcesses(self.folder, output, form, phase, self.ranks).wait()
+            codes = TrainingProcesses(self.folder, place, form, phase, self.ranks).wait()
             if any(codes):
                 raise TestFailure(f"an undisturbed run ended with {codes}: {last_words(self.folder)}")
-        return output
+        return place
 
-    def disturb(self, output: Path, form: str, phase: int) -> None:
+    def disturb(self, place: Place, form: str, phase: int) -> None:
         """One phase, killed and restarted until it is done; after the last kill it runs undisturbed."""
         before = None
-        while not finished(output, phase):
+        while not finished(place, phase):
             self.tally.resumes += before is not None
-            before = whole_checkpoints(output)
-            run = TrainingProcesses(self.folder, output, form, phase, self.ranks)
-            killed = self.tally.kills < self.kills and self.kill(run, output)
+            before = whole_checkpoints(place)
+            run = TrainingProcesses(self.folder, place, form, phase, self.ranks)
+            killed = self.tally.kills < self.kills and self.kill(run, place)
             codes = run.wait()
-            check_checkpoints(output, before, self.tally)
-            check_ending(codes, -self.signal if killed else 0, f"{output.name}, phase {phase}", last_words(self.folder))
+            check_checkpoints(place, before, announced(run.console()), self.tally)
+            check_ending(codes, -self.signal if killed else 0, f"{place.name}, phase {phase}", last_words(self.folder))
             if killed and self.signal == signal.SIGTERM and not any(codes):
-                check_saved(output, phase, self.tally)
-            elif not killed and not finished(output, phase):
+                check_saved(place, phase, self.tally)
+            elif not killed and not finished(place, phase):
                 raise TestFailure(f"a run ended without an error, but not at its last step: {last_words(self.folder)}")
 
-    def kill(self, run: "TrainingProcesses", output: Path) -> bool:
+    def kill(self, run: "TrainingProcesses", place: Place) -> bool:
         """Kill a run at a random moment; False where it ended before."""
-        wait_for_moment(run, output, self.rng)
+        wait_for_moment(run, place, self.rng)
         if not run.is_running():
             return False
-        saving = run.is_saving(output)
+        saving = place.is_saving(run.started)
         run.send(self.signal, self.rng)
         self.tally.kills += 1
         self.tally.while_saving += saving
@@ -151,9 +205,10 @@ class Torturer:
 
 # --- runs ---
 
-def prepare(folder: Path) -> None:
-    """A config, and shards of both phases in both forms."""
+def prepare(folder: Path, in_store: bool) -> None:
+    """A config, and shards of both phases in both forms, in folders and in the store."""
     import pack_pretraining_data_pytorch as packer
+    from data.upload import upload_set
     from tests.support import samples
 
     samples.write_config(folder / "config.json")
@@ -162,42 +217,48 @@ def prepare(folder: Path) -> None:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             packer.main([f"--input_dir={folder / f'unpacked_{phase}'}", f"--output_dir={folder / f'packed_{phase}'}",
                          f"--max_sequence_length={length}", f"--max_predictions_per_sequence={PREDICTIONS}"])
+            for form in FORMS if in_store else ():
+                upload_set(folder / f"{form}_{phase}", f"{STORE}/{form}_{phase}", overwrite=False, show_progress=False)
 
 
-def command(folder: Path, output: Path, form: str, phase: int, sharded: bool) -> list[str]:
-    values = {"config_file": folder / "config.json", "input_dir": folder / f"{form}_{phase}", "output_dir": output,
+def command(folder: Path, place: Place, form: str, phase: int, sharded: bool) -> list[str]:
+    values = {"config_file": folder / "config.json", "output_dir": place.output_dir,
+              "input_dir": f"{STORE if place.in_store else folder}/{form}_{phase}",
               "max_seq_length": LENGTHS[phase], "max_predictions_per_seq": PREDICTIONS, "train_batch_size": 8,
               "gradient_accumulation_steps": 2, "max_steps": STEPS[phase], "warmup_proportion": 0.3,
               "learning_rate": 0.01, "num_steps_per_checkpoint": 2, "phase1_end_step": STEPS[1],
               "use_zero_optimizer": sharded, "collective_timeout": COLLECTIVE_TIMEOUT,
-              "json_summary": output / f"log_{phase}.json"}
+              "json_summary": place.logs / f"log_{phase}.json"}
     switches = ["do_train", "no_cuda", "resume_from_checkpoint", *(["phase2"] if phase == 2 else [])]
     return [sys.executable, str(ROOT / "run_pretraining.py"), *(f"--{name}" for name in switches),
             *(f"--{name}={value}" for name, value in values.items())]
 
 
 class TrainingProcesses:
-    """The processes of one training."""
+    """The processes of one training, which find an empty disk where they keep everything in the store."""
 
-    def __init__(self, folder: Path, output: Path, form: str, phase: int, ranks: int):
-        words = command(folder, output, form, phase, sharded=ranks > 1 and form == "packed")
+    def __init__(self, folder: Path, place: Place, form: str, phase: int, ranks: int):
+        words = command(folder, place, form, phase, sharded=ranks > 1 and form == "packed")
         variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        shutil.rmtree(place.disk, ignore_errors=True)
+        place.logs.mkdir(exist_ok=True)
         self.processes = []
         self.started = time.time()
-        with open(folder / "output.txt", "ab") as console:
+        self.output = folder / "output.txt"
+        self.begin = self.output.stat().st_size if self.output.exists() else 0
+        with open(self.output, "ab") as console:
             for rank in map(str, range(ranks)):
-                place = {**variables, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+                own = {**variables, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1",
+                       "BERT_CACHE_DIR": str(place.disk)}
                 self.processes.append(subprocess.Popen(words, stdout=console, stderr=console, start_new_session=True,
-                                                       env={**os.environ, **place}))
+                                                       env={**os.environ, **own}))
+
+    def console(self) -> str:
+        """What these processes have printed."""
+        return self.output.read_bytes()[self.begin:].decode("utf-8", "replace")
 
     def is_running(self) -> bool:
         return all(process.poll() is None for process in self.processes)
-
-    def is_saving(self, output: Path) -> bool:
-        """Whether a temporary file exists that is newer than this run's start."""
-        with suppress(FileNotFoundError):  # it has just been renamed
-            return any(path.stat().st_mtime > self.started for path in output.glob(".ckpt_*.tmp"))
-        return False
 
     def send(self, number: signal.Signals, rng: random.Random) -> None:
         """Send a signal to one process; in half of all cases a SIGKILL to all of them, as in a power failure."""
@@ -224,19 +285,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for_moment(run: TrainingProcesses, output: Path, rng: random.Random) -> None:
+def wait_for_moment(run: TrainingProcesses, place: Place, rng: random.Random) -> None:
     """Return at a random moment of the run, or when it has ended."""
-    place = rng.choice(("starting", "stepping", "saving"))
-    if place == "starting":
+    moment = rng.choice(("starting", "stepping", "saving"))
+    if moment == "starting":
         wait_until(run, time.monotonic() + rng.uniform(0.0, 4.0))
-    elif place == "stepping":
+    elif moment == "stepping":
         lines = rng.randint(1, 12)
-        enough = count_lines(output) + lines
-        wait_until(run, condition=lambda: count_lines(output) >= enough)
+        enough = count_lines(place) + lines
+        wait_until(run, condition=lambda: count_lines(place) >= enough)
         wait_until(run, time.monotonic() + rng.uniform(0.0, 0.1))
     else:
         for _ in range(rng.randint(1, 3)):
-            wait_until(run, condition=lambda: run.is_saving(output))
+            wait_until(run, condition=lambda: place.is_saving(run.started))
             wait_until(run, time.monotonic() + rng.uniform(0.0, 0.02))
 
 
@@ -263,11 +324,11 @@ def last_words(folder: Path) -> str:
 
 # --- checks of what the runs leave ---
 
-def finished(output: Path, phase: int) -> bool:
+def finished(place: Place, phase: int) -> bool:
     """Whether the last checkpoint of a phase exists."""
-    from checkpoint.folder import checkpoint_path
+    from checkpoint.folder import saved_steps
 
-    return checkpoint_path(output, sum(STEPS[number] for number in range(1, phase + 1))).exists()
+    return sum(STEPS[number] for number in range(1, phase + 1)) in saved_steps(place.checkpoints())
 
 
 def check_ending(codes: list[int], expected: int, where: str, words: str) -> None:
@@ -277,48 +338,56 @@ def check_ending(codes: list[int], expected: int, where: str, words: str) -> Non
         raise TestFailure(f"{where} ended with {codes}: {words}")
 
 
-def check_saved(output: Path, phase: int, tally: Tally) -> None:
+def check_saved(place: Place, phase: int, tally: Tally) -> None:
     """Check that a run that was asked to stop has a checkpoint of the last step that it logged."""
-    from checkpoint.folder import checkpoint_path
+    from checkpoint.folder import saved_steps
 
-    last = max((step for place, step in dict(logged_figures(output)) if place == phase), default=0)
+    last = max((step for of_phase, step in dict(logged_figures(place)) if of_phase == phase), default=0)
     number = last + (STEPS[1] if phase == 2 else 0)
-    if last and not checkpoint_path(output, number).exists():
+    if last and number not in saved_steps(place.checkpoints()):
         tally.checkpoints_lost += 1
-        tally.problems.append(f"{output.name}: stopped after step {last} of phase {phase} without a checkpoint of it")
+        tally.problems.append(f"{place.name}: stopped after step {last} of phase {phase} without a checkpoint of it")
 
 
-def whole_checkpoints(output: Path) -> list[int]:
+def whole_checkpoints(place: Place) -> list[int]:
     """The steps of the checkpoints that can be read."""
     from checkpoint.folder import read_complete, saved_steps
     from common.errors import UserError
 
-    whole = []
-    for step in saved_steps(output):
+    whole, folder = [], place.checkpoints()
+    for step in saved_steps(folder):
         try:
-            read_complete(output, step)
+            read_complete(folder, step)
             whole.append(step)
         except UserError:
             continue
     return whole
 
 
-def check_checkpoints(output: Path, before: list[int], tally: Tally) -> None:
-    """Check that there are as many checkpoints as before, up to three, none damaged, and the newest no older."""
+def announced(console: str) -> list[int]:
+    """The steps of the checkpoints that a run said were in the store."""
+    return [int(step) for step in re.findall(rf"saved {STORE}/\S*ckpt_(\d+)\.pt", console)]
+
+
+def check_checkpoints(place: Place, before: list[int], said: list[int], tally: Tally) -> None:
+    """Check that there are as many checkpoints as before, up to three, none damaged, and the newest no older than that
+    of before, and than what the run `said` was saved."""
     from checkpoint.folder import saved_steps
 
-    now, named = whole_checkpoints(output), saved_steps(output)
+    time.sleep(ARRIVAL_SECONDS if place.in_store else 0.0)
+    now, named = whole_checkpoints(place), saved_steps(place.checkpoints())
     fewer = len(now) < min(3, len(before)) or (STEPS[1] in before and STEPS[1] not in now)
-    if now != named or fewer or max(now, default=0) < max(before, default=0):
+    if now != named or fewer or max(now, default=0) < max([*before, *said], default=0):
         tally.checkpoints_lost += 1
-        tally.problems.append(f"{output.name}: checkpoints {before} became {named}, of which {now} can be read")
+        tally.problems.append(f"{place.name}: checkpoints {before}, and saved {said}, became {named}, of which {now} "
+                              "can be read")
 
 
-def logged_figures(output: Path) -> list[tuple[tuple[int, int], dict]]:
+def logged_figures(place: Place) -> list[tuple[tuple[int, int], dict]]:
     """((phase, step), its COMPARED figures) of each logged step.  A kill may have truncated a line."""
     found = []
     for phase in LENGTHS:
-        path = output / f"log_{phase}.json"
+        path = place.logs / f"log_{phase}.json"
         for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
                 line = json.loads(text.removeprefix("DLLL "))
@@ -329,30 +398,32 @@ def logged_figures(output: Path) -> list[tuple[tuple[int, int], dict]]:
     return found
 
 
-def count_lines(output: Path) -> int:
-    return len(logged_figures(output))
+def count_lines(place: Place) -> int:
+    return len(logged_figures(place))
 
 
-def compare_with_undisturbed(peaceful: Path, output: Path, tally: Tally) -> None:
+def compare_with_undisturbed(peaceful: Place, disturbed: Place, tally: Tally) -> None:
     """Compare every logged step and the final weights with those of the undisturbed run."""
     import torch
 
-    from checkpoint.folder import checkpoint_path, read_checkpoint
+    from checkpoint.folder import read_complete
 
-    expected, found = dict(logged_figures(peaceful)), logged_figures(output)
-    for place, figures in found:
+    expected, found = dict(logged_figures(peaceful)), logged_figures(disturbed)
+    for at, figures in found:
         tally.steps_compared += 1
-        if figures != expected[place]:
+        if figures != expected[at]:
             tally.mismatches += 1
-            tally.problems.append(f"{output.name}, phase {place[0]} step {place[1]}: {figures}, not {expected[place]}")
-    for phase, step in sorted(set(expected) - {place for place, _ in found}):
+            tally.problems.append(f"{disturbed.name}, phase {at[0]} step {at[1]}: {figures}, not {expected[at]}")
+    for phase, step in sorted(set(expected) - {at for at, _ in found}):
         tally.mismatches += 1
-        tally.problems.append(f"{output.name}: no log line of phase {phase} step {step}")
-    last = checkpoint_path(output, sum(STEPS.values()))
-    ours, theirs = (read_checkpoint(path)["model"] for path in (last, peaceful / last.name))
+        tally.problems.append(f"{disturbed.name}: no log line of phase {phase} step {step}")
+    ours, theirs = (read_complete(place.checkpoints(), sum(STEPS.values()))["model"] for place in (disturbed, peaceful))
     if any(not torch.equal(ours[name], theirs[name]) for name in theirs):
         tally.mismatches += 1
-        tally.problems.append(f"{output.name}: other weights at the end")
+        tally.problems.append(f"{disturbed.name}: other weights at the end")
+    if disturbed.in_store and disturbed.checkpoints().store.end_abandoned_uploads():
+        tally.problems.append(f"{disturbed.name}: uploads were left half done")
+        tally.uploads_left += 1
     tally.runs_compared += 1
 
 

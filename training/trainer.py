@@ -14,7 +14,7 @@ import torch
 
 import lamb
 from checkpoint.async_writer import CheckpointWriter
-from checkpoint.folder import checkpoint_path, newest_path
+from checkpoint.folder import checkpoint_path, newest_name
 from checkpoint.optimizer_shards import on_all_ranks
 from checkpoint.remote_folder import RemoteFolder
 from checkpoint.resume import Phase
@@ -317,8 +317,7 @@ class Trainer:
                                      f"not finite (--max_skipped_steps {self.args.max_skipped_steps})")
 
     def failure(self, step: int, reason: str) -> UserError:
-        newest = newest_path(self.folder) or "none"
-        return UserError(f"step {step}: {reason}; the last good checkpoint is {newest}: "
+        return UserError(f"step {step}: {reason}; the last good checkpoint is {newest_name(self.folder)}: "
                          f"check the data, or continue from there with a lower --learning_rate")
 
     def evaluate(self, step: int, losses: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import boto3
@@ -12,10 +13,13 @@ import pack_pretraining_data_pytorch
 import pytorch_packed_data_checker
 import upload_shards
 from common import object_store
+from common.cli import format_bytes
 from common.download import file_checksum
 from common.errors import UserError
-from data import shard_cache
+from common.object_locks import prefix_lock
+from data import shard_cache, shard_fetcher
 from data.shard_cache import Fetching, NoRoom, fetch_shard
+from data.shard_fetcher import ShardFetcher
 from data.shard_reader import ShardReader
 from data.shards import INDEX, find_shards, metadata_path, read_rows
 from data.token_counts import stored_counts
@@ -23,6 +27,7 @@ from tests.support import samples, synthetic
 from tests.support.bad_servers import file_server, proxy_to, serving
 from tests.support.object_store import bucket, objects, put_folder, s3_server
 from tests.support.samples import batch_stream
+from tests.support.shaped_link import shaped_link
 
 ROWS = (7, 13, 5, 9, 21)
 
@@ -191,6 +196,20 @@ def test_a_server_that_lies_about_lengths_or_is_away_ends_in_a_clear_error(serve
     assert not shard.path.exists() and not list(cache.rglob("*.part"))
 
 
+def test_a_long_wait_says_what_for_and_how_much_of_it_is_here(server, cache, monkeypatch):
+    """As where a store slows to a crawl."""
+    shard, said = find_shards("s3://data/indexed")[3], []
+    monkeypatch.setattr(shard_fetcher, "FIRST_NOTICE", 0.1)
+    with shaped_link(server[0], latency=0.4) as link:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", link.url)
+        with closing(ShardFetcher(said.append)) as fetcher:
+            fetcher.wait_for(shard)
+            fetcher.wait_for(shard)  # it is here
+    assert file_checksum(shard.path) == shard.remote.sha256
+    assert 1 <= len(said) <= 3 and said[0] == (f"waiting for {shard.remote.url}: 0 B of "
+                                              f"{format_bytes(shard.remote.nbytes)} are here after 0 s")
+
+
 def test_room_is_made_of_what_is_needed_last(server):
     shards = find_shards("s3://data/indexed", most_cached=1)
     most = sum(shard.file_bytes for shard in shards[:3])
@@ -318,6 +337,9 @@ def test_what_the_user_can_mend_is_said_in_words(server, monkeypatch, code, stat
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         with pytest.raises(UserError, match=message):
             find_shards("s3://data/indexed")
+        with pytest.raises(UserError, match=f"^--output_dir X: cannot be written: .*{message}"), \
+                prefix_lock("s3://data/run", "--output_dir X"):
+            pass
 
 
 def test_a_set_is_packed_and_prepared_into_object_storage(server, tmp_path, capsys):

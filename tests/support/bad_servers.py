@@ -10,7 +10,7 @@ SKIPPED_HEADERS = {"connection", "transfer-encoding", "content-encoding", "serve
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers each GET as server.answer says, after taking the next fault from server.faults, and each HEAD without.
+    """Answers each GET as server.answer says, after taking the next fault from server.faults, HEAD and PUT without.
 
     Faults: "503", "drop" (half of the body, then the connection is cut), "reset" (cut before any answer), None.
     """
@@ -22,6 +22,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(self.server.faults.pop(0) if self.server.faults else None)
 
     def do_HEAD(self):
+        self.answer(None)
+
+    def do_PUT(self):
+        self.close_connection = True  # the body may not be read to its end
         self.answer(None)
 
     def answer(self, fault):

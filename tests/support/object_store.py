@@ -26,12 +26,14 @@ def s3_server():
             patch.setenv(name, value)
         process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, encoding="utf-8",
                                    stderr=subprocess.DEVNULL)
-        url = process.stdout.readline().strip()
-        patch.setenv("AWS_ENDPOINT_URL", url)
-        bucket().create()
-        yield url
-        process.kill()
-        process.wait()
+        try:
+            url = process.stdout.readline().strip()
+            patch.setenv("AWS_ENDPOINT_URL", url)
+            bucket().create()
+            yield url
+        finally:
+            process.kill()
+            process.wait()
 
 
 def bucket(name: str = "data"):

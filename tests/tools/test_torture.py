@@ -1,17 +1,22 @@
 """Short versions of tools/torture.py and tools/fuzz.py, which see what no test has thought of."""
 
-import argparse
+import json
 
 import pytest
 
 from tools import fuzz, torture
 
+KILLS = 2
+
 
 @pytest.mark.slow
-def test_trainings_killed_at_random_moments_are_those_that_were_not(tmp_path):
-    tally = torture.Torturer(tmp_path, argparse.Namespace(kills=2, signal="SIGKILL", ranks=1, seed=3)).run()
-    assert (tally.kills, tally.mismatches, tally.checkpoints_lost, tally.problems) == (2, 0, 0, [])
-    assert tally.steps_compared >= sum(torture.STEPS.values())
+@pytest.mark.parametrize("object_storage", [False, True])
+def test_trainings_killed_at_random_moments_are_those_that_were_not(tmp_path, object_storage, capsys):
+    torture.main([f"--kills={KILLS}", "--seed=3", "--json", *["--object_storage"] * object_storage])
+    tally = json.loads(capsys.readouterr().out)
+    assert tally["kills"] == KILLS and not tally["problems"]
+    assert not any(tally[count] for count in ("mismatches", "checkpoints_lost", "uploads_left"))
+    assert tally["steps_compared"] >= sum(torture.STEPS.values())
 
 
 @pytest.mark.slow

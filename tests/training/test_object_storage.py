@@ -1,13 +1,10 @@
 """Trainings that read their data from object storage and keep their checkpoints there."""
 
 import json
-import random
-import re
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import boto3
@@ -18,18 +15,20 @@ import pack_pretraining_data_pytorch
 import run_pretraining
 import upload_shards
 from checkpoint import remote_folder
-from checkpoint.folder import open_folder, saved_steps
+from checkpoint.folder import open_folder, read_complete, saved_steps
 from common import object_locks, object_store
 from common.errors import UserError
 from common.object_locks import prefix_lock
+from data.shard_cache import Fetching, fetch_shard
+from data.shards import find_shards
 from tests.support import ranks, samples, small_run, synthetic
 from tests.support.object_store import bucket, objects, s3_server
 from tests.support.shaped_link import shaped_link
+from tests.support.small_run import files_of_at_most
 from training.trainer import Trainer
 
 ROWS = (37, 50, 29)
 EPOCHS_AND_A_HALF = 22  # steps of 8 rows
-KILLS, KILL_SEED, LONGEST_LIFE = 3, 1, 9.0  # seconds
 FLAGS = {"train_batch_size": 8, "gradient_accumulation_steps": 4, "max_steps": EPOCHS_AND_A_HALF, "no_cuda": True,
          "num_steps_per_checkpoint": 10, "json_summary": "log.json"}
 
@@ -140,6 +139,22 @@ def test_the_end_of_a_run_says_where_a_checkpoint_is_that_could_not_be_uploaded(
     assert "ckpt_1.pt" not in objects("lost/")
 
 
+def test_a_full_scratch_disk_is_one_line(workspace, here):
+    full = "{}: File too large: --shard_cache_gb bounds what shards take here, BERT_CACHE_DIR names another folder"
+    with files_of_at_most(1024), pytest.raises(UserError, match=full.format("shard_index.json")):
+        train(input_dir="s3://data/data", output_dir="s3://data/full")
+    shard = find_shards("s3://data/data")[0]
+    with files_of_at_most(4096), pytest.raises(UserError, match=full.format(f"{shard.path.name}.part")):
+        fetch_shard(shard.remote, shard.path, Fetching())
+    with files_of_at_most(1 << 20), pytest.raises(UserError, match="ckpt_1.pt, the last of this run, could not be "
+                                                  "written: .*the newest is none"):
+        train(output_dir="s3://data/full", max_steps=1)
+    train(output_dir="s3://data/full", max_steps=1)
+    shutil.rmtree(here / "cache")
+    with files_of_at_most(1 << 20), pytest.raises(UserError, match=full.format("ckpt_1.pt")):
+        read_complete(open_folder("s3://data/full"), 1)
+
+
 def test_a_second_run_below_the_same_prefix_is_refused_and_a_dead_ones_lock_taken_over(workspace, here, monkeypatch):
     monkeypatch.setattr(object_locks, "RENEWAL_SECONDS", 0.1)
     with prefix_lock("s3://data/held", "--output_dir s3://data/held"):
@@ -190,33 +205,3 @@ def test_two_ranks_without_a_shared_folder_train_to_the_losses_of_folders(worksp
     assert local == stored and len(local) == EPOCHS_AND_A_HALF
     assert {name for name in objects("two/") if name.startswith("ckpt_22.")} == {
         "ckpt_22.pt", *(f"ckpt_22.optim/{name}" for name in ("index.json", "rank_0_of_2.pt", "rank_1_of_2.pt"))}
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_at_random_moments_on_one_machine_after_the_other_loses_no_checkpoint(workspace, here):
-    """Each start finds an empty disk; what was said to be saved is there, and the losses are those of one run."""
-    folder, _ = workspace
-    dice = random.Random(KILL_SEED)
-    flags = {"max_steps": 40, "num_steps_per_checkpoint": 3, "output_dir": "s3://data/killed",
-             "input_dir": "s3://data/data", "resume_from_checkpoint": True}
-    whole = {"max_steps": 40, "skip_checkpoint": True, "output_dir": here / "out", "json_summary": here / "whole.json"}
-    assert ranks.run([*ranks.TRAIN, *small_run.flags(**{**FLAGS, **whole})], folder).returncode == 0
-    losses, said = {}, set()
-    for start in range(KILLS + 1):
-        command = [*ranks.TRAIN, *small_run.flags(**{**FLAGS, **flags, "json_summary": here / f"{start}.json"})]
-        with ranks.started(command, folder, BERT_CACHE_DIR=str(here / f"disk_{start}")) as job:
-            if start < KILLS:
-                with suppress(subprocess.TimeoutExpired):
-                    job.process.wait(timeout=dice.uniform(1.0, LONGEST_LIFE))
-                job.process.kill()
-            done = job.finish()
-        said |= {int(step) for step in re.findall(r"saved s3://data/killed/ckpt_(\d+)\.pt", done.stdout)}
-        assert not said or max(saved_steps(open_folder("s3://data/killed"))) >= max(said)
-        if (here / f"{start}.json").exists() and (here / f"{start}.json").stat().st_size:
-            for step, loss in samples.losses(here / f"{start}.json").items():
-                assert losses.setdefault(step, loss) == loss
-        shutil.rmtree(here / f"disk_{start}", ignore_errors=True)
-    assert done.returncode == 0, done.stdout
-    assert losses == samples.losses(here / "whole.json")
-    assert set(objects("killed/")) == {f"ckpt_{step}.pt" for step in (36, 39, 40)}
-    assert not boto3.client("s3").list_multipart_uploads(Bucket="data", Prefix="killed/").get("Uploads")
