@@ -87,7 +87,9 @@ def main(argv=None) -> None:
     from tests.support.object_store import s3_server
 
     with tempfile.TemporaryDirectory() as folder, s3_server() if args.object_storage else nullcontext(), \
-            patch.dict(os.environ, BERT_CACHE_DIR=str(Path(folder) / "copies")):  # of what is checked here
+            patch.dict(os.environ):
+        if args.object_storage:
+            os.environ["BERT_CACHE_DIR"] = str(Path(folder) / "copies")  # of what is checked here
         tally = Torturer(Path(folder), args).run()
     print(json.dumps(vars(tally)) if args.json else summarize(tally, args))
     if tally.mismatches or tally.checkpoints_lost or tally.uploads_left:
@@ -119,8 +121,8 @@ class Place:
 
     @property
     def disk(self) -> Path:
-        """The cache folder of its runs."""
-        return self.logs.with_name(f"disk_of_{self.name}")
+        """The cache folder of its runs, of which the store's are to find only the compiled kernels."""
+        return self.logs.with_name("disk")
 
     def checkpoints(self):
         """The folder of its checkpoints, for the functions of checkpoint/folder.py."""
@@ -240,7 +242,8 @@ class TrainingProcesses:
     def __init__(self, folder: Path, place: Place, form: str, phase: int, ranks: int):
         words = command(folder, place, form, phase, sharded=ranks > 1 and form == "packed")
         variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-        shutil.rmtree(place.disk, ignore_errors=True)
+        for name in ("outputs", "shards"):
+            shutil.rmtree(place.disk / name, ignore_errors=True)
         place.logs.mkdir(exist_ok=True)
         self.processes = []
         self.started = time.time()
@@ -249,7 +252,7 @@ class TrainingProcesses:
         with open(self.output, "ab") as console:
             for rank in map(str, range(ranks)):
                 own = {**variables, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1",
-                       "BERT_CACHE_DIR": str(place.disk)}
+                       **({"BERT_CACHE_DIR": str(place.disk)} if place.in_store else {})}
                 self.processes.append(subprocess.Popen(words, stdout=console, stderr=console, start_new_session=True,
                                                        env={**os.environ, **own}))
 
