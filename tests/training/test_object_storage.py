@@ -173,6 +173,23 @@ def test_a_second_run_below_the_same_prefix_is_refused_and_a_dead_ones_lock_take
         assert json.loads(objects("held/")[".in_use"].splitlines()[0])["pid"]
 
 
+def test_a_store_without_conditional_writes_has_locks_too(workspace, here, monkeypatch):
+    put = object_store.S3Folder.put
+
+    def put_without_conditions(self, name, content, **conditions):
+        if conditions:
+            raise UserError(f"{name}: An error occurred (NotImplemented)")
+        return put(self, name, content)
+
+    monkeypatch.setattr(object_store.S3Folder, "put", put_without_conditions)
+    monkeypatch.setattr(object_locks, "SETTLE_SECONDS", 0.05)
+    with prefix_lock("s3://data/simple", "--output_dir s3://data/simple"):
+        held = objects("simple/")[".in_use"]
+        other = object_locks.ObjectLock("s3://data/simple", ".in_use", "")
+        assert not other.create() and objects("simple/")[".in_use"] == held
+    assert not objects("simple/")
+
+
 def test_a_bucket_that_is_not_there_is_one_line(workspace, here):
     with pytest.raises(UserError, match="--output_dir s3://nobucket/run: cannot be written: .*no such bucket"):
         train(output_dir="s3://nobucket/run")
