@@ -52,7 +52,6 @@ class NVLAMB(SkipCounts, torch.optim.Optimizer):
     # Without PyTorch's decorator, whose first call loads torch.compile: 0.9 s
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_grad_norm=1.0,
                  foreach=True):
