@@ -9,6 +9,7 @@ import sys
 from common import cli
 from common.errors import UserError
 from common.files import write_json
+from data.shard_reader import ShardReader
 from devices import gaudi_environment
 from devices.options import PrecisionOptions
 from training.arguments import add_device_choice, device_options
@@ -16,11 +17,11 @@ from training.arguments import add_device_choice, device_options
 
 def main(argv=None):
     args = parse_arguments(argv)
-    with gaudi_environment.prepared(device_options(args), PrecisionOptions()):
-        return print_figures(args)
+    with ShardReader() as reader, gaudi_environment.prepared(device_options(args), PrecisionOptions()):
+        return print_figures(args, reader)
 
 
-def print_figures(args) -> int:
+def print_figures(args, reader: ShardReader) -> int:
     """Evaluate and print; returns the exit code."""
     import torch
 
@@ -28,6 +29,7 @@ def print_figures(args) -> int:
     from common.bert_config import BertConfig
     from devices.device import select_device
     from modeling import BertForPreTraining
+    from ops import attention
     from parallel.ranks import SingleRank
     from parallel.rendezvous import RankInfo
     from training.evaluation import Evaluator, describe_figures
@@ -37,12 +39,15 @@ def print_figures(args) -> int:
     config = trained.config if trained else BertConfig.from_json_file(args.config_file)
     training, held_out = checked_shards(args, config, trained)
     torch.manual_seed(args.seed)
-    model = BertForPreTraining(config, device.attentions[-1])
+    request = attention.LayerRequest(attention=None, use_cpu_kernels=True, compiled=False, dtype=torch.float32,
+                                     rows=args.batch_size, length=held_out[0].sequence_length)
+    kernels = attention.reason_against_kernels(device, config, request) is None
+    model = BertForPreTraining(config, attention.KERNELS if kernels else device.attentions[-1])
     if trained:
         trained.load_into(model)
     model.to_device(device.torch_device)
     evaluator = Evaluator(shards=held_out, batch_size=args.batch_size, device=device, ranks=SingleRank(RankInfo()),
-                          token_counts=training_counts(training, trained, config.vocab_size))
+                          reader=reader, token_counts=training_counts(training, trained, config.vocab_size, reader))
     figures = evaluator.evaluate(model, progress=not args.disable_progress_bar)
     print(json.dumps(figures, indent=2) if args.json else describe_figures(figures))
     if args.json_file:
@@ -74,19 +79,17 @@ def checked_shards(args, config, trained) -> tuple[list | None, list]:
     return training, held_out
 
 
-def training_counts(training: list | None, trained, vocab_size: int):
+def training_counts(training: list | None, trained, vocab_size: int, reader: ShardReader):
     """How often each token occurs in the training set: from its shards, else from the checkpoint, else None."""
     import torch
 
     from data.dataloader import check_first_rows
-    from data.shard_reader import ShardReader
     from data.token_counts import TOKEN_COUNTS, stored_counts
 
     if training:
         counts = stored_counts(training, vocab_size)
         if counts is None:
-            with ShardReader() as reader:
-                counts = check_first_rows(training, vocab_size, reader, skip_bad_shards=False)
+            counts = check_first_rows(training, vocab_size, reader, skip_bad_shards=False)
         return torch.from_numpy(counts)
     counts = trained and trained.contents.get(TOKEN_COUNTS)
     if isinstance(counts, torch.Tensor) and counts.dtype == torch.int64 and counts.shape == (vocab_size,):

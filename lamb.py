@@ -11,6 +11,8 @@ norm and counts of skipped steps are tensors there, which the log reads.  This f
 has; optim/fused_lamb.py has faster variants.
 """
 
+import inspect
+
 import torch
 
 
@@ -47,6 +49,9 @@ class NVLAMB(SkipCounts, torch.optim.Optimizer):
 
     name = "lamb"
     _step_supports_amp_scaling = True
+    # Without PyTorch's decorator, whose first call loads torch.compile: 0.9 s
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_grad_norm=1.0,
                  foreach=True):

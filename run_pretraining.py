@@ -181,7 +181,7 @@ def pretrain_rank(args, ranks, reader, log_path) -> dict:
         if line:
             log.print(line)
     stream.warn = log.warn
-    evaluator = Evaluator(shards=held_out, batch_size=plan.micro_batch_size, device=device, ranks=ranks,
+    evaluator = Evaluator(shards=held_out, batch_size=plan.micro_batch_size, device=device, ranks=ranks, reader=reader,
                           autocast=precision.autocast, token_counts=state.token_counts) if held_out else None
     try:
         trainer = Trainer(args=args, ranks=ranks, device=device, state=state, reduction=reduction, plan=plan,

@@ -26,7 +26,7 @@ from data.micro_batches import MicroBatchOrder
 from data.mixture import Mixture
 from data.row_order import row_order
 from data.shard_fetcher import ShardFetcher
-from data.shard_reader import ShardReader
+from data.shard_reader import IN_PROCESS, ShardReader
 from data.shards import LABELS, ROWS, SUFFIX, Shard, count_sequences, metadata_path, read_checked_rows
 from data.token_counts import ROWS_CHECKED_FIRST, read_checked_counts
 
@@ -333,10 +333,13 @@ def sequences_in(batch: dict[str, torch.Tensor]) -> int:
     return int(batch["next_sentence_weights"].sum())
 
 
-def batches_once(shards: list[Shard], batch_size: int, vocab_size: int):
-    """Every row once, in order, in batches of one size; the last is filled up with empty rows."""
+def batches_once(shards: list[Shard], batch_size: int, vocab_size: int, reader=IN_PROCESS):
+    """Every row once, in order, in batches of one size; the last is filled up with empty rows.
+
+    `reader` reads the shards: IN_PROCESS or a ShardReader.
+    """
     pending: dict[str, torch.Tensor] | None = None
-    with closing(parts_once(shards, batch_size, vocab_size)) as parts:
+    with closing(parts_once(shards, batch_size, vocab_size, reader)) as parts:
         for part in parts:
             pending = part if pending is None else {key: torch.cat([pending[key], part[key]]) for key in part}
             if len(pending["input_ids"]) >= batch_size:
@@ -347,9 +350,9 @@ def batches_once(shards: list[Shard], batch_size: int, vocab_size: int):
         yield {key: torch.nn.functional.pad(values, (0, 0, 0, missing)) for key, values in pending.items()}
 
 
-def parts_once(shards: list[Shard], most_rows: int, vocab_size: int):
+def parts_once(shards: list[Shard], most_rows: int, vocab_size: int, reader):
     """Every row once, in order, in batches of at most `most_rows`, which do not cross the end of a piece."""
-    with ShardReader() as reader, closing(ShardFetcher()) as fetcher:
+    with closing(ShardFetcher()) as fetcher:
         for number, shard in enumerate(shards):
             fetcher.expect(shards[number:])
             for piece in shard.pieces():

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 
 from common.errors import UserError
@@ -102,6 +103,7 @@ def serve(requests, replies, longest_call: float) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # sent to all processes of a run; the parent ends the child
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent was killed, and nobody reads the rows
+    import_module("data.token_counts")  # and with it what the calls need: now, while the parent imports torch
     while True:
         try:
             function, *arguments = pickle.load(requests)

@@ -34,7 +34,7 @@ class Device:
     has_foreach_kernels = True  # PyTorch's kernels for lists of tensors
     # Rows and columns of the matrices that measure the peak FLOP/s: enough to reach it, too few to delay a run.  None
     # on devices that record graphs: the measurement would add graphs to those of the training.
-    matmul_size_for_peak: int | None = 1024
+    matmul_size_for_peak: int | None = 768
 
     def __init__(self, name: str = "cpu"):
         self.torch_device = torch.device(name)

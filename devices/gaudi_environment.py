@@ -4,6 +4,7 @@ It is loaded by `import torch`, in lazy mode by its own import.  It then chooses
 lists, once and for all.
 """
 
+import gc
 import importlib
 import os
 import subprocess
@@ -55,12 +56,25 @@ def variables(device: DeviceOptions, precision: PrecisionOptions, local_rank: in
 def load_software(use_habana: bool) -> None:
     """Import torch and, with `use_habana`, Gaudi's software.  UserError names the releases where that fails."""
     try:
-        importlib.import_module("torch")
-        if use_habana:
-            importlib.import_module("habana_frameworks.torch.core")
+        with uncollected_imports():
+            importlib.import_module("torch")
+            if use_habana:
+                importlib.import_module("habana_frameworks.torch.core")
     except (AssertionError, AttributeError, ImportError, OSError, RuntimeError) as error:
         what = "--use_habana: no HPU can be used" if use_habana else "PyTorch cannot be imported"
         raise UserError(f"{what}: {first_line(error.__cause__ or error)} ({releases()})") from None
+
+
+@contextmanager
+def uncollected_imports():
+    """A block that imports large packages, whose objects live to the end: the garbage collector need not look through
+    them, neither now (a tenth of the import of torch) nor later (as long again when the interpreter ends)."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def releases() -> str:

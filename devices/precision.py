@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from common.errors import UserError
 from devices import op_lists
 from devices.device import Device
-from devices.op_list_mode import DtypeReport, OpListMode, check_op_names
 from devices.op_lists import OpLists
 from devices.options import PrecisionOptions
 
@@ -54,7 +54,7 @@ class Autocast(Casts):
 
 @dataclass(frozen=True)
 class OpListCasts(Casts):
-    mode: OpListMode
+    mode: TorchFunctionMode  # an OpListMode
 
     def on(self):
         return self.mode
@@ -86,7 +86,7 @@ class Precision:
                             f"(--hmp trains in bf16 on any device)")
         self.dtype = torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32
         self.casts = choose_casts(options, device)
-        self.report = DtypeReport() if options.bf16 and options.verbose and not device.hmp else nullcontext()
+        self.report = dtype_report() if options.bf16 and options.verbose and not device.hmp else nullcontext()
         self.fixed_scale = options.loss_scale or None
         self.scaler = torch.amp.GradScaler(device.torch_device.type, enabled=options.fp16,
                                            init_scale=self.fixed_scale or options.init_loss_scale)
@@ -123,6 +123,12 @@ class Precision:
             self.scaler.load_state_dict({**self.scaler.state_dict(), **known})
 
 
+def dtype_report() -> TorchFunctionMode:
+    from devices.op_list_mode import DtypeReport  # here and below, because it loads torch.compile, which takes 0.9 s
+
+    return DtypeReport()
+
+
 def choose_casts(options: PrecisionOptions, device: Device) -> Casts:
     """The casts by the options and by what the device supports, as the top of this file lists them."""
     if options.fp16:
@@ -131,6 +137,8 @@ def choose_casts(options: PrecisionOptions, device: Device) -> Casts:
         return Casts("float32")
     lists = op_lists.read_lists(options)
     if lists:
+        from devices.op_list_mode import check_op_names
+
         check_op_names(lists, options)
     by_lists = f" by op lists: {len(lists.bf16)} ops in bf16, {len(lists.fp32)} in fp32" if lists else ""
     if device.hmp:
@@ -139,5 +147,7 @@ def choose_casts(options: PrecisionOptions, device: Device) -> Casts:
         return HmpCasts(f"bfloat16 hmp {options.opt_level}{by_lists}", device.hmp)
     if device.reads_op_lists or (device.has_autocast and not lists):
         return Autocast(f"bfloat16 autocast{by_lists}", device, torch.bfloat16)
+    from devices.op_list_mode import OpListMode
+
     by_lists = by_lists or " by the default op lists of Gaudi's autocast"
     return OpListCasts(f"bfloat16{by_lists}", OpListMode(lists or OpLists(), device.mixed_layer_norm))

@@ -14,8 +14,9 @@ choose_device() {
     return 0
 }
 
+# The sample is so small that one process is faster than the start of several.
 prepare() {  # prepare ACTION FLAG…: a stage of data preparation
-    "$PYTHON" data/bertPrep.py --dataset "$dataset" --vocab_size 2048 --action "$@"
+    "$PYTHON" data/bertPrep.py --dataset "$dataset" --vocab_size 2048 --n_processes 1 --action "$@"
 }
 
 prepare_text() {  # text shards and vocabulary
@@ -68,7 +69,7 @@ pack() {  # pack TOKENS PREDICTIONS
     if [ -e "$data_output/packed/$1_metadata.json" ]; then
         echo "already packed: $data_output/packed/$1"
     else
-        "$PYTHON" pack_pretraining_data_pytorch.py --input_dir "$(folder_of "$1" "$2" 0.4)" \
+        "$PYTHON" pack_pretraining_data_pytorch.py --n_processes 1 --input_dir "$(folder_of "$1" "$2" 0.4)" \
             --output_dir "$data_output/packed/$1" --max_sequence_length "$1" --max_predictions_per_sequence "$2"
     fi
 }

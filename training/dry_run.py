@@ -127,7 +127,7 @@ def check_memory(trainer) -> int | None:
     needed = held + moments + exchange + step + copies(trainer)
     available = held + device.free_memory() // sharing
     if device.is_host:
-        needed += shards_grow + readers_peak(trainer)
+        needed += shards_grow + reader_peak(trainer)
         available += reader_bytes(trainer, "VmRSS")
     trainer.log.print(f"memory: about {format_bytes(needed)} estimated, {format_bytes(available)} available on "
                       f"{device.describe()}")
@@ -143,16 +143,13 @@ def check_shards(trainer) -> int:
     held_out = max((shard.nbytes for shard in in_pieces(trainer.evaluator.shards)), default=0) if trainer.evaluator \
         else 0
     trainer.log.print(f"shards: up to {format_bytes(most + held_out)} of rows in the memory of a rank's process, and "
-                      f"{format_bytes(readers_peak(trainer))} in those that read them")
+                      f"{format_bytes(reader_peak(trainer))} in that of the process that reads them")
     return max(0, most - now) + held_out
 
 
-def readers_peak(trainer) -> int:
-    """The most bytes of the process that reads shards, twice where another one reads those that are held out.
-
-    It has read every shard before.
-    """
-    return reader_bytes(trainer, "VmHWM") * (2 if trainer.evaluator else 1)
+def reader_peak(trainer) -> int:
+    """The most bytes of the process that reads shards, which has read every shard before."""
+    return reader_bytes(trainer, "VmHWM")
 
 
 def reader_bytes(trainer, key: str) -> int:
@@ -173,7 +170,7 @@ def measured_memory(trainer) -> int | None:
     peak = trainer.device.peak_memory()
     if peak is None:
         return None
-    copied, reading = copies(trainer), readers_peak(trainer) if trainer.device.is_host else 0
+    copied, reading = copies(trainer), reader_peak(trainer) if trainer.device.is_host else 0
     needed = peak + copied + reading
     trainer.log.print(f"memory: {format_bytes(needed)} measured = {format_bytes(peak)} at the peak of the timed steps "
                       f"+ {format_bytes(copied)} for the copy that a checkpoint is written from"
@@ -212,7 +209,7 @@ def evaluation_seconds(trainer) -> float:
     trainer.model.eval()
     evaluator = trainer.evaluator
     rows = evaluator.batch_size
-    with closing(batches_once(evaluator.shards, rows, trainer.model.config.vocab_size)) as batches:
+    with closing(batches_once(evaluator.shards, rows, trainer.model.config.vocab_size, evaluator.reader)) as batches:
         on_host = next(batches)
     batch, mask_id, frequencies = trainer.device.put(on_host), shown_mask_id(on_host), evaluator.context_free_model()
     for _ in range(2):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.dataloader import batches_once
+from data.shard_reader import IN_PROCESS, InProcessReader, ShardReader
 from data.shards import LABELS, Shard
 from devices.device import Device
 from modeling import IGNORED_LABEL, mlm_labels, nsp_labels
@@ -32,6 +33,7 @@ class Evaluator:
     batch_size: int  # rows
     device: Device
     ranks: SingleRank
+    reader: ShardReader | InProcessReader = IN_PROCESS
     autocast: Callable[[], AbstractContextManager] = nullcontext
     token_counts: torch.Tensor | None = None  # of the training set; without them nothing is compared with frequencies
 
@@ -43,8 +45,9 @@ class Evaluator:
         frequencies = self.context_free_model()
         total = torch.zeros(len(SUMS), dtype=torch.float64)
         rows, ranks, mask_id = sum(shard.rows for shard in self.shards), self.ranks, None
+        batches = batches_once(self.shards, self.batch_size, model.config.vocab_size, self.reader)
         with tqdm(total=rows, unit="row", desc="evaluating", disable=None if progress else True, leave=False) as bar:
-            for number, batch in enumerate(batches_once(self.shards, self.batch_size, model.config.vocab_size)):
+            for number, batch in enumerate(batches):
                 mask_id = shown_mask_id(batch) if mask_id is None else mask_id
                 if number % ranks.world_size == ranks.rank:
                     sums = self.batch_sums(model, self.device.put(batch), frequencies, mask_id)

@@ -25,6 +25,10 @@ class LiveBytes(TorchDispatchMode):
         self.trace = []
         self.known = weakref.WeakSet()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else PyTorch loads torch.compile for it: 70 MB and a second that the training does not take
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         present = storages((args, kwargs))
         result = function(*args, **(kwargs or {}))

@@ -14,6 +14,7 @@ import quickstart_data
 import quickstart_sweep
 import race
 import segmented_training
+import start_up
 import time_to_quality
 import train_step
 from modeling import BertForPreTraining
@@ -230,6 +231,13 @@ def test_time_to_quality_compares_with_the_best_recipe_of_transformers_and_draws
     assert packing["packed"]["sequences_per_step"] == pytest.approx(16, rel=0.15)
     assert packing["unpacked"]["sequences_per_step"] == 16 and packing["sequences_per_row"] > 1
     assert packing["speed_ratio"] > 0 and (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_stages_of_a_start_are_all_of_it(tmp_path):
+    start_up.write_data(tmp_path)
+    found = start_up.training_start(start_up.ROOT, tmp_path)
+    assert all(seconds > 0 for seconds in found.values())
+    assert found["imports"] + found["building"] + found["step"] == pytest.approx(found["total"])
 
 
 def test_a_training_that_fails_is_named():

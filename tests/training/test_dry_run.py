@@ -129,11 +129,11 @@ def test_a_loss_in_chunks_gets_no_memory_estimate(workspace):
 
 def test_memory_counts_all_processes_of_a_rank(workspace, capsys):
     figures = dry_run(eval_dir="held_out")
-    readers = 2 * 25_000_000  # at least: Python with numpy and h5py, once for training and once for held-out shards
-    assert figures["memory"] > proc_bytes("/proc/self/status", "VmHWM") + readers
+    reader = 25_000_000  # at least: Python with numpy and h5py
+    assert figures["memory"] > proc_bytes("/proc/self/status", "VmHWM") + reader
     rows = format_bytes((2 * 50 + 11) * find_shards("data")[0].row_bytes)  # the largest shard twice, and the held out
-    assert re.search(f"shards: up to {rows} of rows in the memory of a rank's process, and \\S+ MB in those that read",
-                     capsys.readouterr().out)
+    assert re.search(f"shards: up to {rows} of rows in the memory of a rank's process, and \\S+ MB in that of the "
+                     "process that reads them", capsys.readouterr().out)
 
 
 def test_memory_that_is_too_small_is_refused(workspace, monkeypatch):
