@@ -184,18 +184,26 @@ def read_extracted(docs: bytes, compressed: bool) -> tuple[list[str], dict, list
 
 def article_text(page: bytes, title: str) -> tuple[str, str]:
     """The article in the XML of a page as one line, and "documents"; or "" and the reason why there is none."""
-    text = TEXT.search(page)
-    head = page[:text.start()] if text else page
-    if b"<ns>0</ns>" not in head:
-        return "", "other_namespaces"
-    if b"<redirect" in head:
-        return "", "redirects"
-    end = page.find(TEXT_END, text.end()) if text else -1  # <text … /> has none
+    wikitext, outcome = article_wikitext(page)
+    if outcome != "documents":
+        return "", outcome
     try:
-        line = plain_text(title, unescaped(page[text.end():end]).decode("utf-8")) if end >= 0 else ""
+        line = plain_text(title, wikitext.decode("utf-8"))
     except UnicodeDecodeError:
         return "", "not_utf8"
     return (line, "documents") if line else ("", "empty")
+
+
+def article_wikitext(page: bytes) -> tuple[bytes, str]:
+    """The same for the article's wikitext."""
+    text = TEXT.search(page)
+    head = page[:text.start()] if text else page
+    if b"<ns>0</ns>" not in head:
+        return b"", "other_namespaces"
+    if b"<redirect" in head:
+        return b"", "redirects"
+    end = page.find(TEXT_END, text.end()) if text else -1  # <text … /> has none
+    return (unescaped(page[text.end():end]), "documents") if end >= 0 else (b"", "empty")
 
 
 def unescaped(xml: bytes) -> bytes:
