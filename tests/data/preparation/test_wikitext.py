@@ -22,6 +22,7 @@ from data.preparation.wikitext import plain_text
     ("{{formatnum:1234}} {{ucfirst:ab}} {{PAGENAME}} {{CURRENTYEAR}}c", ["1234 Ab Ä & B c"]),
     ("a\n{| class=x\n! [[b]]\n| c\n::{|\n| {{d|}}\n|}\n|}\nb", ["a", "b"]),
     ("{{Box\n|a=\n|}}\nb {{x|\n{|\n|a\n|}\n}} c", ["b c"]),
+    ("a {{x|{{y|{{z}}}}[[b}} c\n{|\n|{{d\n|[[e\n|}\n f", ["a c", "f"]),
     # links
     ("[[A]]s [[a|b]] [[a|b|c]] [[A#b]] [[a {{x}}|d]] [[:Category:E]] [[a|f{{x}}g]]", ["As b b|c A#b d Category:E fg"]),
     ("a [[File:x.jpg|thumb|b [[c]] [http://x d] {{e}}]] f [[Image:y.png]] [[Kategorie:G]] [[category: h]] [[de:i]]",
@@ -34,7 +35,7 @@ from data.preparation.wikitext import plain_text
     ("= A =\n== B ==\n=== C ===\na\n== D ==\n* e\n=== F? ===\n== G ==\nb\n== H ==", ["A.", "B.", "C.", "a", "G.", "b"]),
     ("* a\n# b\n; c : d\n:: e\n:* f\n----\n(g)\n(h) i\n|j\n!?\n__TOC__k", ["e", "(h) i", "k"]),
     # spaces, parentheses and entities
-    ("A ({{x}}; born 1) ( {{x}} ) , b{{x}} . ( c ) , , d ... f()（{{x}}）", ["A (born 1), b. (c), d ... f()"]),
+    ("A ({{x}}; born 1, {{x}}) ( {{x}} ) , b{{x}} . ( c ) , , d ... f()（{{x}}）", ["A (born 1), b. (c), d ... f()"]),
     ("a&nbsp;b &amp;lt; &lt;c&gt; &#8212; &#42; &bogus; &#99999999999999999999; AT&T&copy",
      ["a b &lt; <c> — * &bogus; &#99999999999999999999; AT&T&copy"]),
     # marks without a counterpart
@@ -109,8 +110,8 @@ def test_well_formed_markup_leaves_its_words_in_order_and_no_mark(pair):
 
 @pytest.mark.parametrize("start, end", [
     ("{{", "}}"), ("{{a|", "}}"), ("{{{", "}}}"), ("[[a|", "]]"), ("[[File:a.jpg|", "]]"), ("\n{|\n|", "\n|}"),
-    ("<small>", "</small>"), ("<ref>", "</ref>"), ("<!--", "-->"), ("[http://a ", "]"), ("'''''", "''''' "),
-    ("\n==a", "=="), ("-{", "}-"), ("(,", ",)"), ("<ul>{{[[\n{|", "</ul>")])
+    ("<small>", "</small>"), ("<ref>", "</ref>"), ("<ref>", "<ref>"), ("<!--", "-->"), ("[http://a ", "]"),
+    ("'''''", "''''' "), ("\n==a", "=="), ("-{", "}-"), ("(,", ",)"), ("<ul>{{[[\n{|", "</ul>")])
 def test_a_hundred_thousand_marks_are_read_in_time(start, end):
     for wikitext in (start * 100_000 + end, start * 100_000 + end * 100_000, (start + end) * 100_000, end * 100_000):
         assert plain_text("T", f"{wikitext}\n\nThe end.").endswith("The end.")
