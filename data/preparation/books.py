@@ -13,7 +13,7 @@ from common.text import decoded, lines_of_text
 from data.preparation import archives, records
 from data.preparation.downloads import DownloadOptions, fetch_or_copy
 from data.preparation.formatting import TextFormat
-from data.preparation.wikipedia import one_line
+from data.preparation.wikitext import one_line
 
 BATCH_BYTES = 1 << 20  # of books handed to a worker at a time
 

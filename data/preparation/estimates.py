@@ -13,7 +13,7 @@ from data.preparation import archives
 from data.preparation.samples import SampleOptions
 
 # MB of input (XML, text, text) that one process handles in a second
-RATES = {"text_formatting": 3.0, "sharding": 4.5, "create_hdf5_files": 4.0}
+RATES = {"text_formatting": 7.0, "sharding": 4.5, "create_hdf5_files": 4.0}
 MAIN_RATES = {"text_formatting": 400.0, "sharding": 150.0, "create_hdf5_files": float("inf")}
 BZ2 = 4.0  # MB of XML in a MB of a compressed dump
 ROWS, MASKS = 0.45, 0.09  # bytes of compressed HDF5 for each byte of text and each pass over it

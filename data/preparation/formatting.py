@@ -16,7 +16,7 @@ from data.preparation import records
 from data.preparation.document_filters import DocumentFilters, read_filtered
 from data.workers import ordered_map
 
-BATCHES_PER_PART = 512  # about 500 MB of XML: what an interruption loses at most, 15 seconds on 16 cores
+BATCHES_PER_PART = 512  # about 500 MB of XML: what an interruption loses at most, 5 seconds on 16 cores
 MOST_FAULTY = 0.05  # of the documents, where a text format names faults
 HASHED_BYTES = 1 << 20  # of a finished part, at a time
 LIST_SUFFIX = ".near_duplicates.tsv"  # in place of a part's .txt

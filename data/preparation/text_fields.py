@@ -6,7 +6,7 @@ Empty lines separate paragraphs.  In a field without any, every line is one: web
 import json
 import re
 
-from data.preparation.wikipedia import one_line
+from data.preparation.wikitext import one_line
 
 PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n")
 

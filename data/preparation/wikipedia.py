@@ -1,11 +1,7 @@
 """Wikipedia: downloads its dumps, and reads their articles as a stream (the .bz2 is never unpacked to disk).
 
 Wikimedia's multistream dumps are cut between their bzip2 streams, and the workers decompress them.  Any other dump is
-decompressed by the main process and cut between pages.  The workers extract the articles with functions of
-`wikiextractor` (its own command decompresses in one process and cannot resume).
-
-Templates are dropped: expanding them needs all 900,000 template pages of a dump in memory, adds little running text,
-and would make the output depend on the date ({{CURRENTYEAR}}).
+decompressed by the main process and cut between pages.  The workers extract the articles (wikitext.py).
 """
 
 import bz2
@@ -16,13 +12,12 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from wikiextractor.extract import Extractor, clean, compact
-
 from common.download import file_checksum
 from common.errors import UserError
 from data.preparation import archives
 from data.preparation.downloads import DownloadOptions, fetch_or_copy, mirrored, pip_download
 from data.preparation.formatting import TextFormat
+from data.preparation.wikitext import one_line, plain_text
 
 DUMPS = "https://dumps.wikimedia.org"
 DUMP_ENDING = "-pages-articles-multistream.xml.bz2"  # many bzip2 streams, which workers decompress in parallel
@@ -40,16 +35,16 @@ LONGEST_PAGE = 1 << 28  # bytes; a file without the end of a page within this is
 STREAM_BYTES = 1 << 18  # compressed streams handed to a worker at a time
 LOOKAHEAD = 1 << 24  # bytes; a multistream dump has a second stream within this
 
+WIKITEXT_RULES = 1  # for the records; grows when wikitext.py makes other text of the same dump
+
 STREAM_START = re.compile(rb"BZh[1-9]1AY&SY")
 
 PAGE_END, DOC_END = b"</page>", b"</doc>"
-PAGE = re.compile(rb"<page>(.*?)</page>", re.DOTALL)
 DOC = re.compile(r"<doc\b[^>]*>\n?(.*?)</doc>", re.DOTALL)
-TITLE = re.compile(r"<title>(.*?)</title>", re.DOTALL)
-NAMESPACE = re.compile(r"<ns>(-?\d+)</ns>")
-MAGIC_WORD = re.compile(r"__[^\W\da-z]+__")  # __TOC__ in another language
-VARIANTS = re.compile(r"-\{(?:[A-Z]\|)?(?:zh(?:-\w+)*:)?([^;{}]*)(?:;[^{}]*)?\}-")  # a word in several Chinese scripts
-TEXT = re.compile(r"<text\b[^>]*?(?:/>|>(.*?)</text>)", re.DOTALL)
+TITLE = re.compile(rb"<title>([^<]*)")
+ENTITIES = ((b"&lt;", b"<"), (b"&gt;", b">"), (b"&quot;", b'"'), (b"&apos;", b"'"), (b"&#039;", b"'"),
+            (b"&amp;", b"&"))  # & last: &amp;lt; is &lt;
+TEXT, TEXT_END = re.compile(rb"<text\b[^>]*>"), b"</text>"
 
 
 def download_dump(folder: Path, options: DownloadOptions, language: str = "en") -> tuple[list[Path], list[str]]:
@@ -157,17 +152,15 @@ def extract_articles(xml: bytes, compressed: bool) -> tuple[list[str], dict, lis
     articles, counts, skipped = [], Counter(), []
     if compressed:
         xml = decompress(xml)
-    for page in PAGE.findall(xml):
-        try:
-            text, outcome = article_text(page.decode("utf-8"))
-        except UnicodeDecodeError:
-            text, outcome = "", "not_utf8"
+    for page in xml.split(PAGE_END)[:-1]:
+        title = TITLE.search(page)
+        title = unescaped(title[1]).decode("utf-8", errors="replace") if title else "(no title)"
+        text, outcome = article_text(page, title)
         counts[outcome] += 1
         if text:
             articles.append(text)
-        elif outcome in ("not_utf8", "unreadable_markup"):
-            title = TITLE.search(page.decode("utf-8", errors="replace"))
-            skipped.append(f"{title.group(1) if title else '(no title)'}: {outcome}")
+        elif outcome == "not_utf8":
+            skipped.append(f"{title}: {outcome}")
     return articles, dict(counts), skipped
 
 
@@ -189,33 +182,37 @@ def read_extracted(docs: bytes, compressed: bool) -> tuple[list[str], dict, list
     return articles, dict(counts), []
 
 
-def article_text(page: str) -> tuple[str, str]:
+def article_text(page: bytes, title: str) -> tuple[str, str]:
     """The article in the XML of a page as one line, and "documents"; or "" and the reason why there is none."""
-    namespace, text = NAMESPACE.search(page), TEXT.search(page)
-    if not namespace or namespace.group(1) != "0":
-        return "", "other_namespaces"
-    if "<redirect" in page[:text.start() if text else None]:
-        return "", "redirects"
-    title = TITLE.search(page)
+    wikitext, outcome = article_wikitext(page)
+    if outcome != "documents":
+        return "", outcome
     try:
-        line = plain_text(title.group(1) if title else "", text.group(1) or "" if text else "")
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):  # odd markup
-        return "", "unreadable_markup"
+        line = plain_text(title, wikitext.decode("utf-8"))
+    except UnicodeDecodeError:
+        return "", "not_utf8"
     return (line, "documents") if line else ("", "empty")
 
 
-def plain_text(title: str, wikitext: str) -> str:
-    extractor = Extractor("", "", "", title, [])
-    text = clean(extractor, wikitext, expand_templates=True, html_safe=False)
-    text = VARIANTS.sub(r"\1", MAGIC_WORD.sub("", "\n".join(compact(text, extractor=extractor))))
-    return one_line(text.split("\n"))
+def article_wikitext(page: bytes) -> tuple[bytes, str]:
+    """The same for the article's wikitext."""
+    text = TEXT.search(page)
+    head = page[:text.start()] if text else page
+    if b"<ns>0</ns>" not in head:
+        return b"", "other_namespaces"
+    if b"<redirect" in head:
+        return b"", "redirects"
+    end = page.find(TEXT_END, text.end()) if text else -1  # <text … /> has none
+    return (unescaped(page[text.end():end]), "documents") if end >= 0 else (b"", "empty")
 
 
-def one_line(paragraphs) -> str:
-    """Paragraphs on one line, separated by tabs; other white space becomes single spaces."""
-    return "\t".join(filter(None, (" ".join(paragraph.split()) for paragraph in paragraphs)))
+def unescaped(xml: bytes) -> bytes:
+    """The content of an XML element that holds no other."""
+    for entity, sign in ENTITIES:
+        xml = xml.replace(entity, sign)
+    return xml
 
 
-DUMP = TextFormat(batches=dump_batches, read_batch=extract_articles)
+DUMP = TextFormat(batches=dump_batches, read_batch=extract_articles, flags={"wikitext_rules": WIKITEXT_RULES})
 EXTRACTED = TextFormat(batches=partial(dump_batches, end=DOC_END), read_batch=read_extracted, pattern="wiki_*",
                        extracted=True)

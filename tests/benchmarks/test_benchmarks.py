@@ -3,11 +3,13 @@
 import json
 import random
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 import changed_training
+import data_preparation
 import gpu
 import products
 import quickstart_data
@@ -18,7 +20,7 @@ import start_up
 import time_to_quality
 import train_step
 from modeling import BertForPreTraining
-from tests.support import samples, small_run
+from tests.support import preparation, samples, small_run
 
 
 @pytest.fixture
@@ -245,3 +247,13 @@ def test_a_training_that_fails_is_named():
                                                           "--config_file=no.json"])
     with pytest.raises(race.UserError, match="no such files: ended with exit code 2: .*no/such"):
         race.race([contestant], None, 1.0, "test")
+
+
+def test_extraction_is_timed_on_articles_alone_and_compared_where_the_other_is_installed(tmp_path):
+    dump = preparation.write_dump(tmp_path / "x.xml.bz2", [
+        preparation.page("A", "[[b|c]] d"), preparation.page("B", "#REDIRECT [[A]]", redirect=True),
+        preparation.page("Template:C", "{{{1}}}", namespace=10)])
+    figures = data_preparation.extraction(dump, repeats=1)
+    assert figures["wikitext_mb"] == pytest.approx(9e-6)
+    assert figures.get("same_paragraphs", 1) == 1 and "wikitext.py" in data_preparation.extraction_lines(figures)[0]
+    assert ("wikiextractor" in figures) == (find_spec("wikiextractor") is not None)

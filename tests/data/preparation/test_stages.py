@@ -70,11 +70,13 @@ def test_only_articles_with_text_become_lines(folder, tmp_path, capsys):
         page("Broken", b"bytes \xff\xfe that are no UTF-8"),
         page("Today", "The year is {{CURRENTYEAR}} now."),
         page("Nothing", ""),
+        page("Signs", b"It&#039;s &quot;1 &amp;lt; 2&quot;, &lt;b&gt;AT&amp;amp;T&lt;/b&gt; and &amp;amp;lt;."),
     ])
     stage("text_formatting", "--input_files", dump)
-    assert lines_of(folder) == ["Sea is deep water & more.\tShips.\tOld ships.", "A film.", "The year is now."]
+    assert lines_of(folder) == ["Sea is deep water & more.\tShips.\tOld ships.", "A film.", "The year is now.",
+                                "It's \"1 < 2\", AT&T and &lt;."]
     printed = capsys.readouterr().out
-    assert "3 documents, 2 empty, 1 not utf8, 2 other namespaces, 1 redirects" in printed
+    assert "4 documents, 2 empty, 1 not utf8, 2 other namespaces, 1 redirects" in printed
     assert "skipped Broken: not_utf8" in printed
 
 
