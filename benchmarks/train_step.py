@@ -10,10 +10,13 @@ With --beside N all are timed again beside N busy processes: how much slower doe
     python benchmarks/train_step.py [--model mini|base|base_packed] [--rivals …] [--beside N] [--profile] [--json]
 """
 
+import os
+
 from measuring import alternate, busy_processes, machine, report, spread  # puts the repository's root on the path
 
 # isort: split
 from common import cli
+from run_pretraining import SPIN_COUNT
 
 SHAPES = {  # layers, hidden size, heads, rows, tokens, sequences a row
     "mini": (4, 256, 4, 32, 128, 1),
@@ -36,6 +39,7 @@ def main(argv=None) -> None:
     parser.add_argument("--profile", action="store_true", help="only say where the time of our step goes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # as in a run; for both sides
 
     import torch
 
@@ -174,7 +178,7 @@ def transformers_loss(model, batch: dict):
 
 
 KERNELS = {  # how the functions of csrc/layers.cpp and PyTorch's operations are summed up
-    "matrix products, with bias": ("gemm", "aten::mm", "aten::addmm"),
+    "matrix products, with bias": ("gemms", "aten::mm", "aten::addmm"),
     "matrix products, with dropout and LayerNorm after": ("dense_residual_norm",),
     "matrix products, with GELU after": ("dense_gelu", "gelu_backward"),
     "attention": ("attention",),

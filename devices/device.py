@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
+from common import cpus
 from common.errors import UserError
 from devices import gaudi_environment
 from devices.options import DeviceOptions
@@ -41,6 +42,7 @@ class Device:
         # Numbers below 1e-38 take a CPU a hundred times as long, and late in a training attention makes many of them.
         # Threads inherit this from the one that starts them, so it comes before the first parallel computation.
         torch.set_flush_denormal(True)
+        torch.set_num_threads(min(torch.get_num_threads(), cpus.threads()))  # the kernels of ops/ follow it
 
     def describe(self) -> str:
         return f"{self.torch_device.type} ({torch.get_num_threads()} threads)"

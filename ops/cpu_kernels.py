@@ -20,7 +20,7 @@ import torch
 from common.files import cache_folder, replacing
 
 SOURCES = [Path(__file__).with_name("csrc") / name for name in ("layers.cpp", "lamb.cpp")]
-HEADERS = [Path(__file__).with_name("csrc") / name for name in ("common.h", "gemm.h")]
+HEADERS = [Path(__file__).with_name("csrc") / name for name in ("common.h", "parts.h", "gemm.h", "shared_gemm.h")]
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-std=c++17",
          "-fopenmp", "-shared", "-fPIC")
 COMPILE_TIMEOUT = 120  # seconds, far more than it takes: a compiler that hangs must not hang the run
@@ -28,7 +28,7 @@ COMPILE_TIMEOUT = 120  # seconds, far more than it takes: a compiler that hangs 
 DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 POINTER, INT, SEED, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
 SIGNATURES = {
-    "gemm": [POINTER, INT, INT] * 2 + [POINTER] * 2 + [INT] * 4,
+    "gemms": [POINTER, INT],
     "dense_gelu": [POINTER] * 5 + [INT] * 3,
     "gelu_backward": [POINTER] * 5 + [INT] * 3,
     "dense_residual_norm": [POINTER] * 9 + [INT] * 3 + [FLOAT, FLOAT, SEED],

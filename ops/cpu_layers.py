@@ -109,12 +109,16 @@ class LayerFunction(Function):
         projections, first, second, inner = parameters[:6], parameters[6:10], parameters[10:14], parameters[14:]
         gradient = gradient.contiguous().view(x.shape)
 
+        products = Products()
         d_dense, d_between, d_second = residual_norm_backward(gradient, total2, statistics2, activated, second,
-                                                              dropout[2], ctx.seeds[2])
-        d_inner = dense_gelu_backward(d_dense, second[0], preactivation, between, inner, into=d_between)
+                                                              dropout[2], ctx.seeds[2], products)
+        d_inner = dense_gelu_backward(d_dense, second[0], preactivation, between, inner, d_between, products)
+        products.compute()
+        products = Products()
         d_dense, d_x, d_first = residual_norm_backward(d_between, total1, statistics1, context, first, dropout[1],
-                                                       ctx.seeds[1])
-        d_context = matmul(d_dense, first[0])
+                                                       ctx.seeds[1], products)
+        d_context = products.add(d_dense, first[0])
+        products.compute()
         d_projections = attend_backward(d_context, (qkv, weights, sequence), x, projections, dropout[0], ctx.seeds[0],
                                         into=d_x)
         return d_x.view(*sequence.shape, -1), None, None, *d_projections, *d_first, *d_second, *d_inner
@@ -122,9 +126,31 @@ class LayerFunction(Function):
 
 def matmul(a, b, bias=None, into=None):
     """a (M, K) · b (K, N) + bias (N), or `into` += a · b.  Both matrices may be transposed views."""
-    out = pool.empty(len(a), b.shape[1]) if into is None else into
-    cpu_kernels.load().gemm(*strided(a), *strided(b), bias, out, *out.shape, a.shape[1], into is not None)
+    products = Products()
+    out = products.add(a, b, bias, into)
+    products.compute()
     return out
+
+
+class Products:
+    """Products of matrices that do not depend on each other, computed together: threads wait for each other once."""
+
+    def __init__(self):
+        self.fields, self.tensors = [], []
+
+    def add(self, a, b, bias=None, into=None):
+        """The tensor that will be a (M, K) · b (K, N) + bias (N), or `into` += a · b, as in matmul."""
+        out = pool.empty(len(a), b.shape[1]) if into is None else into
+        self.tensors += [a, b, bias, out]  # kept until compute()
+        for dense in (out,) if bias is None else (out, bias):
+            assert dense.is_contiguous() and dense.dtype == torch.float32, (dense.shape, dense.dtype)
+        self.fields += [*strided(a), *strided(b), 0 if bias is None else bias.data_ptr(), out.data_ptr(), *out.shape,
+                        a.shape[1], into is not None]
+        return out
+
+    def compute(self) -> None:
+        count = len(self.tensors) // 4
+        cpu_kernels.load().gemms(torch.tensor(self.fields, dtype=torch.int64), count)
 
 
 def strided(tensor) -> tuple[int, int, int]:
@@ -150,8 +176,10 @@ def attend_backward(gradient, saved, x, projections, dropout: float, seed: int, 
     d_qkv, sums = pool.empty(*qkv.shape), x.new_empty(rows, qkv.shape[1])
     cpu_kernels.load().attention_backward(gradient, qkv, sequence, weights, d_qkv, sums, rows, heads, length,
                                           x.shape[1] // heads, dropout, seed)
-    matmul(d_qkv, torch.cat(projections[::2]), into=into)
-    d_weights, d_biases = matmul(d_qkv.t(), x).chunk(3), sums.sum(0).chunk(3)
+    products = Products()
+    products.add(d_qkv, torch.cat(projections[::2]), into=into)
+    d_weights, d_biases = products.add(d_qkv.t(), x).chunk(3), sums.sum(0).chunk(3)
+    products.compute()
     return [gradient for pair in zip(d_weights, d_biases, strict=True) for gradient in pair]
 
 
@@ -164,14 +192,14 @@ def residual_norm(x, residual, parameters, eps: float, dropout: float, seed: int
     return out, total, statistics
 
 
-def residual_norm_backward(gradient, total, statistics, x, parameters, dropout: float, seed: int):
-    """Gradients of dense(x), of the residual, and of the parameters."""
+def residual_norm_backward(gradient, total, statistics, x, parameters, dropout: float, seed: int, products: Products):
+    """Gradients of dense(x), of the residual, and of the parameters, that of the weight among `products`."""
     d_residual, d_dense = pool.empty(*total.shape), pool.empty(*total.shape)
     sums = total.new_empty(3, total.shape[1])
     cpu_kernels.load().residual_norm_backward(gradient, total, statistics, parameters[2], d_residual, d_dense, sums,
                                               *total.shape, dropout, seed)
     d_norm_weight, d_norm_bias, d_bias = sums
-    return d_dense, d_residual, (matmul(d_dense.t(), x), d_bias, d_norm_weight, d_norm_bias)
+    return d_dense, d_residual, (products.add(d_dense.t(), x), d_bias, d_norm_weight, d_norm_bias)
 
 
 def dense_gelu(x, parameters):
@@ -182,13 +210,16 @@ def dense_gelu(x, parameters):
     return out, inner
 
 
-def dense_gelu_backward(gradient, next_weight, inner, x, parameters, into):
-    """Gradients of the parameters from that of GELU(dense(x)) · next_weightᵀ; adds that of x to `into`."""
+def dense_gelu_backward(gradient, next_weight, inner, x, parameters, into, products: Products):
+    """Gradients of the parameters from that of GELU(dense(x)) · next_weightᵀ; adds that of x to `into`.
+
+    The weight's and that of x are among `products`.
+    """
     weight, bias = parameters
     d_inner, d_bias = pool.empty(*inner.shape), torch.empty_like(bias)
     cpu_kernels.load().gelu_backward(gradient, next_weight, inner, d_inner, d_bias, *inner.shape, gradient.shape[1])
-    matmul(d_inner, weight, into=into)
-    return matmul(d_inner.t(), x), d_bias
+    products.add(d_inner, weight, into=into)
+    return products.add(d_inner.t(), x), d_bias
 
 
 class EmbedFunction(Function):
@@ -234,5 +265,7 @@ class CrossEntropyFunction(Function):
     @once_differentiable
     def backward(ctx, gradient):
         hidden, weight, d_logits, d_bias = ctx.saved_tensors
-        d_weight = matmul(d_logits.t(), hidden * gradient)
-        return matmul(d_logits, weight).mul_(gradient), d_weight, d_bias * gradient, None
+        products = Products()
+        d_weight, d_hidden = products.add(d_logits.t(), hidden * gradient), products.add(d_logits, weight)
+        products.compute()
+        return d_hidden.mul_(gradient), d_weight, d_bias * gradient, None

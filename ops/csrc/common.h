@@ -1,16 +1,11 @@
-// Shared by the kernels for CPUs: exponential, normal distribution, dropout, ranges of threads, sums of columns.
-//
-// The order of every sum depends on the number of threads only, so a run that is repeated is identical bit for bit.
+// Shared by the kernels for CPUs: exponential, normal distribution, dropout, ranges.
 
 #pragma once
-
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 // eˣ to 2 units in the last place, by 2ⁿ·eʳ with |r| ≤ ln 2 / 2 (the coefficients are those of the Cephes library).
 inline float exponential(float x) {
@@ -86,24 +81,3 @@ struct Range {
 inline Range range_of(int64_t count, int64_t threads, int64_t thread) {
     return {count * thread / threads, count * (thread + 1) / threads};
 }
-
-inline Range own_range(int64_t count) { return range_of(count, omp_get_num_threads(), omp_get_thread_num()); }
-
-// Sums over all rows: each thread adds up its own rows, then write() adds the threads' sums.
-class ColumnSums {
-  public:
-    explicit ColumnSums(int64_t width) : width(width), sums(omp_get_max_threads() * width, 0.0f) {}
-
-    float* own() { return sums.data() + omp_get_thread_num() * width; }
-
-    void write(float* out, int64_t first, int64_t count) const {
-        std::fill(out, out + count, 0.0f);
-        for (size_t start = first; start < sums.size(); start += width)
-            for (int64_t i = 0; i < count; i++) out[i] += sums[start + i];
-    }
-
-  private:
-    int64_t width;
-    std::vector<float> sums;
-};
-

@@ -9,7 +9,7 @@
 
 #include <utility>
 
-#include "common.h"
+#include "parts.h"
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, MAX_ROWS = 14;  // 28 of 32 registers hold the tile
@@ -23,6 +23,8 @@ constexpr int LANES = 4, MAX_ROWS = 6;
 constexpr int WIDTH = 2 * LANES;            // columns of a tile
 constexpr int64_t DEPTH = 256;              // values of k that a tile accumulates before it is written
 constexpr int64_t COLUMNS = 1024;           // of a block of B, which takes 1 MB
+constexpr int64_t MIN_UNIT = 28;            // rows that a thread takes at a time, as a rule
+constexpr int64_t MAX_UNITS = 256;          // of a product
 constexpr int64_t ROW_STRIDE = DEPTH + 16;  // of a row-major panel: a power of two would put rows in the same cache set
 constexpr int COLUMN_STRIDE = (MAX_ROWS + LANES - 1) / LANES * LANES;  // of a column-major panel: whole vectors
 constexpr int64_t PANEL = std::max<int64_t>(MAX_ROWS * ROW_STRIDE, COLUMN_STRIDE * DEPTH);
@@ -39,20 +41,6 @@ struct Matrix {
     Matrix from(int64_t i, int64_t j) const { return {data + i * row + j * column, row, column}; }
 };
 
-// The threads that compute one matrix: all of a parallel region, or one.  They share the packed block of B.
-struct Team {
-    int64_t size, member;
-    float* block;
-
-    Range range(int64_t count) const { return range_of(count, size, member); }
-
-    void barrier() const {
-        if (size > 1) {
-#pragma omp barrier
-        }
-    }
-};
-
 struct alignas(64) CacheLine {
     float values[16];
 };
@@ -63,12 +51,6 @@ float* scratch(int64_t count) {
     static thread_local std::vector<CacheLine> memory;
     if (16 * memory.size() < static_cast<size_t>(count)) memory.resize((count + 15) / 16);
     return reinterpret_cast<float*>(memory.data());
-}
-
-// Memory for a packed block of `columns` columns and `depth` rows of B.
-inline float* block_memory(int64_t columns, int64_t depth) {
-    columns = (std::min(columns, COLUMNS) + WIDTH - 1) / WIDTH * WIDTH;
-    return scratch<0>(columns * std::min(depth, DEPTH));
 }
 
 // The tile c (ROWS, WIDTH) = panel of A · panel of B + bias (WIDTH, or null), or += panel of A · panel of B.
@@ -186,70 +168,80 @@ inline const float* pack_a(Matrix a, int64_t row, int64_t rows, int64_t M, int64
     return out;
 }
 
-// The team's part of c (M, N) = a (M, K) · b (K, N) + bias (N, or null), or += a · b.  `stride`: of the rows of c.
-// epilogue(row, rows, column, columns) is called once for each part of c that is complete; then all columns before
-// `column` are complete in these rows too.
+// c (M, N) = a (M, K) · b (K, N) + bias (N, or null), or += a · b.  `stride`: of the rows of c.
+struct Gemm {
+    Matrix a, b;
+    const float* bias;
+    float* c;
+    int64_t stride, M, N, K;
+    bool add;
+    int64_t first_column = 0;  // of a wider product's c, of which this is a part
+
+    // A product is computed in stages, one for each block of B: all values of k for the first columns, and so on.
+    int64_t depths() const { return parts_of(K, DEPTH); }
+    int64_t stages() const { return parts_of(N, COLUMNS) * depths(); }
+
+    // Panels of A, and the units of some of them that a thread takes at a time.
+    int64_t panels() const { return parts_of(M, MAX_ROWS); }
+    int64_t unit_panels() const { return std::max(parts_of(MIN_UNIT, MAX_ROWS), parts_of(panels(), MAX_UNITS)); }
+    int64_t units() const { return parts_of(panels(), unit_panels()); }
+
+    Gemm of_columns(Range range) const {
+        return {a, b.from(0, range.begin), bias ? bias + range.begin : nullptr, c + range.begin, stride, M,
+                range.end - range.begin, K, add, first_column + range.begin};
+    }
+
+    int64_t block_size() const { return parts_of(std::min(N, COLUMNS), WIDTH) * WIDTH * std::min(K, DEPTH); }
+};
+
+// One block of B: which columns, which values of k.
+struct Stage {
+    int64_t column, columns, k, depth;
+
+    Stage(const Gemm& g, int64_t number)
+        : column(number / g.depths() * COLUMNS), columns(std::min(COLUMNS, g.N - column)),
+          k(number % g.depths() * DEPTH), depth(std::min(DEPTH, g.K - k)) {}
+};
+
+// Pack the stage's block of B.
+inline void pack(const Gemm& g, const Stage& stage, float* block) {
+    pack_b(g.b.from(stage.k, stage.column), stage.depth, stage.columns, block);
+}
+
+// Multiply the rows of a unit by the block of B.  epilogue(unit, row, rows, column, columns) is called once for each
+// part of c that is complete.
 template <class Epilogue>
-void gemm_team(const Team& team, Matrix a, Matrix b, const float* bias, float* c, int64_t stride, int64_t M, int64_t N,
-               int64_t K, bool add, Epilogue epilogue) {
+void compute_unit(const Gemm& g, const Stage& stage, int64_t unit, const float* block, const Epilogue& epilogue) {
     const auto sizes = std::make_integer_sequence<int, MAX_ROWS>();
-    Tile* const* tile_of = a.column == 1 ? tiles<true>(sizes) : tiles<false>(sizes);
-    const Range own = team.range(M);
-    const int64_t panels = (own.end - own.begin + MAX_ROWS - 1) / MAX_ROWS;
+    Tile* const* tile_of = g.a.column == 1 ? tiles<true>(sizes) : tiles<false>(sizes);
+    const bool add = g.add || stage.k;
+    const Range own = part_of(g.panels(), g.unit_panels(), unit);
     alignas(64) float panel[PANEL];
-    for (int64_t column = 0; column < N; column += COLUMNS) {
-        const int64_t columns = std::min(COLUMNS, N - column);
-        for (int64_t k = 0; k < K; k += DEPTH) {
-            const int64_t depth = std::min(DEPTH, K - k);
-            const Range packed = team.range((columns + WIDTH - 1) / WIDTH);
-            pack_b(b.from(k, column + packed.begin * WIDTH), depth,
-                   std::min(packed.end * WIDTH, columns) - packed.begin * WIDTH,
-                   team.block + packed.begin * WIDTH * depth);
-            team.barrier();
-            for (int64_t p = 0; p < panels; p++) {
-                const int64_t row = own.begin + (own.end - own.begin) * p / panels;
-                const int64_t rows = own.begin + (own.end - own.begin) * (p + 1) / panels - row;
-                Tile* const tile = tile_of[rows - 1];
-                const float* packed_a = pack_a(a.from(0, k), row, rows, M, depth, panel);
-                for (int64_t j = 0; j < columns; j += WIDTH) {
-                    float* out = c + row * stride + column + j;
-                    const float *packed_b = team.block + j * depth, *start = bias ? bias + column + j : nullptr;
-                    if (columns - j >= WIDTH)
-                        tile(packed_a, packed_b, depth, start, out, stride, add || k);
-                    else
-                        narrow_tile(tile, rows, columns - j, packed_a, packed_b, depth, start, out, stride, add || k);
-                }
-                if (k + DEPTH >= K) epilogue(row, rows, column, columns);
-            }
-            team.barrier();  // before the next block overwrites this one
+    for (int64_t p = own.begin; p < own.end; p++) {
+        const Range range = range_of(g.M, g.panels(), p);
+        const int64_t row = range.begin, rows = range.end - range.begin;
+        Tile* const tile = tile_of[rows - 1];
+        const float* packed_a = pack_a(g.a.from(0, stage.k), row, rows, g.M, stage.depth, panel);
+        for (int64_t j = 0; j < stage.columns; j += WIDTH) {
+            float* out = g.c + row * g.stride + stage.column + j;
+            const float *packed_b = block + j * stage.depth, *start = g.bias ? g.bias + stage.column + j : nullptr;
+            if (stage.columns - j >= WIDTH)
+                tile(packed_a, packed_b, stage.depth, start, out, g.stride, add);
+            else
+                narrow_tile(tile, rows, stage.columns - j, packed_a, packed_b, stage.depth, start, out, g.stride, add);
         }
+        if (stage.k + stage.depth == g.K) epilogue(unit, row, rows, g.first_column + stage.column, stage.columns);
     }
 }
 
-inline void no_epilogue(int64_t, int64_t, int64_t, int64_t) {}
+inline void no_epilogue(int64_t, int64_t, int64_t, int64_t, int64_t) {}
 
-// The same by all threads, which share the packed blocks.  Called outside of a parallel region.
-template <class Epilogue>
-void gemm_shared(Matrix a, Matrix b, const float* bias, float* c, int64_t stride, int64_t M, int64_t N, int64_t K,
-                 bool add, Epilogue epilogue) {
-    float* block = block_memory(N, K);
-#pragma omp parallel
-    gemm_team({omp_get_num_threads(), omp_get_thread_num(), block}, a, b, bias, c, stride, M, N, K, add, epilogue);
-}
-
-// The same, faster where K is large and M and N are small: every thread packs its own blocks, and none waits.
-inline void gemm_private(Matrix a, Matrix b, const float* bias, float* c, int64_t stride, int64_t M, int64_t N,
-                         int64_t K, bool add) {
-#pragma omp parallel
-    {
-        Range rows{0, M}, columns{0, N};
-        if (M >= N) rows = own_range(M);
-        else {
-            columns = own_range((N + WIDTH - 1) / WIDTH);
-            columns = {columns.begin * WIDTH, std::min(columns.end * WIDTH, N)};
-        }
-        gemm_team({1, 0, block_memory(columns.end - columns.begin, K)}, a.from(rows.begin, 0), b.from(0, columns.begin),
-                  bias ? bias + columns.begin : nullptr, c + rows.begin * stride + columns.begin, stride,
-                  rows.end - rows.begin, columns.end - columns.begin, K, add, no_epilogue);
+// The product by the calling thread alone.
+inline void gemm_alone(const Gemm& g) {
+    float* block = scratch<0>(g.block_size());
+    for (int64_t number = 0; number < g.stages(); number++) {
+        const Stage stage(g, number);
+        pack(g, stage, block);
+        for (int64_t unit = 0; unit < g.units(); unit++) compute_unit(g, stage, unit, block, no_epilogue);
     }
 }

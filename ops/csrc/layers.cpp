@@ -5,11 +5,13 @@
 //
 // Legend: B rows in the batch, S tokens in a row, T = B·S, N heads, H head size, D = N·H hidden size, V vocabulary.
 
-#include "gemm.h"
+#include "shared_gemm.h"
 
 namespace {
 
-constexpr int64_t MIN_ROWS_PRIVATE = 96;  // rows or columns per thread that pay for blocks of its own
+constexpr int64_t ROWS = 32;      // that a thread takes at a time where it works on rows
+constexpr int64_t LOGITS = 16;    // rows of logits that a thread takes at a time
+constexpr int64_t FEATURES = 64;  // columns of the tables' gradients that a thread takes at a time
 constexpr int64_t QUERIES = 128;  // per block: their scores against 512 tokens stay in the L2 cache
 
 Matrix rows_of(const float* data, int64_t stride) { return {data, stride, 1}; }
@@ -122,34 +124,45 @@ extern "C" {
 
 extern const int64_t lanes = LANES;  // numbers in a vector
 
-// c (M, N) = a (M, K) · b (K, N) + bias (N, or null), or += a · b.  a and b may be transposed views: the strides of
-// their rows and columns are given.
-void gemm(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,
-          const float* bias, float* c, int64_t M, int64_t N, int64_t K, int64_t add) {
-    const Matrix left{a, a_row, a_column}, right{b, b_row, b_column};
-    if (a_column != 1 && std::max(M, N) >= omp_get_max_threads() * MIN_ROWS_PRIVATE)
-        gemm_private(left, right, bias, c, N, M, N, K, add);
-    else
-        gemm_shared(left, right, bias, c, N, M, N, K, add, no_epilogue);
+// A product c (M, N) = a (M, K) · b (K, N) + bias (N, or null), or += a · b.  a and b may be transposed views: the strides
+// of their rows and columns are given.
+struct Product {
+    const float* a;
+    int64_t a_row, a_column;
+    const float* b;
+    int64_t b_row, b_column;
+    const float* bias;
+    float* c;
+    int64_t M, N, K, add;
+};
+
+// `count` products, none of which reads what another one writes.
+void gemms(const Product* products, int64_t count) {
+    std::vector<Gemm> all;
+    for (const Product* p = products; p < products + count; p++)
+        all.push_back({{p->a, p->a_row, p->a_column}, {p->b, p->b_row, p->b_column}, p->bias, p->c, p->N, p->M, p->N,
+                       p->K, p->add != 0});
+    gemms_shared(all, no_epilogue);
 }
 
 // inner (T, F) = x (T, D) · weightᵀ + bias; out = GELU(inner).  weight (F, D).
 void dense_gelu(const float* x, const float* weight, const float* bias, float* inner, float* out, int64_t T, int64_t F,
                 int64_t D) {
-    const auto gelu = [=](int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    const auto gelu = [=](int64_t, int64_t row, int64_t rows, int64_t column, int64_t columns) {
         for (int64_t at = row * F + column; at < (row + rows) * F; at += F)
 #pragma omp simd
             for (int64_t i = at; i < at + columns; i++) out[i] = inner[i] * normal(inner[i]).cumulative;
     };
-    gemm_shared({x, D, 1}, {weight, 1, D}, bias, inner, F, T, F, D, false, gelu);
+    gemms_shared({{{x, D, 1}, {weight, 1, D}, bias, inner, F, T, F, D, false}}, gelu);
 }
 
 // gradient (T, D) of GELU(inner) · weightᵀ → those of inner (T, F) and of the bias (F) in it.  weight (D, F).
 void gelu_backward(const float* gradient, const float* weight, const float* inner, float* inner_gradient,
                    float* bias_gradient, int64_t T, int64_t F, int64_t D) {
-    ColumnSums sums(F);
-    const auto derive = [=, &sums](int64_t row, int64_t rows, int64_t column, int64_t columns) {
-        float* biases = sums.own() + column;
+    const Gemm product{{gradient, D, 1}, {weight, F, 1}, nullptr, inner_gradient, F, T, F, D, false};
+    ColumnSums sums(product.units(), F);
+    const auto derive = [=, &sums](int64_t unit, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+        float* biases = sums.of(unit) + column;
         for (; rows > 0; row++, rows--) {
             float* g = inner_gradient + row * F + column;
             const float* x = inner + row * F + column;
@@ -161,8 +174,8 @@ void gelu_backward(const float* gradient, const float* weight, const float* inne
             }
         }
     };
-    gemm_shared({gradient, D, 1}, {weight, F, 1}, nullptr, inner_gradient, F, T, F, D, false, derive);
-    sums.write(bias_gradient, 0, F);
+    gemms_shared({product}, derive);
+    sums.write(bias_gradient);
 }
 
 // total (T, D) = residual + dropout(x (T, K) · weightᵀ + bias); out = LayerNorm(total).  weight (D, K).
@@ -171,7 +184,7 @@ void dense_residual_norm(const float* x, const float* weight, const float* bias,
                          const float* norm_weight, const float* norm_shift, float* total, float* out, float* statistics,
                          int64_t T, int64_t D, int64_t K, float eps, float p, uint64_t seed) {
     const Dropout dropout(p, seed);
-    const auto add_and_norm = [=](int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    const auto add_and_norm = [=](int64_t, int64_t row, int64_t rows, int64_t column, int64_t columns) {
         if (column + columns < D) return;
         for (; rows > 0; row++, rows--) {
             float* x = total + row * D;
@@ -182,7 +195,7 @@ void dense_residual_norm(const float* x, const float* weight, const float* bias,
             norm(x, norm_weight, norm_shift, out + row * D, statistics + 2 * row, D, eps);
         }
     };
-    gemm_shared({x, K, 1}, {weight, 1, K}, bias, total, D, T, D, K, false, add_and_norm);
+    gemms_shared({{{x, K, 1}, {weight, 1, K}, bias, total, D, T, D, K, false}}, add_and_norm, true);
 }
 
 // gradient (T, D) of out → gradients of residual and of x · weightᵀ (dense), (T, D), and of norm_weight, norm_shift and
@@ -191,11 +204,11 @@ void residual_norm_backward(const float* gradient, const float* total, const flo
                             const float* norm_weight, float* residual, float* dense, float* sums, int64_t T,
                             int64_t D, float p, uint64_t seed) {
     const Dropout dropout(p, seed);
-    ColumnSums columns(3 * D);
-#pragma omp parallel
-    {
-        float *weights = columns.own(), *shifts = weights + D, *biases = shifts + D;
-        const Range range = own_range(T);
+    const int64_t parts = parts_of(T, ROWS);
+    ColumnSums columns(parts, 3 * D);
+    in_parts(parts, [&](int64_t part) {
+        float *weights = columns.of(part), *shifts = weights + D, *biases = shifts + D;
+        const Range range = part_of(T, ROWS, part);
         for (int64_t row = range.begin; row < range.end; row++) {
             float *r = residual + row * D, *y = dense + row * D;
             const uint32_t first = static_cast<uint32_t>(row * D);
@@ -207,8 +220,8 @@ void residual_norm_backward(const float* gradient, const float* total, const flo
                 biases[i] += y[i];
             }
         }
-    }
-    columns.write(sums, 0, 3 * D);
+    });
+    columns.write(sums);
 }
 
 // total (T, D) = word_table[ids] + position_table[positions] + segment_table[segments],
@@ -217,16 +230,18 @@ void embed(const int32_t* ids, const int32_t* positions, const int32_t* segments
            const float* position_table, const float* segment_table, const float* norm_weight, const float* norm_shift,
            float* total, float* out, float* statistics, int64_t T, int64_t D, float eps, float p, uint64_t seed) {
     const Dropout dropout(p, seed);
-#pragma omp parallel for
-    for (int64_t row = 0; row < T; row++) {
-        const float *word = word_table + ids[row] * D, *position = position_table + positions[row] * D;
-        const float* segment = segment_table + segments[row] * D;
-        float *x = total + row * D, *y = out + row * D;
+    in_parts(parts_of(T, ROWS), [=](int64_t part) {
+        const Range range = part_of(T, ROWS, part);
+        for (int64_t row = range.begin; row < range.end; row++) {
+            const float *word = word_table + ids[row] * D, *position = position_table + positions[row] * D;
+            const float* segment = segment_table + segments[row] * D;
+            float *x = total + row * D, *y = out + row * D;
 #pragma omp simd
-        for (int64_t i = 0; i < D; i++) x[i] = word[i] + position[i] + segment[i];
-        norm(x, norm_weight, norm_shift, y, statistics + 2 * row, D, eps);
-        drop(y, y, D, dropout, static_cast<uint32_t>(row * D));
-    }
+            for (int64_t i = 0; i < D; i++) x[i] = word[i] + position[i] + segment[i];
+            norm(x, norm_weight, norm_shift, y, statistics + 2 * row, D, eps);
+            drop(y, y, D, dropout, static_cast<uint32_t>(row * D));
+        }
+    });
 }
 
 // gradient (T, D) of out → that of total, in place, which is added to the rows of the tables' gradients; those of
@@ -236,26 +251,28 @@ void embed_backward(float* gradient, const int32_t* ids, const int32_t* position
                     float* position_gradient, float* segment_gradient, float* sums, int64_t T, int64_t D, float p,
                     uint64_t seed) {
     const Dropout dropout(p, seed);
-    ColumnSums columns(2 * D);
-#pragma omp parallel
-    {
-        float* weights = columns.own();
-        const Range range = own_range(T), part = own_range(D);
+    const int64_t parts = parts_of(T, ROWS);
+    ColumnSums columns(parts, 2 * D);
+    in_parts(parts, [&](int64_t part) {
+        float* weights = columns.of(part);
+        const Range range = part_of(T, ROWS, part);
         for (int64_t row = range.begin; row < range.end; row++) {
             float* g = gradient + row * D;
             drop(g, g, D, dropout, static_cast<uint32_t>(row * D));
             norm_backward(g, total + row * D, statistics + 2 * row, norm_weight, g, weights, weights + D, D);
         }
-#pragma omp barrier
-        for (int64_t row = 0; row < T; row++) {  // a thread adds some columns of all rows: ids repeat
+    });
+    columns.write(sums);
+    in_parts(parts_of(D, FEATURES), [=](int64_t part) {  // some columns of all rows: ids repeat
+        const Range range = part_of(D, FEATURES, part);
+        for (int64_t row = 0; row < T; row++) {
             const float* g = gradient + row * D;
             for (float* out : {word_gradient + ids[row] * D, position_gradient + positions[row] * D,
                                segment_gradient + segments[row] * D})
 #pragma omp simd
-                for (int64_t i = part.begin; i < part.end; i++) out[i] += g[i];
+                for (int64_t i = range.begin; i < range.end; i++) out[i] += g[i];
         }
-    }
-    columns.write(sums, 0, 2 * D);
+    });
 }
 
 // qkv (T, 3·D): query, key and value of each token, with its heads side by side → context (T, D), and for the backward
@@ -266,27 +283,25 @@ void attention(const float* qkv, const int32_t* sequence, float* weights, float*
     const Dropout dropout(p, seed);
     const int64_t D = N * H;
     const float scale = 1.0f / std::sqrt(static_cast<float>(H));
-#pragma omp parallel for
-    for (int64_t number = 0; number < B * N; number++) {
+    in_parts(B * N, [=](int64_t number) {
         const Head head = head_of(qkv, sequence, number, N, S, H);
-        const Team alone{1, 0, block_memory(std::max(S, H), std::max(S, H))};
         float* dropped = scratch<1>(QUERIES * S);
         for (int64_t begin = 0; begin < S; begin += QUERIES) {
             const Block block = block_of(head.numbers, number, S, begin);
             const int64_t count = block.count, keys = block.keys;
             float* x = weights + block.offset;
-            gemm_team(alone, head.query.from(begin, 0), transposed(head.key.from(block.first_key, 0)), nullptr, x, S,
-                      count, keys, H, false, no_epilogue);
+            gemm_alone({head.query.from(begin, 0), transposed(head.key.from(block.first_key, 0)), nullptr, x, S, count,
+                        keys, H, false});
             for (int64_t i = 0; i < count; i++) {
                 softmax_within(x + i * S, head.numbers + block.first_key, head.numbers[begin + i], keys, scale);
                 if (p > 0.0f)
                     drop(x + i * S, dropped + i * keys, keys, dropout, static_cast<uint32_t>(block.offset + i * S));
             }
             const Matrix kept = p > 0.0f ? rows_of(dropped, keys) : rows_of(x, S);
-            gemm_team(alone, kept, head.value.from(block.first_key, 0), nullptr,
-                      context + head.context_offset + begin * D, D, count, H, keys, false, no_epilogue);
+            gemm_alone({kept, head.value.from(block.first_key, 0), nullptr,
+                        context + head.context_offset + begin * D, D, count, H, keys, false});
         }
-    }
+    });
 }
 
 // gradient (T, D) of context → that of qkv (T, 3·D), and its sums over the tokens of each row of the batch (B, 3·D)
@@ -296,34 +311,31 @@ void attention_backward(const float* gradient, const float* qkv, const int32_t* 
     const Dropout dropout(p, seed);
     const int64_t D = N * H;
     const float scale = 1.0f / std::sqrt(static_cast<float>(H));
-#pragma omp parallel for
-    for (int64_t number = 0; number < B * N; number++) {
+    in_parts(B * N, [=](int64_t number) {
         const Head head = head_of(qkv, sequence, number, N, S, H);
         const Matrix above = rows_of(gradient + head.context_offset, D);
         float *d_query = qkv_gradient + head.qkv_offset, *d_key = d_query + D, *d_value = d_key + D;
         for (int64_t s = 0; s < S; s++)
             for (float* start : {d_key, d_value}) std::fill(start + s * 3 * D, start + s * 3 * D + H, 0.0f);
-        const Team alone{1, 0, block_memory(std::max(S, H), std::max(S, H))};
         float *dropped = scratch<1>(QUERIES * S), *d_scores = scratch<2>(QUERIES * S);
         for (int64_t begin = 0; begin < S; begin += QUERIES) {
             const Block block = block_of(head.numbers, number, S, begin);
             const int64_t count = block.count, keys = block.keys, first_key = block.first_key;
             const float* x = weights + block.offset;
             const Matrix own = above.from(begin, 0);
-            gemm_team(alone, own, transposed(head.value.from(first_key, 0)), nullptr, d_scores, keys, count, keys, H,
-                      false, no_epilogue);
+            gemm_alone({own, transposed(head.value.from(first_key, 0)), nullptr, d_scores, keys, count, keys, H,
+                        false});
             for (int64_t i = 0; i < count; i++) {
                 float *y = dropped + i * keys, *g = d_scores + i * keys;
                 drop(x + i * S, y, keys, dropout, static_cast<uint32_t>(block.offset + i * S));
                 softmax_backward(g, x + i * S, y, keys, scale);
             }
             const Matrix kept = rows_of(dropped, keys), scores = rows_of(d_scores, keys);
-            gemm_team(alone, scores, head.key.from(first_key, 0), nullptr, d_query + begin * 3 * D, 3 * D, count, H,
-                      keys, false, no_epilogue);
-            gemm_team(alone, transposed(scores), head.query.from(begin, 0), nullptr, d_key + first_key * 3 * D, 3 * D,
-                      keys, H, count, true, no_epilogue);
-            gemm_team(alone, transposed(kept), own, nullptr, d_value + first_key * 3 * D, 3 * D, keys, H, count, true,
-                      no_epilogue);
+            gemm_alone({scores, head.key.from(first_key, 0), nullptr, d_query + begin * 3 * D, 3 * D, count, H, keys,
+                        false});
+            gemm_alone({transposed(scores), head.query.from(begin, 0), nullptr, d_key + first_key * 3 * D, 3 * D, keys,
+                        H, count, true});
+            gemm_alone({transposed(kept), own, nullptr, d_value + first_key * 3 * D, 3 * D, keys, H, count, true});
         }
         float* total = sums + head.qkv_offset - number / N * (S - 1) * 3 * D;  // the head's columns of (B, 3·D)
         for (int64_t which = 0; which < 3; which++, total += D) {
@@ -331,18 +343,18 @@ void attention_backward(const float* gradient, const float* qkv, const int32_t* 
             for (int64_t s = 0; s < S; s++)
                 for (int64_t h = 0; h < H; h++) total[h] += d_query[(s * 3 + which) * D + h];
         }
-    }
+    });
 }
 
 // losses (T): cross entropy of logits (T, V) + bias (V) against labels (T), times `scale`; 0 where a label is
 // negative.  The gradient of the sum of the losses by the logits overwrites them, that by bias goes to bias_gradient.
 void cross_entropy(float* logits, const float* bias, const int64_t* labels, float* losses, float* bias_gradient,
                    int64_t T, int64_t V, float scale) {
-    ColumnSums columns(V);
-#pragma omp parallel
-    {
-        float* biases = columns.own();
-        const Range range = own_range(T);
+    const int64_t parts = parts_of(T, LOGITS);
+    ColumnSums columns(parts, V);
+    in_parts(parts, [&](int64_t part) {
+        float* biases = columns.of(part);
+        const Range range = part_of(T, LOGITS, part);
         for (int64_t row = range.begin; row < range.end; row++) {
             float* x = logits + row * V;
             losses[row] = 0.0f;
@@ -372,8 +384,8 @@ void cross_entropy(float* logits, const float* bias, const int64_t* labels, floa
             x[labels[row]] -= scale;
             biases[labels[row]] -= scale;
         }
-    }
-    columns.write(bias_gradient, 0, V);
+    });
+    columns.write(bias_gradient);
 }
 
 }  // extern "C"

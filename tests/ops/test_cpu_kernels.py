@@ -1,6 +1,7 @@
 """The kernels for CPUs against PyTorch's operations.  Without dropout, test_modeling.py compares whole models too."""
 
 import copy
+import os
 import subprocess
 import sys
 from dataclasses import make_dataclass
@@ -16,7 +17,9 @@ from torch.testing import assert_close
 from common.bert_config import BertConfig
 from modeling import BertForPreTraining
 from ops import cpu_kernels, cpu_layers
+from optim.fused_lamb import CpuFusedNVLAMB
 from tests.support import samples
+from tests.support.busy import busy_processes
 from tests.support.ranks import ROOT
 
 
@@ -154,6 +157,42 @@ def test_products_of_any_size_are_those_of_fp64(rows, columns, depth, a_transpos
     torch.set_num_threads(usual)
     assert_close(found.double(), expected, rtol=0, atol=2e-6 * depth**0.5 * 6)
     assert start != "into" or found is into
+
+
+def results_of_a_step() -> list[torch.Tensor]:
+    """What the kernels compute of embeddings, layer, loss and LAMB, in several blocks of B and many parts."""
+    model, _ = pair(3, hidden_size=160, intermediate_size=1100, num_hidden_layers=1, num_attention_heads=2)
+    batch = samples.unpacked_batch([24, 5, 11, 17] * 12)
+    embeddings, (layer,) = model.bert.embeddings, model.bert.encoder.layer
+    hidden = layer(embeddings(batch["input_ids"], batch["segment_ids"], batch["positions"]), batch["input_mask"])
+    loss = cpu_layers.kernel_cross_entropy(hidden.flatten(0, 1), embeddings.word_embeddings.weight,
+                                           model.cls.predictions.bias, batch["input_ids"].long().flatten())
+    loss.backward()
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    optimizer = CpuFusedNVLAMB(parameters, lr=0.1)
+    optimizer.step()
+    return [loss.detach(), hidden.detach(), *(parameter.grad for parameter in parameters),
+            *(parameter.detach() for parameter in parameters)]
+
+
+def allowed_cpus() -> set[str]:
+    """The CPUs on which the threads of this process may run, as masks; they are all the same in a process like this."""
+    return {status.read_text().split("Cpus_allowed:")[1].split()[0] for status in Path("/proc").glob("self/task/*/status")}
+
+
+def test_results_are_the_same_bits_on_any_number_of_threads_quiet_and_busy():
+    """And the threads, which part ways while they work, may go where they might before."""
+    usual, before, expected = torch.get_num_threads(), allowed_cpus(), None
+    for busy, threads in [(0, 1), (0, 2), (0, 5), (2, 2), (2, 3)]:
+        torch.set_num_threads(threads)
+        with busy_processes(busy):
+            found = results_of_a_step()
+        expected = expected or found
+        assert len(found) > 30
+        for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+            assert torch.equal(one, other), f"result {number}, {threads} threads beside {busy} processes"
+    torch.set_num_threads(usual)
+    assert allowed_cpus() == before
 
 
 BEFORE_FORBIDDEN_PAGES = """
