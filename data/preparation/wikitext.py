@@ -58,7 +58,8 @@ FUNCTIONS = {"formatnum": str, "lc": str.lower, "uc": str.upper,
              "lcfirst": lambda text: text[:1].lower() + text[1:], "ucfirst": lambda text: text[:1].upper() + text[1:]}
 TEMPLATE = re.compile(r"\{\{(?<!\{\{\{)(?!\{)[^{}]*\}\}")  # that holds no other
 LINK = re.compile(r"\[\[(?![^][|:\n{}]*[:\n{}])(?:[^][|]*\|)?([^][{}]*)\]\]")  # that holds no other, and no namespace
-MARK = re.compile(r"\{\{+|\}\}+|\[\[|\]\]|\n[ :]*\{\||\n *\|\}(?!\})")  # literals first: they are found faster
+MARK = re.compile(  # literals first, which are found faster; of ]]] the first is the end of [URL label]
+    r"\{\{+|\}\}+|\[\[|\]\](?!\](?!\]))|\n[ :]*\{\||\n *\|\}(?!\})")
 TARGET_PIECES = 4  # into which templates may have cut the target of a link
 MEDIA = tuple(f".{ending}" for ending in set_of(
     "jpg jpeg png gif svg webp tif tiff xcf pdf djvu ogg oga ogv opus webm mp3 mp4 wav flac mid midi stl"))

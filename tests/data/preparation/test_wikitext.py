@@ -25,7 +25,7 @@ from data.preparation.wikitext import plain_text
     ("a {{x|{{y|{{z}}}}[[b}} c\n{|\n|{{d\n|[[e\n|}\n f", ["a c", "f"]),
     # links
     ("[[A]]s [[a|b]] [[a|b|c]] [[A#b]] [[a {{x}}|d]] [[:Category:E]] [[a|f{{x}}g]]", ["As b b|c A#b d Category:E fg"]),
-    ("a [[File:x.jpg|thumb|b [[c]] [http://x d] {{e}}]] f [[Image:y.png]] [[Kategorie:G]] [[category: h]] [[de:i]]",
+    ("a [[File:x.jpg|b [[c]] [//x d] {{e}}]] f [[Image:y.png|[//x z]]] [[Kategorie:G]] [[category: h]] [[de:i]]",
      ["a f"]),
     ("[[Alien: Covenant]], [[Köppen: A|k]], [[16:9]], [[wikt:moon]], [[s:x|y]]", ["Alien: Covenant, k, 16:9, moon, y"]),
     ("[http://x a [b]] [//x c] [http://x] [mailto:x d] http://x [e] [[http://x f]]", ["a [b] c d http://x [e] [f]"]),
