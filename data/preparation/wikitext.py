@@ -82,7 +82,7 @@ MAGIC_WORD = re.compile(r"__[^\W\da-z]+__")  # __TOC__ in any language
 VARIANTS = re.compile(r"-\{(?:[A-Z]\|)?(?:zh(?:-\w+)*:)?([^;{}]*)(?:;[^{}]*)?\}-")  # a word in several Chinese scripts
 ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 WORD = re.compile(r"[^\W_]")
-NO_TEXT = frozenset("*#;|{}")  # at the start of a line: a list, or what is left of a table or template
+NO_TEXT = frozenset(("", *"*#;|{}"))  # at the start of a line: a list, or what is left of a table or template
 SENTENCE_ENDS = tuple(".!?。！？؟।…")
 SPACE_BEFORE, SPACE_BEHIND = re.compile(r" (?=[,:)\]»]|\.(?!\.))"), re.compile(r"([(\[«]) ")
 REPEATED_COMMAS = re.compile(r",,+ ")
@@ -281,8 +281,11 @@ def paragraphs(text: str) -> Iterator[str]:
                 headings.pop()
             headings.append((level, title))
             continue
-        line = with_characters(line.lstrip(": "))
-        if not line or line[0] in NO_TEXT or line[0] == "(" and line[-1] == ")" or not WORD.search(line):
+        line = line.lstrip(": ")
+        if line[:1] in NO_TEXT:
+            continue
+        line = with_characters(line)
+        if line[:1] == "(" and line[-1] == ")" or not WORD.search(line):
             continue
         yield from (title for _, title in headings)
         headings.clear()

@@ -33,7 +33,8 @@ from data.preparation.wikitext import plain_text
     ("'''a''' ''b'' '''''c''''' ''d'''s L''''e''' ''{{x}}'' \"''f''\" it's", ["a \"b\" c \"d\"'s L'e \"f\" it's"]),
     # lines
     ("= A =\n== B ==\n=== C ===\na\n== D ==\n* e\n=== F? ===\n== G ==\nb\n== H ==", ["A.", "B.", "C.", "a", "G.", "b"]),
-    ("* a\n# b\n; c : d\n:: e\n:* f\n----\n(g)\n(h) i\n|j\n!?\n__TOC__k", ["e", "(h) i", "k"]),
+    ("* a\n# b\n; c : d\n:: e\n:* f\n----\n(g)\n(h) i\n|j\n!?\n__TOC__k\n<nowiki>*</nowiki>l",
+     ["e", "(h) i", "k", "*l"]),
     # spaces, parentheses and entities
     ("A ({{x}}; born 1, {{x}}) ( {{x}} ) , b{{x}} . ( c ) , , d ... f()（{{x}}）", ["A (born 1), b. (c), d ... f()"]),
     ("a&nbsp;b &amp;lt; &lt;c&gt; &#8212; &#42; &bogus; &#99999999999999999999; AT&T&copy",
