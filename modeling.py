@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.bert_config import ACTIVATION_NAMES, LAYER_NORM_EPS, BertConfig
 from ops import cpu_layers
-from ops.attention import ATTENTIONS, KERNELS
+from ops.attention import ATTENTIONS, HASHED, KERNELS
 
 ACTIVATIONS = dict(zip(ACTIVATION_NAMES, (nn.GELU, nn.ReLU, nn.SiLU), strict=True))
 IGNORED_LABEL = -1
@@ -31,16 +31,27 @@ def recomputed(function, autocast, *arguments):
                       determinism_check="none")  # the check needs shapes, which nested tensors do not have
 
 
+class HashedDropout(nn.Dropout):
+    """The same in a kernel compiled for this CPU, in fp32 and bf16."""
+
+    def forward(self, hidden):
+        return cpu_layers.dropout(hidden, self.p) if self.training else hidden
+
+
+def dropout_class(attention_name: str) -> type[nn.Dropout]:
+    return HashedDropout if attention_name == HASHED else nn.Dropout
+
+
 class Embeddings(nn.Module):
     """The sum of word, position and segment vectors.  Positions enter the model here only: one learned vector each."""
 
-    def __init__(self, config: BertConfig):
+    def __init__(self, config: BertConfig, attention_name: str):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = dropout_class(attention_name)(config.hidden_dropout_prob)
 
     def forward(self, input_ids, segment_ids, positions):
         total = (self.word_embeddings(input_ids) + self.position_embeddings(positions)
@@ -78,11 +89,11 @@ class SelfAttention(nn.Module):
 class ResidualOutput(nn.Module):
     """LayerNorm(residual + dropout(dense(hidden))): the end of both halves of a post-LayerNorm layer."""
 
-    def __init__(self, input_size: int, config: BertConfig):
+    def __init__(self, input_size: int, config: BertConfig, attention_name: str):
         super().__init__()
         self.dense = nn.Linear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = dropout_class(attention_name)(config.hidden_dropout_prob)
 
     def forward(self, hidden, residual):
         return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
@@ -92,7 +103,7 @@ class Attention(nn.Module):
     def __init__(self, config: BertConfig, attention_name: str):
         super().__init__()
         self.self = SelfAttention(config, attention_name)
-        self.output = ResidualOutput(config.hidden_size, config)
+        self.output = ResidualOutput(config.hidden_size, config, attention_name)
 
     def forward(self, hidden, mask):
         return self.output(self.self(hidden, mask), hidden)
@@ -116,7 +127,7 @@ class Layer(nn.Module):
         self.attention = Attention(config, attention_name)
         activation = ACTIVATIONS[config.hidden_act]
         self.intermediate = DenseActivation(config.hidden_size, config.intermediate_size, activation)
-        self.output = ResidualOutput(config.intermediate_size, config)
+        self.output = ResidualOutput(config.intermediate_size, config, attention_name)
 
     def forward(self, hidden, mask):
         hidden = self.attention(hidden, mask)
@@ -153,7 +164,7 @@ class BertModel(nn.Module):
     def __init__(self, config: BertConfig, attention_name: str, checkpoint_activations: bool, autocast):
         super().__init__()
         self.attention = ATTENTIONS[attention_name]
-        self.embeddings = (KernelEmbeddings if attention_name == KERNELS else Embeddings)(config)
+        self.embeddings = (KernelEmbeddings if attention_name == KERNELS else Embeddings)(config, attention_name)
         self.encoder = Encoder(config, attention_name, checkpoint_activations, autocast)
         self.pooler = DenseActivation(config.hidden_size, config.hidden_size, nn.Tanh)
 

@@ -88,7 +88,7 @@ def pretrain_rank(args, ranks, reader, log_path) -> dict:
     from ops import attention
     from optim.build import OptimizerOptions, build_optimizer
     from parallel.gradient_reduction import broadcast_weights, build_reduction
-    from training import dry_run
+    from training import bf16_speed, dry_run
     from training.compilation import compile_training
     from training.data_sets import (
         find_training_set,
@@ -136,8 +136,12 @@ def pretrain_rank(args, ranks, reader, log_path) -> dict:
     device.seed(args.seed)
     request = attention.LayerRequest(attention=args.attention, use_cpu_kernels=args.use_cpu_kernels,
                                      compiled=args.use_torch_compile, dtype=precision.dtype,
-                                     rows=plan.micro_batch_size, length=args.max_seq_length)
+                                     rows=plan.micro_batch_size, length=args.max_seq_length,
+                                     op_lists=precision.by_op_lists)
     attention_name, layers_description = ranks.gather(attention.choose(device, config, request))[0]
+    bf16_warning = bf16_speed.bf16_warning(device, config, attention_name, request, precision.autocast)
+    if bf16_warning:
+        ranks.warn(bf16_warning)
     model = BertForPreTraining(config, attention_name, args.checkpoint_activations, precision.autocast,
                                precision.casts_off, args.mlm_loss_chunk)
     model = model if shards[0].objective.nsp else model.without_nsp()

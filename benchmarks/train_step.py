@@ -7,10 +7,12 @@ is less work than to keep them apart.
 
 With --beside N all are timed again beside N busy processes: how much slower does each get?
 
-    python benchmarks/train_step.py [--model mini|base|base_packed] [--rivals …] [--beside N] [--profile] [--json]
+    python benchmarks/train_step.py [--model mini|base|base_packed] [--rivals …] [--beside N] [--bf16] [--profile]
+                                    [--json]
 """
 
 import os
+from contextlib import nullcontext
 
 from measuring import alternate, busy_processes, machine, report, spread  # puts the repository's root on the path
 
@@ -36,6 +38,7 @@ def main(argv=None) -> None:
     parser.add_argument("--repeats", type=cli.positive_int, default=7, help="timed repeats of each")
     parser.add_argument("--threads", type=cli.positive_int, default=2, help="CPU threads")
     parser.add_argument("--beside", type=cli.positive_int, metavar="N", help="time all again beside N busy processes")
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast on both sides, and ours in fp32 too")
     parser.add_argument("--profile", action="store_true", help="only say where the time of our step goes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
@@ -56,7 +59,13 @@ def main(argv=None) -> None:
             f"BERT-{args.model}, {rows} x {tokens} tokens: where {sum(parts.values()):.0f} ms of a step go",
             *(f"  {name:52s}{value:8.1f} ms {value / sum(parts.values()):6.1%}" for name, value in parts.items())])
         return
-    steps = {"ours": ours_step(ours, batch), **rival_steps(ours, batch, args.rivals)}
+    cast = bf16_autocast if args.bf16 else nullcontext
+    steps = {"ours": ours_step(ours, batch), **rival_steps(ours, batch, args.rivals, cast)}
+    if args.bf16:
+        fast = our_model(layers, hidden, heads, "hashed")
+        fast.load_state_dict(ours.state_dict())
+        steps |= {"ours": ours_step(fast, batch, cast), "ours in fp32": steps["ours"]}
+        figures["losses"] = losses_without_dropout({"ours in fp32": ours, "ours": fast}, batch, args.rivals)
     seconds = {name: spread(values) for name, values in alternate(steps, args.repeats).items()}
     figures |= compare(ours.config, batch, seconds)
     if args.beside:
@@ -70,7 +79,8 @@ def compare(config, batch: dict, seconds: dict) -> dict:
     """What the seconds of ours and of the others say."""
     from training.metrics import batch_flops, cpu_peak
 
-    ours, best = seconds["ours"]["median"], min(set(seconds) - {"ours"}, key=lambda name: seconds[name]["median"])
+    ours, best = seconds["ours"]["median"], min(
+        (name for name in seconds if name.startswith("transformers")), key=lambda name: seconds[name]["median"])
     flops, peak = batch_flops(config, batch), cpu_peak(2048, 5)
     return {"seconds": seconds, "best_rival": best, "ratio_vs_transformers": seconds[best]["median"] / ours,
             "sequences_per_second": int(batch["next_sentence_weights"].sum()) / ours, "peak_gflops": peak / 1e9,
@@ -91,16 +101,43 @@ def lines(args, figures: dict) -> list[str]:
         *(f"  {name:28s}{found['median']:.3f} s ({found['min']:.3f} to {found['max']:.3f}), "
           f"{beside['slowdowns'][name]:.2f} times as long" for name, found in beside["seconds"].items()),
         f"  our slowdown is {beside['slowdown_ratio']:.2f} of that of {figures['best_rival']}"]
-    return [f"BERT-{args.model}, {figures['batch']} tokens, forward + backward, fp32, {args.threads} threads",
+    losses = [f"losses without dropout: {', '.join(f'{name} {loss:.5f}' for name, loss in figures['losses'].items())}"
+              ] if args.bf16 else []
+    return [f"BERT-{args.model}, {figures['batch']} tokens, forward + backward, {'bf16' if args.bf16 else 'fp32'}, "
+            f"{args.threads} threads",
             *(f"  {name:28s}{found['median']:.3f} s ({found['min']:.3f} to {found['max']:.3f})"
               for name, found in figures["seconds"].items()),
             f"  {figures['ratio_vs_transformers']:.2f} times as fast as {figures['best_rival']}, "
             f"{figures['fraction_of_peak']:.0%} of the peak of {figures['peak_gflops']:.0f} GFLOP/s, "
-            f"{figures['sequences_per_second']:.1f} sequences/s", *busy]
+            f"{figures['sequences_per_second']:.1f} sequences/s", *losses, *busy]
 
 
-def our_model(layers: int, hidden: int, heads: int):
-    """Our model in train mode, through the kernels for this CPU."""
+def bf16_autocast():
+    import torch
+
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def losses_without_dropout(ours: dict, batch: dict, rivals) -> dict[str, float]:
+    """The losses of our models, by name, and of transformers' with the weights of the first."""
+    import torch
+
+    first = next(iter(ours.values()))
+    attention = rivals[0].split()[0]
+    rival = rival_models(first, [attention])[attention]
+    found = {}
+    with torch.no_grad():
+        for name, model in ours.items():
+            with nullcontext() if name.endswith("fp32") else bf16_autocast():
+                found[name] = model.eval()(batch)["loss"].item()
+            model.train()
+        with bf16_autocast():
+            found["transformers"] = transformers_loss(rival.eval(), batch)().item()
+    return found
+
+
+def our_model(layers: int, hidden: int, heads: int, attention: str = "kernels"):
+    """Our model in train mode, as a rule through the kernels for this CPU."""
     from common.bert_config import BertConfig
     from modeling import BertForPreTraining
 
@@ -108,7 +145,7 @@ def our_model(layers: int, hidden: int, heads: int):
               "hidden_size": hidden, "initializer_range": 0.02, "intermediate_size": 4 * hidden,
               "max_position_embeddings": 512, "num_attention_heads": heads, "num_hidden_layers": layers,
               "type_vocab_size": 2, "vocab_size": VOCABULARY}
-    return BertForPreTraining(BertConfig(**values), "kernels").train()
+    return BertForPreTraining(BertConfig(**values), attention).train()
 
 
 def transformers_model(config, attention: str = "sdpa"):
@@ -119,20 +156,27 @@ def transformers_model(config, attention: str = "sdpa"):
     return transformers.BertForPreTraining(transformers.BertConfig(**values, attn_implementation=attention)).train()
 
 
-def rival_steps(ours, batch: dict, rivals) -> dict:
+def rival_models(ours, attentions) -> dict:
+    """A model of transformers for each attention implementation, with our weights."""
+    weights = {name.replace("dense_act", "dense"): value for name, value in ours.state_dict().items()}
+    weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
+    models = {attention: transformers_model(ours.config, attention) for attention in attentions}
+    for model in models.values():
+        model.load_state_dict(weights)
+    return models
+
+
+def rival_steps(ours, batch: dict, rivals, cast=nullcontext) -> dict:
     """A step function for each rival; those with one attention implementation share a model with our weights."""
     import torch
 
-    weights = {name.replace("dense_act", "dense"): value for name, value in ours.state_dict().items()}
-    weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
-    models = {attention: transformers_model(ours.config, attention)
-              for attention in sorted({rival.split()[0] for rival in rivals})}
-    for model in models.values():
-        model.load_state_dict(weights)
-    return {f"transformers, {rival}": training_step(
-        models[rival.split()[0]], transformers_loss(
-            torch.compile(models[rival.split()[0]], dynamic=False) if "compiled" in rival else models[rival], batch))
-        for rival in rivals}
+    models = rival_models(ours, sorted({rival.split()[0] for rival in rivals}))
+    steps = {}
+    for rival in rivals:
+        model = models[rival.split()[0]]
+        called = torch.compile(model, dynamic=False) if "compiled" in rival else model
+        steps[f"transformers, {rival}"] = training_step(model, transformers_loss(called, batch), cast)
+    return steps
 
 
 def random_batch(rows: int, tokens: int, sequences: int = 1) -> dict:
@@ -150,15 +194,17 @@ def random_batch(rows: int, tokens: int, sequences: int = 1) -> dict:
             "next_sentence_weights": torch.ones(rows, sequences).int()}
 
 
-def ours_step(model, batch: dict):
-    return training_step(model, lambda: model(batch)["loss"])
+def ours_step(model, batch: dict, cast=nullcontext):
+    return training_step(model, lambda: model(batch)["loss"], cast)
 
 
-def training_step(model, forward):
-    """A function that runs forward, which gives the loss, and backward."""
+def training_step(model, forward, cast=nullcontext):
+    """A function that runs forward, which gives the loss, under cast(), and backward."""
     def step():
         model.zero_grad()
-        forward().backward()
+        with cast():
+            loss = forward()
+        loss.backward()
     return step
 
 

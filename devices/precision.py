@@ -94,6 +94,10 @@ class Precision:
     def describe(self) -> str:
         return self.casts.description
 
+    @property
+    def by_op_lists(self) -> bool:
+        return isinstance(self.casts, OpListCasts)
+
     @contextmanager
     def autocast(self):
         with self.report, self.casts.on():  # the mode entered last sees an op first

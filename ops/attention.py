@@ -3,6 +3,7 @@
 All compute softmax(q·kᵀ/√H)·v, where a token attends to the tokens of its own sequence, with dropout of the weights:
 
     plain    elementary operations, which every device has
+    hashed   the same, with dropout in a kernel compiled for this CPU, in all of the layer
     sdpa     PyTorch's fused kernels, with a mask of S × S scores per row
     varlen   PyTorch's fused kernels for sequences of different lengths, which take the sequences' bounds, not a mask
     kernels  whole layers in kernels compiled for this CPU (cpu_layers.py)
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from ops import cpu_kernels, cpu_layers
 
 MASKED_SCORE = -10000.0  # finite, and exp() of it is 0 in fp32 and bf16; infinities become NaN under bf16 op lists
-KERNELS = "kernels"
+KERNELS, HASHED = "kernels", "hashed"
 REPEATS = 5  # of a measurement, after one that warms up
 CLEARLY_FASTER = 0.9  # of the preferred one's time: a run that is repeated should make the same choice
 MAX_ERROR = 3.0  # times that of plain attention in the same type; both against fp64
@@ -28,9 +29,17 @@ MAX_ERROR = 3.0  # times that of plain attention in the same type; both against 
 
 def plain_attention(query, key, value, mask, dropout_prob):
     """query, key, value (B, N, S, H), mask (B, 1, S, S) → (B, N, S, H)."""
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + mask  # (B, N, S, S)
-    weights = F.dropout(F.softmax(scores, dim=-1), dropout_prob, training=dropout_prob > 0.0)
-    return weights @ value  # (B, N, S, H)
+    return F.dropout(attention_weights(query, key, mask), dropout_prob, training=dropout_prob > 0.0) @ value
+
+
+def hashed_attention(query, key, value, mask, dropout_prob):
+    """query, key, value (B, N, S, H), mask (B, 1, S, S) → (B, N, S, H)."""
+    return cpu_layers.dropout(attention_weights(query, key, mask), dropout_prob) @ value
+
+
+def attention_weights(query, key, mask):
+    """query, key (B, N, S, H), mask (B, 1, S, S) → (B, N, S, S)."""
+    return F.softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + mask, dim=-1)
 
 
 def sdpa_attention(query, key, value, mask, dropout_prob):
@@ -82,6 +91,7 @@ class AttentionImplementation:
 
 
 ATTENTIONS = {"plain": AttentionImplementation(plain_attention, attention_mask),
+              HASHED: AttentionImplementation(hashed_attention, attention_mask),
               "sdpa": AttentionImplementation(sdpa_attention, attention_mask),
               "varlen": AttentionImplementation(varlen_attention, sequence_bounds),
               KERNELS: AttentionImplementation(None, lambda input_mask, slots: input_mask)}
@@ -97,6 +107,7 @@ class LayerRequest:
     dtype: torch.dtype  # of matrix products
     rows: int  # of a micro-batch
     length: int  # tokens in a row
+    op_lists: bool = False  # which name PyTorch's operations
 
 
 def choose(device, config, request: LayerRequest) -> tuple[str, str]:
@@ -104,8 +115,10 @@ def choose(device, config, request: LayerRequest) -> tuple[str, str]:
     if request.attention:
         return request.attention, f"layers: PyTorch's operations, attention {request.attention} (--attention)"
     reason = reason_against_kernels(device, config, request)
-    if reason is None:
+    if reason is None and request.dtype == torch.float32:
         return KERNELS, "layers: kernels compiled for this CPU"
+    if reason is None:
+        return HASHED, "layers: PyTorch's operations, dropout in a kernel compiled for this CPU"
     name, found = fastest(device, config, request.rows, request.length, request.dtype)
     return name, f"layers: PyTorch's operations, attention {name} ({found or reason})"
 
@@ -114,12 +127,14 @@ def reason_against_kernels(device, config, request: LayerRequest) -> str | None:
     """Why a run does not compute its layers in the kernels for CPUs, or None."""
     if not device.runs_cpu_kernels:
         return f"the kernels are for CPUs, not {device.torch_device.type}"
-    if request.dtype != torch.float32:
-        return "the kernels compute in fp32 only"
+    if request.dtype != torch.float32 and request.op_lists:
+        return "op lists name PyTorch's operations"
     if not request.use_cpu_kernels:
         return "--use_cpu_kernels False"
     if request.compiled:
         return "--use_torch_compile, in place of the kernels for this CPU, which are faster"
+    if request.dtype != torch.float32:
+        return cpu_kernels.unavailable_reason()
     return cpu_layers.unsupported_reason(config) or cpu_kernels.unavailable_reason() or cpu_layers.too_slow_reason()
 
 

@@ -25,7 +25,7 @@ FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno",
          "-fopenmp", "-shared", "-fPIC")
 COMPILE_TIMEOUT = 120  # seconds, far more than it takes: a compiler that hangs must not hang the run
 
-DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
+DTYPES = (torch.float32, torch.float64, torch.int16, torch.int32, torch.int64)
 POINTER, INT, SEED, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
 SIGNATURES = {
     "gemms": [POINTER, INT],
@@ -37,6 +37,8 @@ SIGNATURES = {
     "embed_backward": [POINTER] * 11 + [INT] * 2 + [FLOAT, SEED],
     "attention": [POINTER] * 4 + [INT] * 4 + [FLOAT, SEED],
     "attention_backward": [POINTER] * 6 + [INT] * 4 + [FLOAT, SEED],
+    "dropout_fp32": [POINTER] * 2 + [INT, FLOAT, SEED],
+    "dropout_bf16": [POINTER] * 2 + [INT, FLOAT, SEED],
     "cross_entropy": [POINTER] * 5 + [INT] * 2 + [FLOAT],
     "lamb_step": [POINTER] * 5 + [INT] + [FLOAT] * 8,
     "square_sum": [POINTER] * 2 + [INT, POINTER],

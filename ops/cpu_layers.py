@@ -74,6 +74,11 @@ def embed(modules, input_ids, segment_ids, positions):
     return EmbedFunction.apply(*indices, settings, *tables, modules.LayerNorm.weight, modules.LayerNorm.bias)
 
 
+def dropout(x, p: float):
+    """Dropout of a tensor in fp32 or bf16; PyTorch's draws its random numbers one after the other."""
+    return DropoutFunction.apply(x, p) if p > 0.0 else x
+
+
 def kernel_cross_entropy(hidden, weight, bias, labels):
     """Cross entropy of the logits hidden·weightᵀ + bias, averaged over the labels that are not negative (none: 0).
 
@@ -220,6 +225,30 @@ def dense_gelu_backward(gradient, next_weight, inner, x, parameters, into, produ
     cpu_kernels.load().gelu_backward(gradient, next_weight, inner, d_inner, d_bias, *inner.shape, gradient.shape[1])
     products.add(d_inner, weight, into=into)
     return products.add(d_inner.t(), x), d_bias
+
+
+class DropoutFunction(Function):
+    """x → dropout(x).  The backward pass computes the mask again."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.p, ctx.seed = p, torch.randint(2**63 - 1, ()).item()
+        return dropped(x, p, ctx.seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return dropped(gradient, ctx.p, ctx.seed), None
+
+
+def dropped(x, p: float, seed: int):
+    x, kernels = x.contiguous(), cpu_kernels.load()
+    out = torch.empty_like(x)
+    if x.dtype == torch.bfloat16:
+        kernels.dropout_bf16(x.view(torch.int16), out.view(torch.int16), x.numel(), p, seed)
+    else:
+        kernels.dropout_fp32(x, out, x.numel(), p, seed)
+    return out
 
 
 class EmbedFunction(Function):

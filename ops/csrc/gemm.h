@@ -22,7 +22,7 @@ constexpr int LANES = 4, MAX_ROWS = 6;
 #endif
 constexpr int WIDTH = 2 * LANES;            // columns of a tile
 constexpr int64_t DEPTH = 256;              // values of k that a tile accumulates before it is written
-constexpr int64_t COLUMNS = 1024;           // of a block of B, which takes 1 MB
+constexpr int64_t COLUMNS = 64 * LANES;     // of a block of B, which takes 1 MB (AVX2: 0.5 MB)
 constexpr int64_t MIN_UNIT = 28;            // rows that a thread takes at a time, as a rule
 constexpr int64_t MAX_UNITS = 256;          // of a product
 constexpr int64_t ROW_STRIDE = DEPTH + 16;  // of a row-major panel: a power of two would put rows in the same cache set
@@ -56,7 +56,14 @@ float* scratch(int64_t count) {
 // The tile c (ROWS, WIDTH) = panel of A · panel of B + bias (WIDTH, or null), or += panel of A · panel of B.
 template <int ROWS, bool ROW_MAJOR>
 void tile(const float* a, const float* b, int64_t depth, const float* bias, float* c, int64_t stride, bool add) {
-    Vector sum[ROWS][2] = {};
+    Vector sum[ROWS][2];
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; row++) {
+        sum[row][0] = sum[row][1] = Vector{};
+        __builtin_prefetch(c + row * stride, 1);  // written after many cycles, in which it may come from far
+        __builtin_prefetch(c + row * stride + WIDTH - 1, 1);
+    }
+#pragma GCC unroll 4
     for (int64_t k = 0; k < depth; k++, b += WIDTH) {
         const Vector left = *(const Vector*)b, right = *(const Vector*)(b + LANES);
 #pragma GCC unroll 16
@@ -66,13 +73,13 @@ void tile(const float* a, const float* b, int64_t depth, const float* bias, floa
             sum[row][1] += x * right;
         }
     }
-    for (int half = 0; half < 2; half++) {
-        const Vector start = bias ? *(const Vector*)(bias + half * LANES) : Vector{};
+    const Vector left = bias ? *(const Vector*)bias : Vector{};
+    const Vector right = bias ? *(const Vector*)(bias + LANES) : Vector{};
 #pragma GCC unroll 16
-        for (int row = 0; row < ROWS; row++) {
-            Vector* out = (Vector*)(c + row * stride + half * LANES);
-            *out = sum[row][half] + (add ? *out : start);
-        }
+    for (int row = 0; row < ROWS; row++) {  // not in a loop over the halves, which would move the sums to memory
+        Vector *const out = (Vector*)(c + row * stride), *const next = out + 1;
+        *out = sum[row][0] + (add ? *out : left);
+        *next = sum[row][1] + (add ? *next : right);
     }
 }
 

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t ROWS = 32;      // that a thread takes at a time where it works on rows
 constexpr int64_t LOGITS = 16;    // rows of logits that a thread takes at a time
+constexpr int64_t ELEMENTS = 1 << 14;  // that a thread takes at a time where they are all alike
 constexpr int64_t FEATURES = 64;  // columns of the tables' gradients that a thread takes at a time
 constexpr int64_t QUERIES = 128;  // per block: their scores against 512 tokens stay in the L2 cache
 
@@ -342,6 +343,34 @@ void attention_backward(const float* gradient, const float* qkv, const int32_t* 
             std::fill(total, total + H, 0.0f);
             for (int64_t s = 0; s < S; s++)
                 for (int64_t h = 0; h < H; h++) total[h] += d_query[(s * 3 + which) * D + h];
+        }
+    });
+}
+
+// y = dropout(x), `count` numbers.
+void dropout_fp32(const float* x, float* y, int64_t count, float p, uint64_t seed) {
+    const Dropout dropout(p, seed);
+    in_parts(parts_of(count, ELEMENTS), [=](int64_t part) {
+        const Range range = part_of(count, ELEMENTS, part);
+        drop(x + range.begin, y + range.begin, range.end - range.begin, dropout, static_cast<uint32_t>(range.begin));
+    });
+}
+
+// The same in bf16, the upper half of an fp32 number: rounded to the nearest, of two to the even one.
+void dropout_bf16(const uint16_t* x, uint16_t* y, int64_t count, float p, uint64_t seed) {
+    const Dropout dropout(p, seed);
+    in_parts(parts_of(count, ELEMENTS), [=](int64_t part) {
+        const Range range = part_of(count, ELEMENTS, part);
+#pragma omp simd
+        for (int64_t i = range.begin; i < range.end; i++) {
+            const uint32_t bits = static_cast<uint32_t>(x[i]) << 16;
+            float number;
+            std::memcpy(&number, &bits, sizeof(number));
+            number *= dropout(static_cast<uint32_t>(i));
+            uint32_t out;
+            std::memcpy(&out, &number, sizeof(out));
+            const uint16_t rounded = static_cast<uint16_t>((out + 0x7fff + (out >> 16 & 1)) >> 16);
+            y[i] = number == number ? rounded : 0x7fc0;  // rounding could make a NaN infinite
         }
     });
 }

@@ -93,6 +93,7 @@ def test_a_run_takes_no_kernels_for_short_vectors(monkeypatch):
 VARIANTS = {
     "sdpa": {"attention_name": "sdpa"},
     "varlen": {"attention_name": "varlen"},
+    "hashed": {"attention_name": "hashed"},
     "kernels and fused LAMB": {"attention_name": "kernels", "optimizer": CpuFusedNVLAMB},
     "chunked loss": {"loss_chunk": 5},
     "recomputed layers": {"checkpoint_activations": True},

@@ -68,6 +68,28 @@ def test_dropout_of_different_seeds_and_of_neighbours_is_unrelated(kernels):
     assert correlations.abs().max() < 5 / masks.shape[1]**0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_of_any_tensor_drops_its_share_in_its_dtype_and_the_same_of_the_gradient(dtype):
+    x = (torch.rand(300, 70, dtype=torch.float64) + 0.5).to(dtype).t().requires_grad_()  # not dense
+    out = cpu_layers.dropout(x, 0.1)
+    assert out.dtype == dtype and out.shape == x.shape
+    kept = out != 0
+    assert abs(kept.double().mean().item() - 0.9) < 4.5 * (0.09 / x.numel())**0.5
+    assert torch.equal(out, torch.where(kept, (x.float() * (1 / (1 - torch.tensor(0.1)))).to(dtype), 0))
+    (gradient,) = torch.autograd.grad(out.float().sum(), x)
+    assert torch.equal(gradient, torch.where(kept, (1 / (1 - torch.tensor(0.1))).to(dtype), 0))
+    assert not torch.equal(kept, cpu_layers.dropout(x, 0.1) != 0)
+    assert cpu_layers.dropout(x, 0.0) is x
+
+
+def test_dropout_in_bf16_keeps_what_is_not_finite():
+    x = torch.full((4, 64), float("nan"), dtype=torch.bfloat16)
+    x[1:3] = torch.tensor([[float("inf")], [-float("inf")]])
+    out = cpu_layers.dropout(x, 0.1)
+    assert out[0].isnan().all() and out[3].isnan().all()  # inf · 0 is NaN, in the others
+    assert ((out[1] == float("inf")) | out[1].isnan()).all() and ((out[2] == -float("inf")) | out[2].isnan()).all()
+
+
 def test_dropout_is_a_function_of_torchs_seed():
     fast, _ = pair()
     batch = samples.unpacked_batch([24, 5, 11])
