@@ -1,7 +1,6 @@
 """The kernels for CPUs against PyTorch's operations.  Without dropout, test_modeling.py compares whole models too."""
 
 import copy
-import os
 import subprocess
 import sys
 from dataclasses import make_dataclass
@@ -198,8 +197,9 @@ def results_of_a_step() -> list[torch.Tensor]:
 
 
 def allowed_cpus() -> set[str]:
-    """The CPUs on which the threads of this process may run, as masks; they are all the same in a process like this."""
-    return {status.read_text().split("Cpus_allowed:")[1].split()[0] for status in Path("/proc").glob("self/task/*/status")}
+    """The CPUs on which the threads of this process may run, as masks: of all threads the same ones."""
+    return {status.read_text().split("Cpus_allowed:")[1].split()[0]
+            for status in Path("/proc").glob("self/task/*/status")}
 
 
 def test_results_are_the_same_bits_on_any_number_of_threads_quiet_and_busy():
