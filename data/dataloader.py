@@ -204,11 +204,17 @@ class BatchStream:
         wait(self.open_shards.values())
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of the rows that are read now, and at most: of two of the largest pieces of each source."""
-        largest = {}
-        for piece in self.pieces:
-            largest[piece.source] = max(piece.nbytes, largest.get(piece.source, 0))
-        return sum(self.pieces[shard].nbytes for _, shard in self.open_shards), 2 * sum(largest.values())
+        """Bytes of the rows that are read now, and at most until the end that ends_at() was told: of two pieces of each
+        source."""
+        now, end = (self.order.epochs(row, self.skipped_shards)
+                    for row in (self.next_row, max(self.next_row, self.last_row - 1)))
+        needed = {}
+        for number in self.order.upcoming(self.next_row, self.last_row, range(self.ranks.rank, self.ranks.rank + 1),
+                                          self.skipped_shards):
+            needed.setdefault(self.pieces[number].source, []).append(self.pieces[number].nbytes)
+        return (sum(self.pieces[shard].nbytes for _, shard in self.open_shards),
+                sum(sum(sorted(sizes)[-2:]) if now[source] == end[source] else 2 * max(sizes)  # one in two epochs
+                    for source, sizes in needed.items()))
 
     def rows_used(self, batches_ahead: int) -> int:
         """Rows of the endless sequence that were used, where each rank holds this many unused micro-batches."""
