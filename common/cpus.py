@@ -48,9 +48,10 @@ def limits_of(line: str, mounted: Path) -> Iterator[float]:
             return
         try:
             if controllers:
-                quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                quota, period = ((group / f"cpu.cfs_{name}_us").read_text(encoding="utf-8")
+                                 for name in ("quota", "period"))
             else:
-                quota, period = (group / "cpu.max").read_text().split()
+                quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
             limit = int(quota) / int(period)
         except (OSError, ValueError):  # "max": no limit
             continue
