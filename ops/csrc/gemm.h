@@ -22,7 +22,7 @@ constexpr int LANES = 4, MAX_ROWS = 6;
 #endif
 constexpr int WIDTH = 2 * LANES;            // columns of a tile
 constexpr int64_t DEPTH = 256;              // values of k that a tile accumulates before it is written
-constexpr int64_t COLUMNS = 64 * LANES;     // of a block of B, which takes 1 MB (AVX2: 0.5 MB)
+constexpr int64_t COLUMNS = 1024;           // of a block of B, which takes 1 MB
 constexpr int64_t MIN_UNIT = 28;            // rows that a thread takes at a time, as a rule
 constexpr int64_t MAX_UNITS = 256;          // of a product
 constexpr int64_t ROW_STRIDE = DEPTH + 16;  // of a row-major panel: a power of two would put rows in the same cache set
