@@ -202,7 +202,8 @@ def reserved(remote: RemoteShard, path: Path, needed: Sequence[Path]) -> Path:
 
 def make_room(root: Path, remote: RemoteShard, path: Path, needed: Sequence[Path]) -> None:
     """Remove shards until there is room for this one: those that nothing needs, then those that are needed last."""
-    present = {found: size_of(found) for found in root.glob("*/*.hdf5")} | parts_in(root)
+    present = parts_in(root)  # before the whole ones: a part that becomes one meanwhile is counted
+    present |= {found: size_of(found) for found in root.glob("*/*.hdf5")}
     free = shutil.disk_usage(root).free
     most = remote.most_cached or sum(present.values()) + int(MOST_OF_FREE * free)
     if remote.nbytes > most:
