@@ -14,6 +14,8 @@ from itertools import pairwise
 
 from common.errors import NO_SPACE, UserError
 
+FIRST_NOTICE, LONGEST_NOTICE = 30.0, 600.0  # seconds between two lines about one wait, doubled each time
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """Takes --train_batch_size and --train-batch-size alike; flags are declared with underscores.
@@ -221,6 +223,15 @@ def format_duration(seconds: float) -> str:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+def times_to_tell():
+    """When to tell of a wait that has no known end: (seconds to wait on, seconds since it began), again and again."""
+    pause = total = FIRST_NOTICE
+    while True:
+        yield pause, total
+        pause = min(2 * pause, LONGEST_NOTICE)
+        total += pause
 
 
 def options_from(args, kind: type, **values):

@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.cli import format_bytes
+from common.cli import format_bytes, times_to_tell
 from common.errors import UserError
 from common.object_store import Cancelled
 from data.shard_cache import Fetching, NoRoom, RemoteShard, bytes_here, fetch_shard, local_copy
 
 FILES_AT_ONCE = 4
-FIRST_NOTICE, LONGEST_NOTICE = 30.0, 600.0  # seconds between two lines about one wait, doubled each time
 
 
 def to_stderr(text: str) -> None:
@@ -24,7 +23,10 @@ def to_stderr(text: str) -> None:
 
 
 class ShardFetcher:
-    """The fetching of one process; `warn` hears of outages and long waits, from any of its threads."""
+    """The fetching of one process; `warn` hears of outages, from any of its threads.
+
+    Of a long wait every process tells on stderr: ranks may wait for different shards.
+    """
 
     def __init__(self, warn: Callable[[str], None] = to_stderr):
         self.warn = warn
@@ -80,7 +82,7 @@ class ShardFetcher:
     def wait_for(self, shard) -> None:
         """Until a shard is here.  UserError where it cannot be had, Cancelled after close()."""
         if shard.remote:
-            with told_of(shard.remote, shard.path, self.warn), \
+            with told_of(shard.remote, shard.path), \
                     local_copy(shard.remote, shard.path, self.fetching(shard.path)):
                 self.failed.discard(shard.path)
 
@@ -90,17 +92,16 @@ class ShardFetcher:
 
 
 @contextmanager
-def told_of(remote: RemoteShard, path: Path, warn: Callable[[str], None]):
-    """A block that waits for a shard; `warn` hears how much of it is here where that takes long."""
+def told_of(remote: RemoteShard, path: Path):
+    """A block that waits for a shard; where that takes long, stderr tells how much of it is here."""
     done = threading.Event()
 
     def tell() -> None:
-        pause = total = FIRST_NOTICE
-        while not done.wait(pause):
+        for pause, total in times_to_tell():
+            if done.wait(pause):
+                return
             here = format_bytes(bytes_here(path))
-            warn(f"waiting for {remote.url}: {here} of {format_bytes(remote.nbytes)} are here after {total:.0f} s")
-            pause = min(2 * pause, LONGEST_NOTICE)
-            total += pause
+            to_stderr(f"waiting for {remote.url}: {here} of {format_bytes(remote.nbytes)} are here after {total:.0f} s")
 
     threading.Thread(target=tell, name=f"waits for {remote.name}", daemon=True).start()
     try:

@@ -10,6 +10,7 @@ interpreter lock free.
 
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import threading
 from importlib import import_module
 from pathlib import Path
 
+from common.cli import times_to_tell
 from common.errors import UserError
 
 LONGEST_CALL = 600.0  # seconds of processor time; a shard of a gigabyte takes a few
@@ -38,7 +40,8 @@ IN_PROCESS = InProcessReader()
 class ShardReader:
     """Calls functions in the child process, one at a time.
 
-    A call that takes more than `longest_call` seconds of processor time ends the child.
+    A call that takes more than `longest_call` seconds of processor time ends the child.  Of one that takes long without
+    (a file server that does not answer), stderr tells.
     """
 
     def __init__(self, longest_call: float = LONGEST_CALL):
@@ -61,7 +64,7 @@ class ShardReader:
         with self.lock:
             for _ in range(2):
                 try:
-                    reply = self.ask((function, subject, *arguments))
+                    reply = self.ask((function, subject, *arguments), getattr(subject, "path", subject))
                 except (EOFError, BrokenPipeError, pickle.UnpicklingError):
                     death = self.reap()
                     continue
@@ -74,11 +77,17 @@ class ShardReader:
         self.child = subprocess.Popen([sys.executable, "-c", CHILD, str(ROOT), str(self.longest_call)],
                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, pipesize=PIPE_SIZE)
 
-    def ask(self, request):
+    def ask(self, request, path):
         if self.child is None:
             self.start()
         pickle.dump(request, self.child.stdin)
         self.child.stdin.flush()
+        reply_begins = select.poll()
+        reply_begins.register(self.child.stdout, select.POLLIN)
+        for pause, total in times_to_tell():
+            if reply_begins.poll(1000 * pause):
+                break
+            print(f"warning: waiting for {path}: not read after {total:.0f} s", file=sys.stderr)
         return pickle.load(self.child.stdout)
 
     def reap(self) -> str:

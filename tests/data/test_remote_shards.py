@@ -12,12 +12,12 @@ import pytest
 import pack_pretraining_data_pytorch
 import pytorch_packed_data_checker
 import upload_shards
-from common import object_store
+from common import cli, object_store
 from common.cli import format_bytes
 from common.download import file_checksum
 from common.errors import UserError
 from common.object_locks import prefix_lock
-from data import shard_cache, shard_fetcher
+from data import shard_cache
 from data.shard_cache import Fetching, NoRoom, fetch_shard
 from data.shard_fetcher import ShardFetcher
 from data.shard_reader import ShardReader
@@ -196,17 +196,18 @@ def test_a_server_that_lies_about_lengths_or_is_away_ends_in_a_clear_error(serve
     assert not shard.path.exists() and not list(cache.rglob("*.part"))
 
 
-def test_a_long_wait_says_what_for_and_how_much_of_it_is_here(server, cache, monkeypatch):
+def test_a_long_wait_says_what_for_and_how_much_of_it_is_here(server, cache, monkeypatch, capsys):
     """As where a store slows to a crawl."""
-    shard, said = find_shards("s3://data/indexed")[3], []
-    monkeypatch.setattr(shard_fetcher, "FIRST_NOTICE", 0.1)
+    shard = find_shards("s3://data/indexed")[3]
+    monkeypatch.setattr(cli, "FIRST_NOTICE", 0.1)
     with shaped_link(server[0], latency=0.4) as link:
         monkeypatch.setenv("AWS_ENDPOINT_URL", link.url)
-        with closing(ShardFetcher(said.append)) as fetcher:
+        with closing(ShardFetcher()) as fetcher:
             fetcher.wait_for(shard)
             fetcher.wait_for(shard)  # it is here
     assert file_checksum(shard.path) == shard.remote.sha256
-    assert 1 <= len(said) <= 3 and said[0] == (f"waiting for {shard.remote.url}: 0 B of "
+    said = capsys.readouterr().err.splitlines()
+    assert 1 <= len(said) <= 3 and said[0] == (f"warning: waiting for {shard.remote.url}: 0 B of "
                                               f"{format_bytes(shard.remote.nbytes)} are here after 0 s")
 
 

@@ -44,9 +44,9 @@ LAUNCHERS = {"mpirun": mpirun, "torchrun": torchrun}
 
 
 def environment(**changes) -> dict[str, str]:
-    """One thread a rank, and a port of this run's own."""
+    """One thread a rank, a port of this run's own, and stacks in the output of what SIGABRT ends."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()),
-            "PYTHONPATH": str(ROOT), **changes}
+            "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **changes}
 
 
 def run(command, folder, **changes) -> subprocess.CompletedProcess:
@@ -74,7 +74,16 @@ class started:
         self.process.wait()
 
     def finish(self, seconds: float = SECONDS) -> subprocess.CompletedProcess:
-        code = self.process.wait(timeout=seconds)
+        """Wait for the end.  Where that takes too long, the test fails with the output and all stacks."""
+        try:
+            code = self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            for pid in self.descendants():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGABRT)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=10)
+            pytest.fail(f"not ended after {seconds} s:\n{self.output.read_text()}")
         return subprocess.CompletedProcess(self.process.args, code, self.output.read_text())
 
     def wait_for(self, text: str) -> None:
