@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from data import shard_cache
+
 PROGRAM = """
 import threading
 from moto.server import ThreadedMotoServer
@@ -30,6 +32,7 @@ def s3_server():
             url = process.stdout.readline().strip()
             patch.setenv("AWS_ENDPOINT_URL", url)
             bucket().create()
+            shard_cache.opened_folder.cache_clear()  # clients of a server before this one
             yield url
         finally:
             process.kill()
