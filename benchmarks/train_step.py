@@ -7,8 +7,8 @@ is less work than to keep them apart.
 
 With --beside N all are timed again beside N busy processes: how much slower does each get?
 
-    python benchmarks/train_step.py [--model mini|base|base_packed] [--rivals …] [--beside N] [--bf16] [--profile]
-                                    [--json]
+    python benchmarks/train_step.py [--model quickstart|mini|base|base_packed] [--rivals …] [--beside N] [--bf16]
+                                    [--profile] [--json]
 """
 
 import os
@@ -21,12 +21,13 @@ from common import cli
 from run_pretraining import SPIN_COUNT
 
 SHAPES = {  # layers, hidden size, heads, rows, tokens, sequences a row
+    "quickstart": (2, 128, 4, 16, 64, 1),
     "mini": (4, 256, 4, 32, 128, 1),
     "base": (12, 768, 12, 8, 128, 1),
     "base_packed": (12, 768, 12, 2, 512, 2),
 }
-PREDICTIONS = {128: 20, 512: 80}
-VOCABULARY = 30528
+PREDICTIONS = {64: 10, 128: 20, 512: 80}
+VOCABULARY, QUICKSTART_VOCABULARY = 30528, 2048
 RIVALS = ("eager", "sdpa", "eager compiled", "sdpa compiled")
 
 
@@ -49,8 +50,9 @@ def main(argv=None) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     layers, hidden, heads, rows, tokens, sequences = SHAPES[args.model]
-    ours = our_model(layers, hidden, heads)
-    batch = random_batch(rows, tokens, sequences)
+    vocabulary = QUICKSTART_VOCABULARY if args.model == "quickstart" else VOCABULARY
+    ours = our_model(layers, hidden, heads, vocabulary)
+    batch = random_batch(rows, tokens, sequences, vocabulary)
     figures = {"model": args.model, "batch": f"{rows} x {tokens}", "sequences": rows * sequences,
                "machine": machine("transformers")}
     if args.profile:
@@ -62,7 +64,7 @@ def main(argv=None) -> None:
     cast = bf16_autocast if args.bf16 else nullcontext
     steps = {"ours": ours_step(ours, batch), **rival_steps(ours, batch, args.rivals, cast)}
     if args.bf16:
-        fast = our_model(layers, hidden, heads, "hashed")
+        fast = our_model(layers, hidden, heads, vocabulary, "hashed")
         fast.load_state_dict(ours.state_dict())
         steps |= {"ours": ours_step(fast, batch, cast), "ours in fp32": steps["ours"]}
         figures["losses"] = losses_without_dropout({"ours in fp32": ours, "ours": fast}, batch, args.rivals)
@@ -136,7 +138,7 @@ def losses_without_dropout(ours: dict, batch: dict, rivals) -> dict[str, float]:
     return found
 
 
-def our_model(layers: int, hidden: int, heads: int, attention: str = "kernels"):
+def our_model(layers: int, hidden: int, heads: int, vocabulary: int, attention: str = "kernels"):
     """Our model in train mode, as a rule through the kernels for this CPU."""
     from common.bert_config import BertConfig
     from modeling import BertForPreTraining
@@ -144,7 +146,7 @@ def our_model(layers: int, hidden: int, heads: int, attention: str = "kernels"):
     values = {"attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
               "hidden_size": hidden, "initializer_range": 0.02, "intermediate_size": 4 * hidden,
               "max_position_embeddings": 512, "num_attention_heads": heads, "num_hidden_layers": layers,
-              "type_vocab_size": 2, "vocab_size": VOCABULARY}
+              "type_vocab_size": 2, "vocab_size": vocabulary}
     return BertForPreTraining(BertConfig(**values), attention).train()
 
 
@@ -179,16 +181,16 @@ def rival_steps(ours, batch: dict, rivals, cast=nullcontext) -> dict:
     return steps
 
 
-def random_batch(rows: int, tokens: int, sequences: int = 1) -> dict:
+def random_batch(rows: int, tokens: int, sequences: int, vocabulary: int) -> dict:
     """Full rows of random tokens in sequences of one length, as many of them masked as the recipes mask."""
     import torch
 
     slots, length, place = PREDICTIONS[tokens], tokens // sequences, torch.arange(tokens)
     order = torch.rand(rows, tokens - 1).argsort(1)[:, :slots] + 1
-    return {"input_ids": torch.randint(1, VOCABULARY, (rows, tokens)).int(),
+    return {"input_ids": torch.randint(1, vocabulary, (rows, tokens)).int(),
             "input_mask": (place // length + 1).expand(rows, -1).int(), "segment_ids": torch.zeros(rows, tokens).int(),
             "positions": (place % length).expand(rows, -1).int(), "masked_lm_positions": order.sort(1).values.int(),
-            "masked_lm_ids": torch.randint(1, VOCABULARY, (rows, slots)).int(),
+            "masked_lm_ids": torch.randint(1, vocabulary, (rows, slots)).int(),
             "next_sentence_positions": place[::length].expand(rows, -1).int(),
             "next_sentence_labels": torch.randint(0, 2, (rows, sequences)).int(),
             "next_sentence_weights": torch.ones(rows, sequences).int()}

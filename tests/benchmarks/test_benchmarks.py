@@ -172,12 +172,11 @@ def test_a_training_can_be_changed_where_it_has_no_flag(tmp_path, monkeypatch, c
     assert last["step_mean_loss"] == pytest.approx(last["mlm_loss"] + weight * last["nsp_loss"], rel=1e-5)
 
 
-def test_the_rival_starts_from_our_weights_and_is_evaluated_with_its_own(monkeypatch):
-    monkeypatch.setattr(train_step, "VOCABULARY", 1000)
+def test_the_rival_starts_from_our_weights_and_is_evaluated_with_its_own():
     config = samples.config(vocab_size=1000, max_position_embeddings=128)
     ours = BertForPreTraining(config, "plain").eval()
     rival = segmented_training.rival_model(ours, "eager").eval()
-    batch = train_step.random_batch(3, 128)
+    batch = train_step.random_batch(3, 128, 1, 1000)
     assert train_step.transformers_loss(rival, batch)().item() == pytest.approx(ours(batch)["loss"].item(), rel=1e-5)
     with torch.no_grad():
         for weight in rival.parameters():
