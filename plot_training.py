@@ -33,7 +33,8 @@ def main(argv=None) -> None:
 
 def parse_arguments(argv):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("logs", nargs="+", metavar="LOG", help="log files (--json_summary of run_pretraining.py)")
+    parser.add_argument("logs", nargs="+", type=cli.path_or_url, metavar="LOG",
+                        help="log files, paths or URLs (--json_summary of run_pretraining.py)")
     parser.add_argument("--output", metavar="FILE", help=f"the picture, PNG (default: {PICTURE}; with --report: none)")
     parser.add_argument("--report", metavar="FILE", help="write a report, one HTML file: verdict, curves, held-out "
                         "figures, data, settings, and the commands that repeat the runs")

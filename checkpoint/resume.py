@@ -55,6 +55,7 @@ class ResumePoint:
     contents: dict | None = None  # the keys of TrainingState that the run continues with
     init_checkpoint: str | None = None  # --init_checkpoint of the run's first start
     new_words: int = 0  # that were added to the vocabulary of --init_checkpoint
+    shown_path: str | None = None  # where the user finds it: in object storage, `path` is a copy
 
     def with_words_of(self, vocabulary: Vocabulary | None, warn: Callable[[str], None]) -> "ResumePoint":
         """A start from --init_checkpoint with the words that the data's vocabulary has beyond its own."""
@@ -80,7 +81,7 @@ class ResumePoint:
     def origin(self) -> str:
         """In words, where the weights come from, and which of them start fresh; "" where all do."""
         fresh = huggingface.fresh_parts(self.contents or {})
-        return ((f", from {self.path}" if self.path else "")
+        return ((f", from {self.shown_path or self.path}" if self.path else "")
                 + (f"; not in it, so of fresh weights: {fresh}" if fresh else "")
                 + (f"; {self.new_words:,} new words begin as the means of their pieces" if self.new_words else ""))
 
@@ -106,13 +107,15 @@ def find_resume_point(folder, phase: Phase, *, resume: bool, resume_step: int, i
         number, contents = (newest_readable(folder, warn) if resume_step == -1 else
                             (resume_step, read_complete(folder, resume_step)))
         path = checkpoint_path(folder, number)
+        shown_path = f"{folder}/{path.name}"
         begun_with = contents.get(INIT_CHECKPOINT)
         begun_with = begun_with if isinstance(begun_with, str) else None
         if init_checkpoint and begun_with != init_checkpoint:
-            raise UserError(f"--init_checkpoint {init_checkpoint}: {path} is there already, and its run began with "
-                            f"{begun_with or 'fresh weights'}; leave the flag out to continue from {path.name}, or "
-                            f"name another --output_dir")
-        return replace(resume_point_at(path, number, contents, phase, warn), init_checkpoint=begun_with)
+            raise UserError(f"--init_checkpoint {init_checkpoint}: {shown_path} is there already, and its run began "
+                            f"with {begun_with or 'fresh weights'}; leave the flag out to continue from {path.name}, "
+                            f"or name another --output_dir")
+        return replace(resume_point_at(path, number, contents, phase, warn), init_checkpoint=begun_with,
+                       shown_path=shown_path)
     if init_checkpoint:
         contents = read_checkpoint(local_file(init_checkpoint))
         return ResumePoint(path=init_checkpoint, contents=at_step_zero(contents, init_checkpoint, moments=resume),

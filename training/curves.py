@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from common.download import local_file
 from training.log import FIGURES, Figure
 from training.log_versions import read_current_log
 
@@ -33,12 +34,12 @@ class RunCurves:
 
 
 def add_curves(runs: list[RunCurves], path: str) -> None:
-    """Add the figures of one log file to the run that they belong to.
+    """Add the figures of one log, a path or URL, to the run that they belong to.
 
     Of a step that was logged twice, before and after an interruption, the last line counts.
     """
     run, offset = None, 0
-    for line in read_current_log(path):
+    for line in read_current_log(local_file(path)):
         if line["step"] == "PARAMETER" or run is None:
             parameters = line["data"] if line["step"] == "PARAMETER" else {}
             run = run_of(runs, parameters, path)

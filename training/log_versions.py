@@ -14,7 +14,7 @@ REFERENCE_FLAGS = ("bert_model", "output_dir", "phase2", "phase1_end_step", "res
                    "warmup_proportion", "max_steps", "world_size")
 
 
-def read_current_log(path: str) -> list[dict]:
+def read_current_log(path) -> list[dict]:
     """The lines of a log with the figures under their present names.
 
     Each start of a run has one "PARAMETER" line, with its flags; other "PARAMETER" lines are left out.

@@ -12,6 +12,7 @@ import pytest
 
 import evaluate
 import pack_pretraining_data_pytorch
+import plot_training
 import run_pretraining
 import upload_shards
 from checkpoint import remote_folder
@@ -72,12 +73,15 @@ def test_a_run_in_object_storage_is_bit_for_bit_that_in_folders_also_resumed_on_
     assert "saved s3://data/run/ckpt_12.pt" in capsys.readouterr().out
     shutil.rmtree(here / "cache")
     train(**remote, resume_from_checkpoint=True)
+    assert "from s3://data/run/ckpt_12.pt" in capsys.readouterr().out
     (here / "remote.json").write_bytes(objects("run/")["log.json"])
     local, remote = (small_run.logged_steps(here / name) for name in ("local.json", "remote.json"))
     assert len(local) == EPOCHS_AND_A_HALF and local == remote
     assert set(objects("run/")) == {"ckpt_12.pt", "ckpt_20.pt", "ckpt_22.pt", "log.json"}
     assert objects("run/")["ckpt_22.pt"] != b"" and saved_steps(open_folder("s3://data/run")) == [12, 20, 22]
     evaluate.main(["--checkpoint", "s3://data/run", "--eval_dir", "s3://data/held_out", "--no_cuda"])
+    plot_training.main(["s3://data/run/log.json", "--report", here / "report.html"])
+    assert "s3://data/run" in (here / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_checkpoint_that_was_not_resumed_from_is_set_aside_and_a_damaged_one_passed_over(workspace, here, capsys):
