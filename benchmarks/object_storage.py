@@ -11,6 +11,7 @@ stall          seconds that training stands still for a checkpoint, against a lo
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ TRANSFER_BYTES = 160 << 20
 MINI = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024,
         "max_position_embeddings": 128}
 ROWS = 32  # of a step
+KERNELS = "cpu_kernels_*.so"
 STEPS, WARM_UP = 30, 5
 CHECKPOINT_EVERY, CHECKPOINTS = 12, 8
 
@@ -119,10 +121,14 @@ class Bench:
 
     @contextmanager
     def cache(self, link_url: str):
-        """A block with an empty cache, and the link in place of the server."""
+        """A block with a cache that holds no more than compiled kernels, and the link in place of the server."""
         with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, BERT_CACHE_DIR=cache,
                                                                 AWS_ENDPOINT_URL=link_url):
+            for kernels in self.folder.glob(KERNELS):
+                shutil.copy(kernels, cache)
             yield Path(cache)
+            for kernels in Path(cache).glob(KERNELS):
+                shutil.copy(kernels, self.folder)
 
     def train(self, ranks_count: int = 1, **changes) -> None:
         from tests.support import ranks
