@@ -24,10 +24,11 @@ from common.errors import UserError, dictionary, whole_number
 from data.masking import masked, row_keys
 from data.micro_batches import MicroBatchOrder
 from data.mixture import Mixture
+from data.row_checks import read_checked_rows
 from data.row_order import row_order
 from data.shard_fetcher import ShardFetcher
 from data.shard_reader import IN_PROCESS, ShardReader
-from data.shards import LABELS, ROWS, SUFFIX, Shard, count_sequences, metadata_path, read_checked_rows
+from data.shards import LABELS, ROWS, SUFFIX, Shard, count_sequences, metadata_path
 from data.token_counts import ROWS_CHECKED_FIRST, read_checked_counts
 
 RANKS_APART = 2  # rounds at most: a rank takes a micro-batch from the stream before the step that comes before it

@@ -9,7 +9,8 @@ import json
 import numpy as np
 
 from common.errors import UserError
-from data.shards import INDEX, Shard, metadata_path, read_checked_rows
+from data.row_checks import read_checked_rows
+from data.shards import INDEX, Shard, metadata_path
 
 TOKEN_COUNTS = "token_counts"  # in the metadata, and in checkpoints
 ROWS_CHECKED_FIRST = 50_000  # of a set without stored counts: read, checked and counted before the model is built

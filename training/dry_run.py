@@ -20,7 +20,7 @@ from common.errors import UserError, first_line
 from common.files import nearest_existing
 from common.object_store import is_s3
 from data.dataloader import batches_once, in_pieces
-from data.shards import read_checked_rows
+from data.row_checks import read_checked_rows
 from devices.device import proc_bytes
 from training import memory_estimate
 from training.evaluation import shown_mask_id

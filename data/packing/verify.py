@@ -15,8 +15,9 @@ from data.packing.blocks import Block, blocks_of, with_progress
 from data.packing.checks import faults
 from data.packing.fingerprints import bucket_of, bucket_sums, sequence_fingerprints
 from data.packing.output import UNFINISHED
+from data.row_checks import tokens_to_predict
 from data.shard_reader import IN_PROCESS
-from data.shards import PACKED_TEST, Shard, all_shards, find_shards, metadata_path, tokens_to_predict
+from data.shards import PACKED_TEST, Shard, all_shards, find_shards, metadata_path
 from data.workers import open_pool
 
 

@@ -18,7 +18,8 @@ from common.bert_config import BertConfig
 from common.errors import UserError
 from data.dataloader import as_batch
 from data.preparation.samples import SampleOptions, create_shard
-from data.shards import find_shards, read_checked_rows
+from data.row_checks import read_checked_rows
+from data.shards import find_shards
 from data.tokenizer import load_vocabulary
 from modeling import BertForPreTraining
 from tests.support import samples

@@ -18,7 +18,8 @@ import run_pretraining
 from common.errors import UserError
 from data import masking, shards
 from data.dataloader import BatchStream, as_batch
-from data.shards import MASK_KEYS, columns, find_shards, read_checked_rows, read_header, read_rows
+from data.row_checks import read_checked_rows
+from data.shards import MASK_KEYS, columns, find_shards, read_header, read_rows
 from data.tokenizer import SPECIAL_TOKENS, save_vocabulary
 from tests.support import ranks, samples, synthetic
 

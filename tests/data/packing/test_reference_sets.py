@@ -12,7 +12,8 @@ from common.errors import UserError
 from data.dataloader import as_batch
 from data.packed_totals import difference_from_metadata, named_totals
 from data.packing import scatter_gather
-from data.shards import find_shards, read_checked_rows, read_rows, write_shard
+from data.row_checks import read_checked_rows
+from data.shards import find_shards, read_rows, write_shard
 from modeling import BertForPreTraining
 from pack_pretraining_data_pytorch import main as pack
 from pytorch_packed_data_checker import main as check
